@@ -1,0 +1,126 @@
+//! The words for who asks: the secret that a client presents, and the account it stands for.
+//!
+//! Pure: no I/O, no clock. Which key belongs to which account is `gateway::accounts`' business; behind that look-up
+//! only an [`AccountId`] travels, and the key itself goes straight into `upstream`.
+
+use std::fmt;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+
+use http::HeaderValue;
+use secrecy::{ExposeSecret, SecretString};
+use subtle::ConstantTimeEq;
+
+/// The header that carries an API key, to us and upstream.
+pub const API_KEY_HEADER: &str = "x-api-key";
+
+/// An API key: zeroised when dropped, compared in constant time, never printed.
+///
+/// Maps keyed by it hash with SipHash under a random key, so neither a bucket nor a comparison tells an outsider how
+/// much of a guess was right.
+#[derive(Clone)]
+pub struct ApiKey(SecretString);
+
+impl ApiKey {
+    /// A key from configuration or from a request's header. `None` when it is empty or could not be sent as a header
+    /// value (anything but visible ASCII).
+    pub fn new(key: &str) -> Option<Self> {
+        let visible = !key.is_empty() && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
+        visible.then(|| Self(key.into()))
+    }
+
+    /// The value for the `x-api-key` header, marked sensitive so that no `Debug` of a header map prints it.
+    pub fn header_value(&self) -> HeaderValue {
+        HeaderValue::from_str(self.0.expose_secret())
+            .map(|mut value| {
+                value.set_sensitive(true);
+                value
+            })
+            .unwrap_or_else(|_| HeaderValue::from_static(""))
+    }
+
+    /// How many characters the key has: what `check` may print of it.
+    pub fn length(&self) -> usize {
+        self.0.expose_secret().len()
+    }
+}
+
+impl PartialEq for ApiKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.0
+            .expose_secret()
+            .as_bytes()
+            .ct_eq(other.0.expose_secret().as_bytes())
+            .into()
+    }
+}
+
+impl Eq for ApiKey {}
+
+impl Hash for ApiKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.expose_secret().hash(state);
+    }
+}
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ApiKey(***)")
+    }
+}
+
+/// An account within this process: what cached answers, flights and budgets are kept under.
+///
+/// Derived from the account's configured name, or from the key that forms an account of its own, by a keyed hash of 128
+/// bits; so an account that was idle, forgotten and came back finds its cached answers again, and nobody who sees an id
+/// learns a key from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AccountId(u128);
+
+/// Makes [`AccountId`]s: two independently keyed SipHashes, the keys drawn at random when the process starts.
+#[derive(Clone, Debug, Default)]
+pub struct AccountIds(RandomState, RandomState);
+
+impl AccountIds {
+    /// The id of the account that is configured under `name`.
+    pub fn listed(&self, name: &str) -> AccountId {
+        self.id(&("name", name))
+    }
+
+    /// The id of the account that an unlisted `key` forms.
+    pub fn unlisted(&self, key: &ApiKey) -> AccountId {
+        self.id(&("key", key))
+    }
+
+    fn id(&self, of: &impl Hash) -> AccountId {
+        let half = |state: &RandomState| u128::from(state.hash_one(of));
+        AccountId(half(&self.0) << 64 | half(&self.1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_never_printed() {
+        let key = ApiKey::new("ak_secret").unwrap();
+        assert!(!format!("{key:?}").contains("secret"));
+        assert!(!format!("{:?}", key.header_value()).contains("secret"));
+    }
+
+    #[test]
+    fn a_key_that_no_header_could_carry_is_no_key() {
+        assert!(ApiKey::new("").is_none());
+        assert!(ApiKey::new("a b").is_none());
+        assert!(ApiKey::new("a\r\nx: y").is_none());
+        assert!(ApiKey::new("ключ").is_none());
+    }
+
+    #[test]
+    fn ids_are_stable_and_a_name_is_not_a_key() {
+        let ids = AccountIds::default();
+        let key = ApiKey::new("music").unwrap();
+        assert_eq!(ids.unlisted(&key), ids.unlisted(&key.clone()));
+        assert_ne!(ids.unlisted(&key), ids.listed("music"));
+    }
+}

@@ -1,0 +1,150 @@
+//! The checked configuration: real types, every value in range, every secret read.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use http::{HeaderName, Uri};
+
+use crate::account::ApiKey;
+
+/// Everything that the gateway may be told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Metrics and health; never exposed outside.
+    pub admin: SocketAddr,
+    /// The API that is polled.
+    pub upstream: Upstream,
+    /// The accounts that are known by name.
+    pub accounts: Vec<Account>,
+    /// What becomes of a key that is listed nowhere.
+    pub unknown_keys: UnknownKeys,
+    /// How many unlisted keys are remembered at once.
+    pub max_accounts: usize,
+    /// The header that names the client within its address.
+    pub client_header: HeaderName,
+    /// How each account's queries are spent.
+    pub budget: Budget,
+    /// What is kept of answers, and for how long.
+    pub cache: Cache,
+    /// Path prefixes that are streamed through; each begins and ends with `/`.
+    pub passthrough: Vec<String>,
+    /// What bounds the process.
+    pub limits: Limits,
+    /// How long a stop waits for what is in flight or queued.
+    pub drain: Duration,
+    /// Threads of the main runtime.
+    pub worker_threads: usize,
+    /// What is logged, and how.
+    pub log: Log,
+}
+
+/// The upstream and how it is reached.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    /// Scheme, host and port; no path.
+    pub url: Uri,
+    /// DNS, TCP and TLS together.
+    pub connect_timeout: Duration,
+    /// One attempt, from its first byte written to the last byte read.
+    pub timeout: Duration,
+    /// Connections per account, at most.
+    pub connections: usize,
+    /// The largest body, decoded, in bytes.
+    pub max_body: usize,
+    /// Extra root certificates, PEM.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// A configured account.
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// Its metric label.
+    pub name: String,
+    /// Its keys, which share one budget; the first is the one sent for client tokens.
+    pub keys: Vec<ApiKey>,
+}
+
+/// What becomes of a key that is listed nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnknownKeys {
+    /// It is an account of its own.
+    Forward,
+    /// It is answered 401.
+    Reject,
+}
+
+/// How each account's queries are spent.
+#[derive(Clone, Debug)]
+pub struct Budget {
+    /// Queries a second that upstream allows an account.
+    pub limit: NonZeroU32,
+    /// `limit` emission intervals last 1 s plus this.
+    pub margin: Duration,
+    /// From a poll's arrival to its answer.
+    pub max_wait: Duration,
+    /// Flights that wait for a permit, per account, at most.
+    pub max_queue: usize,
+}
+
+/// What is kept of answers, and for how long.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    /// Weight of all kept answers, in bytes.
+    pub max_bytes: u64,
+    /// How long an ended task is kept at most.
+    pub terminal: Duration,
+    /// How long a not-found answer is kept.
+    pub not_found: Duration,
+    /// The bounds of a live answer's freshness lifetime.
+    pub fresh: Fresh,
+    /// The oldest that a live snapshot may be when it is served.
+    pub max_stale: Duration,
+}
+
+/// The bounds of a live answer's freshness lifetime.
+#[derive(Clone, Copy, Debug)]
+pub struct Fresh {
+    /// Never below.
+    pub floor: Duration,
+    /// Never above.
+    pub ceiling: Duration,
+}
+
+/// What bounds the process.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// A request's head, from its first byte.
+    pub header_timeout: Duration,
+    /// A connection on which nothing is asked.
+    pub idle_timeout: Duration,
+    /// Client connections in all.
+    pub connections: usize,
+    /// Client connections per peer address; `None` is off.
+    pub connections_per_address: Option<usize>,
+    /// Upstream connections in all.
+    pub upstream_connections: usize,
+    /// Bytes of upstream bodies in flight.
+    pub body_bytes: usize,
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// The form of a line.
+    pub format: LogFormat,
+    /// The least severe level that is written.
+    pub level: tracing::Level,
+}
+
+/// The form of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}

@@ -1,0 +1,83 @@
+//! The words for how things ended: what an answer of upstream's meant, and how a poll was answered.
+//!
+//! Pure. One enum serves metric label, log field and header alike.
+
+/// What upstream's answer to one attempt meant, after its body was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The task is pending or running (or a success whose media are not there yet).
+    Live,
+    /// The task has ended, well or badly.
+    Terminal,
+    /// Effective code 404.
+    NotFound,
+    /// Effective code 429.
+    RateLimited,
+    /// Effective code 401, 402, 403 or 422.
+    Refused,
+    /// Effective code 455, 502, 503 or 504; no connection; a time-out.
+    Unavailable,
+    /// Effective code 500, 505, 408, 501 of a task that has not failed, or any other code of 500 and above.
+    Failed,
+    /// Anything else: passed on, never stored.
+    Unrecognised,
+}
+
+impl Outcome {
+    /// Every outcome, so that each counter exists at 0 from the start.
+    pub const ALL: [Self; 8] = [
+        Self::Live,
+        Self::Terminal,
+        Self::NotFound,
+        Self::RateLimited,
+        Self::Refused,
+        Self::Unavailable,
+        Self::Failed,
+        Self::Unrecognised,
+    ];
+
+    /// The metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Terminal => "terminal",
+            Self::NotFound => "not_found",
+            Self::RateLimited => "rate_limited",
+            Self::Refused => "refused",
+            Self::Unavailable => "unavailable",
+            Self::Failed => "failed",
+            Self::Unrecognised => "unrecognised",
+        }
+    }
+}
+
+/// How a poll was answered: the `cache` label of the request metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Served {
+    /// From the cache, within its freshness lifetime.
+    Hit,
+    /// From a snapshot past its freshness lifetime, because nothing fresher could be had.
+    Stale,
+    /// By a flight that this poll started.
+    Miss,
+    /// By a flight that another poll had started.
+    Collapsed,
+    /// By the gateway itself: a refusal.
+    None,
+}
+
+impl Served {
+    /// Every way, so that each counter exists at 0 from the start.
+    pub const ALL: [Self; 5] = [Self::Hit, Self::Stale, Self::Miss, Self::Collapsed, Self::None];
+
+    /// The metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Stale => "stale",
+            Self::Miss => "miss",
+            Self::Collapsed => "collapsed",
+            Self::None => "none",
+        }
+    }
+}
