@@ -8,4 +8,5 @@ pub mod flight;
 pub mod metrics;
 pub mod outcome;
 pub mod stored;
+pub mod task;
 pub mod upstream;

@@ -1,0 +1,344 @@
+//! The words for a task, and what upstream's answer says about one.
+//!
+//! Pure: no I/O, no clock. An answer is classified by parsing it, never by searching its text: `param` echoes whatever a
+//! client sent, lyrics that spell `"status":"success"` included. The effective code and the top-level `data.status`
+//! decide, and no other field contradicts them. What upstream calls `pending` and `running` is one class, live, to
+//! everybody else. What cannot be read without a doubt is passed on and not stored.
+
+mod id;
+mod lifetime;
+mod object;
+mod retry_after;
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+
+pub use id::{TaskId, TaskIdError};
+pub use lifetime::{Timestamp, media_lifetime};
+use object::members;
+pub use retry_after::retry_after;
+
+/// What an answer of upstream's means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// The task goes on.
+    Live,
+    /// The task succeeded, but none of its media are there: they may follow.
+    Settling,
+    /// The task has ended, well or badly.
+    Terminal,
+    /// Effective code 404. A task just created may not be visible yet.
+    NotFound,
+    /// Effective code 429.
+    RateLimited,
+    /// Effective code 401, 402, 403 or 422.
+    Refused,
+    /// Effective code 455, 502, 503 or 504.
+    Unavailable,
+    /// Effective code 408 or 500 and above that is not another class: 501 of a task that has not failed is one.
+    Failed,
+    /// A code, or a body with a code of success, that means nothing to us.
+    Unrecognised,
+    /// HTTP 2xx with a body that is not one JSON object with one integer `code` and at most one `data`.
+    Unreadable,
+}
+
+impl Class {
+    /// Whether a live snapshot is served instead, where there is one.
+    pub fn yields_to_snapshot(self) -> bool {
+        match self {
+            Self::RateLimited | Self::Unavailable | Self::Failed | Self::Unreadable => true,
+            Self::Live | Self::Settling | Self::Terminal | Self::NotFound | Self::Refused | Self::Unrecognised => false,
+        }
+    }
+
+    /// Whether the answer is kept for later polls.
+    pub fn is_stored(self) -> bool {
+        match self {
+            Self::Live | Self::Settling | Self::Terminal | Self::NotFound => true,
+            Self::RateLimited
+            | Self::Refused
+            | Self::Unavailable
+            | Self::Failed
+            | Self::Unrecognised
+            | Self::Unreadable => false,
+        }
+    }
+}
+
+/// How far a task has come; the order is the one in which a task goes through it.
+///
+/// A state only moves forward: an answer replaces a kept one only if its stage is the same or later. Answers can arrive
+/// out of order, and a 404 for a task that was seen before is such a late answer, as long as the kept one lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// Upstream does not know the task (yet).
+    NotFound,
+    /// `pending`.
+    Pending,
+    /// `running`.
+    Running,
+    /// `success`, without any media so far.
+    Settling,
+    /// `failed`, or `success` with media.
+    Ended,
+}
+
+impl Stage {
+    /// The class of an answer that tells of this stage.
+    pub fn class(self) -> Class {
+        match self {
+            Self::NotFound => Class::NotFound,
+            Self::Pending | Self::Running => Class::Live,
+            Self::Settling => Class::Settling,
+            Self::Ended => Class::Terminal,
+        }
+    }
+}
+
+/// What one answer of upstream's says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// What it means.
+    pub class: Class,
+    /// How far the task has come: there for every class that is stored, and for no other.
+    pub stage: Option<Stage>,
+    /// The HTTP status when it is not 2xx, else the body's `code`, of which more than an `i64` holds counts as the
+    /// nearest. `None` when unreadable.
+    pub effective_code: Option<i64>,
+    /// `data.complete_at`; absent for every class but live, settling and terminal.
+    pub complete_at: Timestamp,
+    /// `data.create_at`; likewise.
+    pub create_at: Timestamp,
+}
+
+impl Reading {
+    fn of_code(class: Class, effective_code: i64) -> Self {
+        Self {
+            class,
+            stage: (class == Class::NotFound).then_some(Stage::NotFound),
+            effective_code: Some(effective_code),
+            complete_at: Timestamp::Absent,
+            create_at: Timestamp::Absent,
+        }
+    }
+
+    fn of_task(task: Task, effective_code: i64) -> Self {
+        Self {
+            class: task.stage.class(),
+            stage: Some(task.stage),
+            effective_code: Some(effective_code),
+            complete_at: task.complete_at,
+            create_at: task.create_at,
+        }
+    }
+
+    fn unreadable() -> Self {
+        Self {
+            class: Class::Unreadable,
+            stage: None,
+            effective_code: None,
+            complete_at: Timestamp::Absent,
+            create_at: Timestamp::Absent,
+        }
+    }
+}
+
+/// Reads upstream's answer to the question about the task `asked`: its HTTP status and its whole, decoded body.
+pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
+    let is_success = (200..300).contains(&http_status);
+    // Of an error in HTTP's form only the body of 501 can change the meaning.
+    let envelope = (is_success || http_status == 501)
+        .then(|| Envelope::read(body))
+        .flatten();
+    let code = match (is_success, &envelope) {
+        (false, _) => i64::from(http_status),
+        (true, Some(envelope)) => envelope.code,
+        (true, None) => return Reading::unreadable(),
+    };
+    let task = || Task::read(envelope?.data?, asked);
+    match code {
+        200 => match task() {
+            Some(task) => Reading::of_task(task, code),
+            None => Reading::of_code(Class::Unrecognised, code),
+        },
+        501 => match task().filter(|task| task.has_failed) {
+            Some(task) => Reading::of_task(task, code),
+            None => Reading::of_code(Class::Failed, code),
+        },
+        404 => Reading::of_code(Class::NotFound, code),
+        429 => Reading::of_code(Class::RateLimited, code),
+        401..=403 | 422 => Reading::of_code(Class::Refused, code),
+        455 | 502..=504 => Reading::of_code(Class::Unavailable, code),
+        408 | 500.. => Reading::of_code(Class::Failed, code),
+        _ => Reading::of_code(Class::Unrecognised, code),
+    }
+}
+
+/// What every answer has in common. `data` stays unread text: of what it holds under an error nothing is asked.
+#[derive(Clone, Copy)]
+struct Envelope<'a> {
+    code: i64,
+    data: Option<&'a str>,
+}
+
+impl<'a> Envelope<'a> {
+    fn read(body: &'a [u8]) -> Option<Self> {
+        // The whole body is checked: a client that decodes it strictly would stumble over a bad byte anywhere.
+        let text = str::from_utf8(body).ok()?;
+        let json = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let [code, data] = members(json, &["code", "data"])?;
+        if data.is_repeated() {
+            return None;
+        }
+        Some(Self {
+            code: integer(code.only()?)?,
+            data: data.only(),
+        })
+    }
+}
+
+/// What `data` says, when it is about the task that was asked for.
+#[derive(Clone, Copy)]
+struct Task {
+    stage: Stage,
+    has_failed: bool,
+    complete_at: Timestamp,
+    create_at: Timestamp,
+}
+
+impl Task {
+    fn read(data: &str, asked: &TaskId) -> Option<Self> {
+        let [task_id, status, result, complete_at, create_at] =
+            members(data, &["task_id", "status", "result", "complete_at", "create_at"])?;
+        if string(task_id.only()?)? != asked.as_str() {
+            return None;
+        }
+        let status = string(status.only()?)?;
+        let stage = match &*status {
+            "pending" => Stage::Pending,
+            "running" => Stage::Running,
+            "success" if !has_media(result.last()) => Stage::Settling,
+            "success" | "failed" => Stage::Ended,
+            _ => return None,
+        };
+        Some(Self {
+            stage,
+            has_failed: status == "failed",
+            complete_at: Timestamp::read(complete_at.last()),
+            create_at: Timestamp::read(create_at.last()),
+        })
+    }
+}
+
+/// Whether `result` holds anything in one of the places where media are: which one depends on the model.
+fn has_media(result: Option<&str>) -> bool {
+    result
+        .and_then(|result| members(result, &["suno_data", "media_urls", "media_info"]))
+        .is_some_and(|media| {
+            media
+                .iter()
+                .filter_map(|media| media.last())
+                .any(|media| !is_empty(media))
+        })
+}
+
+/// Whether a JSON value is `null`, or a list, an object or a string with nothing in it.
+fn is_empty(json: &str) -> bool {
+    let inside = |open, close| json.strip_prefix(open)?.strip_suffix(close);
+    let hollow = |open, close| inside(open, close).is_some_and(|inside: &str| inside.trim_ascii().is_empty());
+    json == "null" || json == "\"\"" || hollow('[', ']') || hollow('{', '}')
+}
+
+/// A JSON integer; beyond the range of an `i64`, the nearest. Neither `"200"` nor `200.0` nor `2e2` is one.
+fn integer(json: &str) -> Option<i64> {
+    let digits = json.strip_prefix('-').unwrap_or(json);
+    let is_integer = digits.bytes().all(|byte| byte.is_ascii_digit());
+    let nearest = if digits.len() < json.len() { i64::MIN } else { i64::MAX };
+    is_integer.then(|| json.parse().unwrap_or(nearest))
+}
+
+/// A JSON string, unescaped.
+fn string(json: &str) -> Option<Cow<'_, str>> {
+    #[derive(Deserialize)]
+    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+    let Text(text) = serde_json::from_str(json).ok()?;
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_integer_is_an_integer() {
+        assert_eq!(integer("200"), Some(200));
+        assert_eq!(integer("-1"), Some(-1));
+        assert_eq!(integer("0"), Some(0));
+        assert_eq!(integer("-0"), Some(0));
+        assert_eq!(integer("99999999999999999999"), Some(i64::MAX));
+        assert_eq!(integer("-99999999999999999999"), Some(i64::MIN));
+        for json in ["200.0", "2e2", "2E2", "\"200\"", "true", "null", "[200]", "{}"] {
+            assert_eq!(integer(json), None, "{json}");
+        }
+    }
+
+    #[test]
+    fn only_nothing_is_empty() {
+        for json in ["null", "\"\"", "[]", "{}", "[ ]", "{\r\n\t}"] {
+            assert!(is_empty(json), "{json}");
+        }
+        for json in [
+            "0",
+            "false",
+            "\" \"",
+            "[null]",
+            "[[]]",
+            "{\"a\":null}",
+            "\"[]\"",
+            "\"null\"",
+        ] {
+            assert!(!is_empty(json), "{json}");
+        }
+    }
+
+    #[test]
+    fn a_string_is_compared_by_what_it_means() {
+        assert_eq!(string(r#""success""#).as_deref(), Some("success"));
+        assert_eq!(string(r#""\u0073uccess""#).as_deref(), Some("success"));
+        for json in ["success", "null", "1", "[\"success\"]", r#""\ud800""#] {
+            assert_eq!(string(json), None, "{json}");
+        }
+    }
+
+    #[test]
+    fn a_task_moves_forward_through_its_stages() {
+        let path = [
+            Stage::NotFound,
+            Stage::Pending,
+            Stage::Running,
+            Stage::Settling,
+            Stage::Ended,
+        ];
+        assert!(path.is_sorted_by(|earlier, later| earlier < later));
+        assert!(path.iter().all(|stage| stage.class().is_stored()));
+    }
+
+    #[test]
+    fn only_what_a_snapshot_beats_yields_to_it() {
+        use Class::{
+            Failed, Live, NotFound, RateLimited, Refused, Settling, Terminal, Unavailable, Unreadable, Unrecognised,
+        };
+        for class in [RateLimited, Unavailable, Failed, Unreadable] {
+            assert!(class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
+        }
+        for class in [Live, Settling, Terminal, NotFound] {
+            assert!(!class.yields_to_snapshot() && class.is_stored(), "{class:?}");
+        }
+        for class in [Refused, Unrecognised] {
+            assert!(!class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
+        }
+    }
+}
