@@ -2,9 +2,11 @@
 
 pub mod account;
 pub mod budget;
+pub mod cache;
 pub mod config;
 pub mod error;
 pub mod flight;
+pub mod gateway;
 pub mod metrics;
 pub mod outcome;
 pub mod stored;
