@@ -49,12 +49,7 @@ impl Class {
     pub fn yields_to_snapshot(self) -> bool {
         match self {
             Self::RateLimited | Self::Unavailable | Self::Failed | Self::Unreadable => true,
-            Self::Live
-            | Self::Settling
-            | Self::Terminal
-            | Self::NotFound
-            | Self::Refused
-            | Self::Unrecognised => false,
+            Self::Live | Self::Settling | Self::Terminal | Self::NotFound | Self::Refused | Self::Unrecognised => false,
         }
     }
 
@@ -215,10 +210,8 @@ struct Task {
 
 impl Task {
     fn read(data: &str, asked: &TaskId) -> Option<Self> {
-        let [task_id, status, result, complete_at, create_at] = members(
-            data,
-            &["task_id", "status", "result", "complete_at", "create_at"],
-        )?;
+        let [task_id, status, result, complete_at, create_at] =
+            members(data, &["task_id", "status", "result", "complete_at", "create_at"])?;
         if string(task_id.only()?)? != asked.as_str() {
             return None;
         }
@@ -254,9 +247,7 @@ fn has_media(result: Option<&str>) -> bool {
 /// Whether a JSON value is `null`, or a list, an object or a string with nothing in it.
 fn is_empty(json: &str) -> bool {
     let inside = |open, close| json.strip_prefix(open)?.strip_suffix(close);
-    let hollow = |open, close| {
-        inside(open, close).is_some_and(|inside: &str| inside.trim_ascii().is_empty())
-    };
+    let hollow = |open, close| inside(open, close).is_some_and(|inside: &str| inside.trim_ascii().is_empty());
     json == "null" || json == "\"\"" || hollow('[', ']') || hollow('{', '}')
 }
 
@@ -264,11 +255,7 @@ fn is_empty(json: &str) -> bool {
 fn integer(json: &str) -> Option<i64> {
     let digits = json.strip_prefix('-').unwrap_or(json);
     let is_integer = digits.bytes().all(|byte| byte.is_ascii_digit());
-    let nearest = if digits.len() < json.len() {
-        i64::MIN
-    } else {
-        i64::MAX
-    };
+    let nearest = if digits.len() < json.len() { i64::MIN } else { i64::MAX };
     is_integer.then(|| json.parse().unwrap_or(nearest))
 }
 
@@ -293,9 +280,7 @@ mod tests {
         assert_eq!(integer("-0"), Some(0));
         assert_eq!(integer("99999999999999999999"), Some(i64::MAX));
         assert_eq!(integer("-99999999999999999999"), Some(i64::MIN));
-        for json in [
-            "200.0", "2e2", "2E2", "\"200\"", "true", "null", "[200]", "{}",
-        ] {
+        for json in ["200.0", "2e2", "2E2", "\"200\"", "true", "null", "[200]", "{}"] {
             assert_eq!(integer(json), None, "{json}");
         }
     }
@@ -344,26 +329,16 @@ mod tests {
     #[test]
     fn only_what_a_snapshot_beats_yields_to_it() {
         use Class::{
-            Failed, Live, NotFound, RateLimited, Refused, Settling, Terminal, Unavailable,
-            Unreadable, Unrecognised,
+            Failed, Live, NotFound, RateLimited, Refused, Settling, Terminal, Unavailable, Unreadable, Unrecognised,
         };
         for class in [RateLimited, Unavailable, Failed, Unreadable] {
-            assert!(
-                class.yields_to_snapshot() && !class.is_stored(),
-                "{class:?}"
-            );
+            assert!(class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
         }
         for class in [Live, Settling, Terminal, NotFound] {
-            assert!(
-                !class.yields_to_snapshot() && class.is_stored(),
-                "{class:?}"
-            );
+            assert!(!class.yields_to_snapshot() && class.is_stored(), "{class:?}");
         }
         for class in [Refused, Unrecognised] {
-            assert!(
-                !class.yields_to_snapshot() && !class.is_stored(),
-                "{class:?}"
-            );
+            assert!(!class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
         }
     }
 }

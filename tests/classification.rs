@@ -12,10 +12,7 @@ use crun_gateway::task::{Class, Reading, Stage, TaskId, Timestamp, read};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use Class::{
-    Failed, Live, NotFound, RateLimited, Refused, Settling, Terminal, Unavailable, Unreadable,
-    Unrecognised,
-};
+use Class::{Failed, Live, NotFound, RateLimited, Refused, Settling, Terminal, Unavailable, Unreadable, Unrecognised};
 
 const SONG: &str = "d6956973-2f17-43d4-8514-af6cc3a2f55d";
 const IMAGE: &str = "0b9f6c0a-5a35-4a55-8f5b-2f8c7f0f3a11";
@@ -94,10 +91,7 @@ fn no_fixture_is_left_out() {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    let in_table: BTreeSet<_> = FIXTURES
-        .iter()
-        .map(|(name, ..)| (*name).to_owned())
-        .collect();
+    let in_table: BTreeSet<_> = FIXTURES.iter().map(|(name, ..)| (*name).to_owned()).collect();
     assert_eq!(on_disk, in_table);
 }
 
@@ -105,10 +99,7 @@ fn no_fixture_is_left_out() {
 fn both_forms_of_an_error_mean_the_same() {
     let mut codes = 0;
     for (name, asked, class) in FIXTURES {
-        let Some(code) = name
-            .strip_prefix("code_")
-            .and_then(|name| name.strip_suffix(".json"))
-        else {
+        let Some(code) = name.strip_prefix("code_").and_then(|name| name.strip_suffix(".json")) else {
             continue;
         };
         let code: u16 = code.parse().unwrap();
@@ -131,15 +122,9 @@ fn a_task_of_another_id_is_never_taken_for_the_one_asked_for() {
     for (name, _, class) in FIXTURES {
         let expected = match class {
             Live | Settling | Terminal => Unrecognised,
-            NotFound | RateLimited | Refused | Unavailable | Failed | Unrecognised | Unreadable => {
-                class
-            }
+            NotFound | RateLimited | Refused | Unavailable | Failed | Unrecognised | Unreadable => class,
         };
-        assert_eq!(
-            read(200, &fixture(name), &id("another")).class,
-            expected,
-            "{name}"
-        );
+        assert_eq!(read(200, &fixture(name), &id("another")).class, expected, "{name}");
     }
     assert_eq!(
         read(200, &fixture("running.json"), &id(&SONG.to_uppercase())).class,
@@ -216,24 +201,14 @@ fn the_code_decides_when_the_http_status_is_2xx() {
         ("1000000000000000000000000000000", Failed),
         ("-1000000000000000000000000000000", Unrecognised),
     ] {
-        for data in [
-            "null",
-            "[]",
-            "{}",
-            "\"\"",
-            "0",
-            r#"{"task_id":"t","status":"running"}"#,
-        ] {
+        for data in ["null", "[]", "{}", "\"\"", "0", r#"{"task_id":"t","status":"running"}"#] {
             let body = format!(r#"{{"message":"x","data":{data},"code":{code}}}"#);
             means(class, &body);
             assert_eq!(reading(202, &body).class, class, "{body}");
         }
         means(class, format!(r#"{{"code":{code}}}"#));
     }
-    assert_eq!(
-        reading(200, fixture("code_429.json")).effective_code,
-        Some(429)
-    );
+    assert_eq!(reading(200, fixture("code_429.json")).effective_code, Some(429));
     assert_eq!(reading(200, r#"{"code":-7}"#).effective_code, Some(-7));
 }
 
@@ -261,10 +236,7 @@ fn a_code_that_is_no_integer_makes_the_body_unreadable() {
         Unreadable,
         r#"{"Code":200,"CODE":200,"data":{"task_id":"t","status":"running"}}"#,
     );
-    means(
-        Unreadable,
-        r#"{"data":{"code":200,"task_id":"t","status":"running"}}"#,
-    );
+    means(Unreadable, r#"{"data":{"code":200,"task_id":"t","status":"running"}}"#);
 }
 
 #[test]
@@ -331,13 +303,7 @@ fn white_space_and_one_byte_order_mark_are_skipped() {
 fn a_bad_byte_anywhere_makes_the_body_unreadable() {
     let good = task(r#""param":{"lyrics":"la@la"},"status":"running""#);
     means(Live, &good);
-    for bad in [
-        &b"\xff"[..],
-        b"\xc3",
-        b"\xed\xa0\x80",
-        b"\xc0\xaf",
-        b"\xf5\x80\x80\x80",
-    ] {
+    for bad in [&b"\xff"[..], b"\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf5\x80\x80\x80"] {
         let at = good.find('@').unwrap();
         means(
             Unreadable,
@@ -351,26 +317,17 @@ fn a_bad_byte_anywhere_makes_the_body_unreadable() {
 fn a_repeated_code_or_data_makes_the_body_unreadable() {
     let running = r#"{"task_id":"t","status":"running"}"#;
     means(Live, format!(r#"{{"code":200,"data":{running}}}"#));
-    means(
-        Unreadable,
-        format!(r#"{{"code":200,"data":{running},"code":200}}"#),
-    );
+    means(Unreadable, format!(r#"{{"code":200,"data":{running},"code":200}}"#));
     means(
         Unreadable,
         format!(r#"{{"code":200,"data":{running},"\u0063ode":429}}"#),
     );
-    means(
-        Unreadable,
-        format!(r#"{{"code":null,"code":200,"data":{running}}}"#),
-    );
+    means(Unreadable, format!(r#"{{"code":null,"code":200,"data":{running}}}"#));
     means(
         Unreadable,
         format!(r#"{{"code":200,"data":{running},"data":{running}}}"#),
     );
-    means(
-        Unreadable,
-        format!(r#"{{"code":200,"data":null,"data":{running}}}"#),
-    );
+    means(Unreadable, format!(r#"{{"code":200,"data":null,"data":{running}}}"#));
     means(
         Unreadable,
         format!(r#"{{"code":200,"data":{running},"d\u0061ta":null}}"#),
@@ -386,10 +343,7 @@ fn a_repeated_code_or_data_makes_the_body_unreadable() {
 fn a_repeated_status_or_id_is_not_recognised() {
     found(Unrecognised, r#""status":"running","status":"success""#);
     found(Unrecognised, r#""status":"running","status":"running""#);
-    found(
-        Unrecognised,
-        r#""status":"running","st\u0061tus":"running""#,
-    );
+    found(Unrecognised, r#""status":"running","st\u0061tus":"running""#);
     found(Unrecognised, r#""status":null,"status":"running""#);
     found(Unrecognised, r#""status":"running","task_id":"t""#);
     found(Unrecognised, r#""status":"running","task_id":"other""#);
@@ -430,10 +384,7 @@ fn data_without_a_known_status_is_not_recognised() {
         means(Unrecognised, format!(r#"{{"code":200,"data":{data}}}"#));
     }
     means(Unrecognised, r#"{"code":200}"#);
-    means(
-        Unrecognised,
-        r#"{"code":200,"task_id":"t","status":"running"}"#,
-    );
+    means(Unrecognised, r#"{"code":200,"task_id":"t","status":"running"}"#);
     for status in [
         "\"SUCCESS\"",
         "\"Success\"",
@@ -486,10 +437,7 @@ fn an_answer_about_another_task_is_not_recognised() {
         Unrecognised,
         r#"{"code":200,"task_id":"t","data":{"status":"running"}}"#,
     );
-    means(
-        Live,
-        r#"{"code":200,"data":{"status":"running","task_id":"\u0074"}}"#,
-    );
+    means(Live, r#"{"code":200,"data":{"status":"running","task_id":"\u0074"}}"#);
 }
 
 #[test]
@@ -512,10 +460,7 @@ fn escapes_do_not_change_what_is_said() {
 #[test]
 fn nothing_but_the_status_of_data_decides() {
     let lyrics = r#"\"status\":\"success\",\"task_id\":\"x\",\"code\":429}}"#;
-    found(
-        Live,
-        &format!(r#""param":{{"lyrics":"{lyrics}"}},"status":"running""#),
-    );
+    found(Live, &format!(r#""param":{{"lyrics":"{lyrics}"}},"status":"running""#));
     found(
         Live,
         r#""param":{"status":"success","code":500,"task_id":"x"},"status":"running""#,
@@ -532,10 +477,7 @@ fn nothing_but_the_status_of_data_decides() {
         Live,
         r#""\"status\":\"success\"":"status","status\u0000":"success","status":"running""#,
     );
-    found(
-        Live,
-        r#""status":"running","complete_at":1768900482,"error":"x""#,
-    );
+    found(Live, r#""status":"running","complete_at":1768900482,"error":"x""#);
     found(
         Terminal,
         r#""result":{"code":200,"status":"running"},"status":"failed","param":{"status":"pending"}"#,
@@ -567,18 +509,12 @@ fn a_success_without_media_is_settling() {
         r#"{"media_urls":"","media_info":{}}"#,
         r#"{"Media_urls":["u"],"media_url":"u","nested":{"media_urls":["u"]}}"#,
     ] {
-        found(
-            Settling,
-            &format!(r#""status":"success","result":{result}"#),
-        );
+        found(Settling, &format!(r#""status":"success","result":{result}"#));
         found(Terminal, &format!(r#""status":"failed","result":{result}"#));
         found(Live, &format!(r#""status":"running","result":{result}"#));
     }
     found(Settling, r#""status":"success""#);
-    found(
-        Settling,
-        r#""status":"success","media_urls":["u"],"suno_data":[1]"#,
-    );
+    found(Settling, r#""status":"success","media_urls":["u"],"suno_data":[1]"#);
 }
 
 #[test]
@@ -591,10 +527,7 @@ fn media_in_any_of_the_three_places_end_a_success() {
         r#"{"suno_data":[],"media_urls":null,"media_info":{"vocals":"u"}}"#,
         r#"{"suno_data":[null]}"#,
     ] {
-        found(
-            Terminal,
-            &format!(r#""status":"success","result":{result}"#),
-        );
+        found(Terminal, &format!(r#""status":"success","result":{result}"#));
     }
 }
 
@@ -603,10 +536,7 @@ fn code_501_has_ended_only_with_the_failed_task_that_was_asked_for() {
     let ended = r#"{"code":501,"message":"x","data":{"task_id":"t","status":"failed","complete_at":1768900482}}"#;
     for http_status in [200, 501] {
         let reading = reading(http_status, ended);
-        assert_eq!(
-            (reading.class, reading.stage),
-            (Terminal, Some(Stage::Ended))
-        );
+        assert_eq!((reading.class, reading.stage), (Terminal, Some(Stage::Ended)));
         assert_eq!(reading.effective_code, Some(501));
         assert_eq!(reading.complete_at, Timestamp::At(1_768_900_482));
     }
@@ -659,10 +589,7 @@ fn http_501_trusts_only_a_body_that_is_understood() {
     ] {
         assert_eq!(reading(501, &body).class, Failed, "{body}");
     }
-    assert_eq!(
-        reading(500, format!(r#"{{"code":501,"data":{failed}}}"#)).class,
-        Failed
-    );
+    assert_eq!(reading(500, format!(r#"{{"code":501,"data":{failed}}}"#)).class, Failed);
 }
 
 #[test]
@@ -675,10 +602,7 @@ fn the_instants_are_read_as_they_are() {
         read(r#""create_at":1768900001,"complete_at":1768900010"#),
         (Timestamp::At(1_768_900_010), Timestamp::At(1_768_900_001))
     );
-    assert_eq!(
-        read(r#""complete_at":null"#),
-        (Timestamp::Absent, Timestamp::Absent)
-    );
+    assert_eq!(read(r#""complete_at":null"#), (Timestamp::Absent, Timestamp::Absent));
     assert_eq!(
         read(r#""complete_at":"1768900010","create_at":0"#),
         (Timestamp::Nonsense, Timestamp::Nonsense)
@@ -704,11 +628,7 @@ fn each_answer_tells_how_far_the_task_is() {
         ("success.json", SONG, Stage::Ended),
         ("failed.json", SONG, Stage::Ended),
     ] {
-        assert_eq!(
-            read(200, &fixture(name), &id(asked)).stage,
-            Some(stage),
-            "{name}"
-        );
+        assert_eq!(read(200, &fixture(name), &id(asked)).stage, Some(stage), "{name}");
     }
     for (name, asked, class) in FIXTURES {
         let stage = read(200, &fixture(name), &id(asked)).stage;
@@ -732,10 +652,7 @@ fn no_depth_is_too_deep() {
             &format!(r#""status":"success","result":{{"media_urls":{deep},"x":{deep}}}"#),
         );
         found(Unrecognised, &format!(r#""status":{deep}"#));
-        found(
-            Unrecognised,
-            &format!(r#""status":"running","task_id":{deep}"#),
-        );
+        found(Unrecognised, &format!(r#""status":"running","task_id":{deep}"#));
         means(
             Live,
             format!(r#"{{"x":{deep},"code":200,"data":{{"task_id":"t","status":"running"}}}}"#),

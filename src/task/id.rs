@@ -16,11 +16,7 @@ const PARAMETER: &str = "task_id";
 const MAX_LEN: usize = 256;
 
 /// RFC 3986 §2.3: everything but the unreserved characters is escaped.
-const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC
-    .remove(b'-')
-    .remove(b'.')
-    .remove(b'_')
-    .remove(b'~');
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// A task's id: 1 to 256 printable ASCII characters, case-sensitive, otherwise opaque. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -42,9 +38,7 @@ pub enum TaskIdError {
     #[error("task_id has a broken percent escape: send a literal % as %25")]
     BadEscape,
     /// A control character, or one outside of ASCII, after decoding.
-    #[error(
-        "task_id has a character outside printable ASCII: send the id exactly as CreateTask returned it"
-    )]
+    #[error("task_id has a character outside printable ASCII: send the id exactly as CreateTask returned it")]
     NotPrintable,
     /// More than 256 characters after decoding.
     #[error("task_id is longer than 256 characters: send the id exactly as CreateTask returned it")]
@@ -131,9 +125,7 @@ fn decoded(value: &str) -> Result<String, TaskIdError> {
 }
 
 fn hex_digit(byte: u8) -> Option<u8> {
-    char::from(byte)
-        .to_digit(16)
-        .and_then(|digit| digit.try_into().ok())
+    char::from(byte).to_digit(16).and_then(|digit| digit.try_into().ok())
 }
 
 impl Borrow<str> for TaskId {
@@ -239,9 +231,7 @@ mod tests {
 
     #[test]
     fn broken_escapes_are_refused() {
-        for value in [
-            "%", "a%", "%4", "a%4", "%zz", "%4g", "%g4", "%%41", "%+1", "% 1", "%é",
-        ] {
+        for value in ["%", "a%", "%4", "a%4", "%zz", "%4g", "%g4", "%%41", "%+1", "% 1", "%é"] {
             fails(&format!("task_id={value}"), BadEscape);
         }
     }
@@ -278,10 +268,7 @@ mod tests {
     #[test]
     fn upstream_gets_the_strict_encoding() {
         let id = TaskId::from_query(Some("_=1&task_id=aZ09-._~+%2B%2f%25%26%3d%23*'()!")).unwrap();
-        assert_eq!(
-            id.to_query(),
-            "task_id=aZ09-._~%20%2B%2F%25%26%3D%23%2A%27%28%29%21"
-        );
+        assert_eq!(id.to_query(), "task_id=aZ09-._~%20%2B%2F%25%26%3D%23%2A%27%28%29%21");
     }
 
     #[test]
@@ -297,10 +284,7 @@ mod tests {
             let found = TaskId::from_query(Some(query)).unwrap_err();
             assert_eq!(found, error);
             let message = found.to_string();
-            assert!(
-                message.starts_with("task_id ") && message.contains(": "),
-                "{message}"
-            );
+            assert!(message.starts_with("task_id ") && message.contains(": "), "{message}");
             assert!(!message.contains("qqq"), "{message}");
         }
     }

@@ -123,10 +123,7 @@ mod tests {
             Duration::from_secs(5)
         );
         let brief = Duration::from_secs(1);
-        assert_eq!(
-            media_lifetime(At(EARLIEST), Absent, NOW, brief, DEAD),
-            brief
-        );
+        assert_eq!(media_lifetime(At(EARLIEST), Absent, NOW, brief, DEAD), brief);
     }
 
     #[test]
@@ -134,10 +131,7 @@ mod tests {
         assert_eq!(Timestamp::read(None), Absent);
         assert_eq!(Timestamp::read(Some("null")), Absent);
         assert_eq!(Timestamp::read(Some("1768900482")), At(1_768_900_482));
-        assert_eq!(
-            Timestamp::read(Some("1768900482000")),
-            At(1_768_900_482_000)
-        );
+        assert_eq!(Timestamp::read(Some("1768900482000")), At(1_768_900_482_000));
         assert_eq!(Timestamp::read(Some("1000000000")), At(EARLIEST));
         for json in [
             "999999999",

@@ -34,10 +34,7 @@ impl<'a> Member<'a> {
 }
 
 /// The members called `names` of the one object that `json` consists of; white space may surround it, nothing else.
-pub(super) fn members<'a, const N: usize>(
-    json: &'a str,
-    names: &[&str; N],
-) -> Option<[Member<'a>; N]> {
+pub(super) fn members<'a, const N: usize>(json: &'a str, names: &[&str; N]) -> Option<[Member<'a>; N]> {
     let mut deserializer = serde_json::Deserializer::from_str(json);
     let members = Members(names).deserialize(&mut deserializer).ok()?;
     deserializer.end().ok()?;
@@ -114,11 +111,7 @@ mod tests {
 
     #[test]
     fn a_repeated_member_is_told() {
-        for json in [
-            r#"{"a":1,"a":2}"#,
-            r#"{"a":3,"a":1,"\u0061":2}"#,
-            r#"{"a":null,"a":2}"#,
-        ] {
+        for json in [r#"{"a":1,"a":2}"#, r#"{"a":3,"a":1,"\u0061":2}"#, r#"{"a":null,"a":2}"#] {
             let a = a(json).unwrap();
             assert!(a.is_repeated(), "{json}");
             assert_eq!((a.only(), a.last()), (None, Some("2")), "{json}");
@@ -152,10 +145,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asks_for_is_skipped() {
-        let json = format!(
-            r#"{{"\ud800":"\udfff","n":1e999999,"i":{},"a":1}}"#,
-            "9".repeat(5000)
-        );
+        let json = format!(r#"{{"\ud800":"\udfff","n":1e999999,"i":{},"a":1}}"#, "9".repeat(5000));
         assert_eq!(a(&json).unwrap().only(), Some("1"));
     }
 }

@@ -18,10 +18,7 @@ pub fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
         // Digits alone fail to parse only when there are too many of them.
         value.parse().map_or(MAX, Duration::from_secs)
     } else {
-        httpdate::parse_http_date(value)
-            .ok()?
-            .duration_since(now)
-            .ok()?
+        httpdate::parse_http_date(value).ok()?.duration_since(now).ok()?
     };
     (!asked.is_zero()).then(|| asked.min(MAX))
 }

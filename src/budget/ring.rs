@@ -1,0 +1,87 @@
+//! The guarantee proper: every instant of the last second (and a little) at which a query was written.
+//!
+//! The pace alone is not enough, since a permit may be used late and then bunch with those behind it. So a permit is
+//! granted only while fewer than `limit` queries lie within the window, and one not yet written counts as now.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::lock;
+
+/// The written instants of one account.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    slots: Mutex<Slots>,
+    /// A permit was written, or dropped unused.
+    pub(super) changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    /// Permits granted and not yet written.
+    unwritten: usize,
+    /// In order.
+    written: VecDeque<Instant>,
+}
+
+/// Whether there is room for one more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Now.
+    Free,
+    /// When the oldest that stands in the way leaves the window.
+    At(Instant),
+    /// Not before a permit that was granted is written or dropped.
+    WhenWritten,
+}
+
+impl Ring {
+    /// Whether fewer than `limit` queries lie within the `window` that ends at `now`.
+    pub(super) fn room(&self, now: Instant, limit: usize, window: Duration) -> Room {
+        let mut slots = lock(&self.slots);
+        while slots.written.front().is_some_and(|oldest| *oldest + window <= now) {
+            slots.written.pop_front();
+        }
+        let taken = slots.unwritten + slots.written.len();
+        if taken < limit {
+            return Room::Free;
+        }
+        slots
+            .written
+            .get(taken - limit)
+            .map_or(Room::WhenWritten, |in_the_way| Room::At(*in_the_way + window))
+    }
+
+    /// Takes a slot, from now until it is written and a window has passed, or until it is dropped unused.
+    pub(super) fn take(self: &Arc<Self>) -> Stamp {
+        lock(&self.slots).unwritten += 1;
+        Stamp { ring: Arc::clone(self) }
+    }
+}
+
+/// A slot of the ring.
+#[derive(Debug)]
+pub(super) struct Stamp {
+    ring: Arc<Ring>,
+}
+
+impl Stamp {
+    /// The query was written, `at` this instant. Where two connections' stamps come in the wrong order, the earlier one
+    /// counts as late as the other.
+    pub(super) fn written(self, at: Instant) {
+        let mut slots = lock(&self.ring.slots);
+        let at = slots.written.back().map_or(at, |last| at.max(*last));
+        slots.written.push_back(at);
+    }
+}
+
+impl Drop for Stamp {
+    fn drop(&mut self) {
+        lock(&self.ring.slots).unwritten -= 1;
+        self.ring.changed.notify_one();
+    }
+}

@@ -1,0 +1,147 @@
+//! Why a poll got no answer of upstream's: one variant a reason, and what each means as methods.
+//!
+//! A 4xx or 5xx *from* upstream is an answer, not an error. Turning an error into a response is `gateway::response`'s
+//! business, in one function; it is logged once, there.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use thiserror::Error;
+
+use crate::task::TaskIdError;
+
+/// A reason to answer in the gateway's own words. Messages go to clients: they name the field and the fix, and never
+/// hold a key or what a client sent.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Error {
+    /// The request carries no key.
+    #[error("no API key: send it in the x-api-key header")]
+    MissingKey,
+    /// The request carries two different keys, or one that no header may hold.
+    #[error("the API key is ambiguous or malformed: send one x-api-key header of visible ASCII characters")]
+    MalformedKey,
+    /// `unknown_keys: reject`, and the key is listed nowhere.
+    #[error("this API key is not configured here: ask the gateway's operator to list it under accounts")]
+    UnknownKey,
+    /// More unlisted keys at once than `max_accounts`.
+    #[error("too many different API keys at once: try again later, or have the operator raise max_accounts")]
+    TooManyAccounts,
+    /// `task_id` is missing, empty, repeated or malformed.
+    #[error(transparent)]
+    TaskId(#[from] TaskIdError),
+    /// `TaskInfo` with another method than GET or HEAD.
+    #[error("TaskInfo answers GET and HEAD only")]
+    MethodNotAllowed,
+    /// A path that is neither `TaskInfo` nor passed through.
+    #[error("no such path here: the gateway serves GET /api/v1/client/job/TaskInfo and its passthrough paths")]
+    NotFound,
+    /// Nobody may wait any more.
+    #[error("too many tasks wait for this account's budget (budget.max_queue)")]
+    QueueFull {
+        /// When a place is likely to be free.
+        retry_after: Duration,
+    },
+    /// `budget.max_wait` passed before the flight's turn came.
+    #[error("this account's budget is spent: the turn did not come within budget.max_wait")]
+    TurnNeverCame {
+        /// When the queue is likely to be short enough.
+        retry_after: Duration,
+    },
+    /// No connection could be opened (twice), or none was there by the deadline.
+    #[error("upstream cannot be reached")]
+    NoConnection,
+    /// An attempt was sent and not answered in time.
+    #[error("upstream did not answer in time")]
+    UpstreamTimeout,
+    /// The connection broke, or what came was no HTTP answer.
+    #[error("upstream closed the connection without a complete answer")]
+    UpstreamBroken,
+    /// The answer is larger than `upstream.max_body`.
+    #[error("upstream's answer is larger than upstream.max_body")]
+    UpstreamTooLarge,
+    /// The answer is compressed in a way that was not asked for and cannot be undone.
+    #[error("upstream's answer has a Content-Encoding that cannot be decoded")]
+    UpstreamEncoding,
+    /// A bug of the gateway's: something panicked.
+    #[error("internal error")]
+    Internal,
+}
+
+impl Error {
+    /// The HTTP status, which is also the envelope's `code`.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::MissingKey | Self::MalformedKey | Self::UnknownKey => StatusCode::UNAUTHORIZED,
+            Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::NotFound => StatusCode::NOT_FOUND,
+            Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
+            Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The error token of RFC 9209 (Proxy-Status) that says why; `None` where the client's request was at fault.
+    pub fn proxy_status(&self) -> Option<&'static str> {
+        match self {
+            Self::MissingKey
+            | Self::MalformedKey
+            | Self::UnknownKey
+            | Self::TaskId(_)
+            | Self::MethodNotAllowed
+            | Self::NotFound => None,
+            Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => {
+                Some("connection_limit_reached")
+            }
+            Self::NoConnection => Some("destination_unavailable"),
+            Self::UpstreamTimeout => Some("http_response_timeout"),
+            Self::UpstreamBroken => Some("http_response_incomplete"),
+            Self::UpstreamTooLarge => Some("http_response_body_size"),
+            Self::UpstreamEncoding => Some("http_response_content_coding"),
+            Self::Internal => Some("proxy_internal_error"),
+        }
+    }
+
+    /// When asking again is worth while; `None` where waiting does not help.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::QueueFull { retry_after } | Self::TurnNeverCame { retry_after } => Some(*retry_after),
+            Self::TooManyAccounts => Some(Duration::from_secs(60)),
+            Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
+            Self::MissingKey
+            | Self::MalformedKey
+            | Self::UnknownKey
+            | Self::TaskId(_)
+            | Self::MethodNotAllowed
+            | Self::NotFound
+            | Self::UpstreamTooLarge
+            | Self::UpstreamEncoding
+            | Self::Internal => None,
+        }
+    }
+
+    /// Whether a live snapshot is a better answer than this error.
+    pub fn yields_to_snapshot(&self) -> bool {
+        match self {
+            Self::QueueFull { .. }
+            | Self::TurnNeverCame { .. }
+            | Self::NoConnection
+            | Self::UpstreamTimeout
+            | Self::UpstreamBroken
+            | Self::UpstreamTooLarge
+            | Self::UpstreamEncoding
+            | Self::Internal => true,
+            Self::MissingKey
+            | Self::MalformedKey
+            | Self::UnknownKey
+            | Self::TooManyAccounts
+            | Self::TaskId(_)
+            | Self::MethodNotAllowed
+            | Self::NotFound => false,
+        }
+    }
+}

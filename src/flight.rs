@@ -1,0 +1,164 @@
+//! One fetch for everybody who asks the same at the same time.
+//!
+//! A flight belongs to no client: its leader is a task of its own, so a client that leaves hurts nobody, and each follower
+//! has its own deadline. moka's `try_get_with` is not used for this, since its init future belongs to the first caller
+//! (moka-rs/moka#240). It works for answers that may not be stored just as for those that may. What is fetched, and what
+//! the stages of it are, is the caller's business.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+/// The flights under way, by key. Cheap to clone.
+#[derive(Debug)]
+pub struct Flights<K, S>(Arc<Mutex<HashMap<K, watch::Sender<S>>>>);
+
+impl<K, S> Clone for Flights<K, S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<K, S> Default for Flights<K, S> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<K: Eq + Hash + Clone, S> Flights<K, S> {
+    /// Joins the flight for `key`, or opens one at stage `first`: then the caller also gets its [`Leader`], and has to
+    /// see to it that it lands.
+    ///
+    /// The receiver shows the flight's stage, now and whenever it changes; it closes when the leader was dropped without
+    /// landing. Dropping it leaves the flight.
+    pub fn join(&self, key: K, first: S) -> (watch::Receiver<S>, Option<Leader<K, S>>) {
+        let mut flights = self.map();
+        if let Some(flight) = flights.get(&key) {
+            return (flight.subscribe(), None);
+        }
+        let (stage, follower) = watch::channel(first);
+        flights.insert(key.clone(), stage.clone());
+        (
+            follower,
+            Some(Leader {
+                flights: self.clone(),
+                key,
+                stage,
+            }),
+        )
+    }
+
+    /// How many flights are under way.
+    pub fn count(&self) -> usize {
+        self.map().len()
+    }
+
+    fn map(&self) -> MutexGuard<'_, HashMap<K, watch::Sender<S>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The one who fetches. Dropped without [`Leader::land`], by a panic for instance, the flight ends and every follower is
+/// told so.
+#[derive(Debug)]
+pub struct Leader<K: Eq + Hash + Clone, S> {
+    flights: Flights<K, S>,
+    key: K,
+    stage: watch::Sender<S>,
+}
+
+impl<K: Eq + Hash + Clone, S> Leader<K, S> {
+    /// Shows the followers how far the flight is.
+    pub fn report(&self, stage: S) {
+        self.stage.send_replace(stage);
+    }
+
+    /// Changes the stage in place.
+    pub fn update(&self, change: impl FnOnce(&mut S)) {
+        self.stage.send_modify(change);
+    }
+
+    /// Resolves once nobody waits; from then on the flight can be joined no more, and the next to ask opens a new one.
+    ///
+    /// Cancel safe.
+    pub async fn deserted(&self) {
+        loop {
+            self.stage.closed().await;
+            let mut flights = self.flights.map();
+            // 1. the last follower leaves; 2. somebody joins; 3. we are woken: there is somebody after all. Joining
+            // subscribes under this same lock.
+            if self.stage.receiver_count() == 0 {
+                self.remove_from(&mut flights);
+                return;
+            }
+        }
+    }
+
+    /// Ends the flight with its last stage. Whoever asks from now on opens a new one, so what may be shared later must be
+    /// in the cache before.
+    pub fn land(self, last: S) {
+        self.remove_from(&mut self.flights.map());
+        self.stage.send_replace(last);
+    }
+
+    fn remove_from(&self, flights: &mut HashMap<K, watch::Sender<S>>) {
+        // After `deserted` another flight may go under the same key.
+        if flights
+            .get(&self.key)
+            .is_some_and(|flight| flight.same_channel(&self.stage))
+        {
+            flights.remove(&self.key);
+        }
+    }
+}
+
+impl<K: Eq + Hash + Clone, S> Drop for Leader<K, S> {
+    fn drop(&mut self) {
+        self.remove_from(&mut self.flights.map());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn followers_share_the_leaders_landing() {
+        let flights = Flights::<_, u32>::default();
+        let (mut first, leader) = flights.join("key", 0);
+        let (mut second, nobody) = flights.join("key", 0);
+        assert!(nobody.is_none());
+        leader.unwrap().land(7);
+        assert_eq!(*first.wait_for(|stage| *stage == 7).await.unwrap(), 7);
+        assert_eq!(*second.wait_for(|stage| *stage == 7).await.unwrap(), 7);
+        assert_eq!(flights.count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_leader_that_dies_is_an_error_for_all_and_not_a_hang() {
+        let flights = Flights::<_, u32>::default();
+        let (mut follower, leader) = flights.join("key", 0);
+        drop(leader);
+        assert!(follower.wait_for(|stage| *stage == 7).await.is_err());
+        assert!(flights.join("key", 0).1.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_flight_is_deserted_when_the_last_follower_leaves() {
+        let flights = Flights::<_, u32>::default();
+        let (first, leader) = flights.join("key", 0);
+        let (second, _) = flights.join("key", 0);
+        let leader = leader.unwrap();
+        drop(first);
+        let waiting = tokio::time::timeout(std::time::Duration::ZERO, leader.deserted());
+        assert!(waiting.await.is_err(), "one still waits");
+        drop(second);
+        leader.deserted().await;
+        let (_third, successor) = flights.join("key", 0);
+        assert!(successor.is_some(), "a deserted flight cannot be joined");
+        drop(leader);
+        assert!(flights.join("key", 0).1.is_none(), "its end leaves the successor alone");
+    }
+}

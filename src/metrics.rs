@@ -1,0 +1,373 @@
+//! What Prometheus sees: one struct with every family, no globals, handles resolved once per account.
+//!
+//! Names follow prometheus.io/docs/practices/naming. Labels come from closed sets only: configured account names and
+//! `other`, and the words of `outcome`. Every series exists at 0 from the start, so that a first error is an increase.
+
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::outcome::{Outcome, Served};
+
+/// The label of every account, and every client, that configuration does not name.
+pub const OTHER: &str = "other";
+
+/// The lane label: flights that somebody waits for.
+const FOREGROUND: &str = "foreground";
+
+/// From a hit's tens of microseconds to the longest that a poll may wait.
+const REQUEST_BUCKETS: &[f64] = &[
+    0.0001, 0.0005, 0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0,
+];
+
+/// An attempt is bounded by `upstream.timeout`, 8 s unless configured.
+const UPSTREAM_BUCKETS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0];
+
+/// One emission interval is 0.07 s; 2 s is where the saturation alert looks.
+const WAIT_BUCKETS: &[f64] = &[0.005, 0.035, 0.07, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 7.0, 10.0, 30.0];
+
+/// Why a poll was turned away by the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shed {
+    /// `budget.max_queue` flights wait already.
+    QueueFull,
+    /// `budget.max_wait` passed first.
+    Deadline,
+}
+
+impl Shed {
+    const ALL: [Self; 2] = [Self::QueueFull, Self::Deadline];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::QueueFull => "queue_full",
+            Self::Deadline => "deadline",
+        }
+    }
+}
+
+/// Why an answer left the cache before its time, or at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eviction {
+    /// The cache was full.
+    Size,
+    /// It was kept as long as it may be.
+    Expired,
+    /// Its account held more than half of a cache that others needed.
+    AccountShare,
+}
+
+impl Eviction {
+    const ALL: [Self; 3] = [Self::Size, Self::Expired, Self::AccountShare];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Size => "size",
+            Self::Expired => "expired",
+            Self::AccountShare => "account_share",
+        }
+    }
+}
+
+/// The class of an HTTP-like code, as a label.
+pub fn code_class(code: u16) -> usize {
+    match code {
+        200..300 => 0,
+        300..400 => 1,
+        400..500 => 2,
+        500..600 => 3,
+        _ => 4,
+    }
+}
+
+const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
+
+/// Every family.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    request_duration: Vec<Histogram>,
+    upstream_requests: IntCounterVec,
+    /// One attempt, from permit to the last byte.
+    pub upstream_request_duration: Histogram,
+    upstream_calls_saved: IntCounterVec,
+    budget_wait: HistogramVec,
+    budget_queue_length: IntGaugeVec,
+    budget_rate: prometheus::GaugeVec,
+    budget_shed: IntCounterVec,
+    upstream_paused: IntGaugeVec,
+    /// Answers kept.
+    pub cache_entries: IntGauge,
+    /// What they weigh.
+    pub cache_bytes: IntGauge,
+    cache_evictions: IntCounterVec,
+    passthrough_requests: Vec<IntCounter>,
+    /// Panics caught; each is a bug.
+    pub panics: IntCounter,
+    /// Client connections open now.
+    pub connections: IntGauge,
+    /// Upstream connections open now.
+    pub upstream_connections: IntGauge,
+}
+
+impl Metrics {
+    /// Every family, registered and at 0.
+    ///
+    /// # Errors
+    /// Only for a bug: a name that Prometheus refuses or that is registered twice.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let build_info = register(
+            &registry,
+            IntGaugeVec::new(opts("build_info", "The version that runs; always 1."), &["version"])?,
+        )?;
+        build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let request_duration = register(
+            &registry,
+            HistogramVec::new(
+                histogram(
+                    "request_duration_seconds",
+                    "From a poll's arrival to its answer.",
+                    REQUEST_BUCKETS,
+                ),
+                &["cache"],
+            )?,
+        )?;
+        let passthrough = register(
+            &registry,
+            IntCounterVec::new(
+                opts(
+                    "passthrough_requests_total",
+                    "Requests streamed through, by the answer's class.",
+                ),
+                &["code"],
+            )?,
+        )?;
+        let metrics = Self {
+            requests: register(
+                &registry,
+                IntCounterVec::new(
+                    opts("requests_total", "Polls answered, by how and with what."),
+                    &["account", "client", "cache", "code"],
+                )?,
+            )?,
+            request_duration: Served::ALL
+                .iter()
+                .map(|served| request_duration.with_label_values(&[served.label()]))
+                .collect(),
+            upstream_requests: register(
+                &registry,
+                IntCounterVec::new(
+                    opts(
+                        "upstream_requests_total",
+                        "Attempts made upstream, each paid from the budget, by what came of them.",
+                    ),
+                    &["account", "outcome"],
+                )?,
+            )?,
+            upstream_request_duration: register(
+                &registry,
+                Histogram::with_opts(histogram(
+                    "upstream_request_duration_seconds",
+                    "One attempt, from its permit to the last byte.",
+                    UPSTREAM_BUCKETS,
+                ))?,
+            )?,
+            upstream_calls_saved: register(
+                &registry,
+                IntCounterVec::new(
+                    opts(
+                        "upstream_calls_saved_total",
+                        "Polls that cost no attempt of their own, by why.",
+                    ),
+                    &["account", "how"],
+                )?,
+            )?,
+            budget_wait: register(
+                &registry,
+                HistogramVec::new(
+                    histogram(
+                        "budget_wait_seconds",
+                        "How long flights waited for a permit.",
+                        WAIT_BUCKETS,
+                    ),
+                    &["account", "lane"],
+                )?,
+            )?,
+            budget_queue_length: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts("budget_queue_length", "Flights that wait for a permit."),
+                    &["account", "lane"],
+                )?,
+            )?,
+            budget_rate: register(
+                &registry,
+                prometheus::GaugeVec::new(
+                    opts("budget_rate", "Permits a second that the account's pace allows."),
+                    &["account"],
+                )?,
+            )?,
+            budget_shed: register(
+                &registry,
+                IntCounterVec::new(
+                    opts("budget_shed_total", "Polls turned away by the budget, by why."),
+                    &["account", "reason"],
+                )?,
+            )?,
+            upstream_paused: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts("upstream_paused", "Accounts paused by an upstream 429."),
+                    &["account"],
+                )?,
+            )?,
+            cache_entries: register(&registry, IntGauge::with_opts(opts("cache_entries", "Answers kept."))?)?,
+            cache_bytes: register(
+                &registry,
+                IntGauge::with_opts(opts("cache_bytes", "What the kept answers weigh."))?,
+            )?,
+            cache_evictions: register(
+                &registry,
+                IntCounterVec::new(
+                    opts("cache_evictions_total", "Answers that left the cache, by why."),
+                    &["cause"],
+                )?,
+            )?,
+            passthrough_requests: CODE_CLASSES
+                .iter()
+                .map(|class| passthrough.with_label_values(&[class]))
+                .collect(),
+            panics: register(
+                &registry,
+                IntCounter::with_opts(opts("panics_total", "Panics caught; each is a bug."))?,
+            )?,
+            connections: register(
+                &registry,
+                IntGauge::with_opts(opts("connections", "Client connections open."))?,
+            )?,
+            upstream_connections: register(
+                &registry,
+                IntGauge::with_opts(opts("upstream_connections", "Upstream connections open."))?,
+            )?,
+            registry,
+        };
+        for cause in Eviction::ALL {
+            metrics.cache_evictions.with_label_values(&[cause.label()]);
+        }
+        Ok(metrics)
+    }
+
+    /// The handles of one account; those of every unlisted account are the same ones, under `other`.
+    pub fn account(&self, account: &str) -> AccountMetrics {
+        AccountMetrics {
+            requests: Served::ALL
+                .iter()
+                .map(|served| {
+                    CODE_CLASSES.map(|class| {
+                        self.requests
+                            .with_label_values(&[account, OTHER, served.label(), class])
+                    })
+                })
+                .collect(),
+            request_duration: self.request_duration.clone(),
+            upstream_requests: Outcome::ALL
+                .iter()
+                .map(|outcome| self.upstream_requests.with_label_values(&[account, outcome.label()]))
+                .collect(),
+            upstream_request_duration: self.upstream_request_duration.clone(),
+            saved: [Served::Hit, Served::Stale, Served::Collapsed]
+                .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
+            budget_wait: self.budget_wait.with_label_values(&[account, FOREGROUND]),
+            queue_length: self.budget_queue_length.with_label_values(&[account, FOREGROUND]),
+            rate: self.budget_rate.with_label_values(&[account]),
+            shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
+            paused: self.upstream_paused.with_label_values(&[account]),
+        }
+    }
+
+    /// Counts an answer that left the cache.
+    pub fn evicted(&self, cause: Eviction) {
+        self.cache_evictions.with_label_values(&[cause.label()]).inc();
+    }
+
+    /// Counts a request that was streamed through.
+    pub fn passed_through(&self, code: u16) {
+        self.passthrough_requests[code_class(code)].inc();
+    }
+
+    /// The text that Prometheus scrapes.
+    ///
+    /// # Errors
+    /// Only for a bug: a family that cannot be encoded.
+    pub fn render(&self) -> prometheus::Result<Vec<u8>> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+
+    /// The media type of [`Self::render`].
+    pub const CONTENT_TYPE: &'static str = prometheus::TEXT_FORMAT;
+}
+
+/// One account's handles.
+#[derive(Clone, Debug)]
+pub struct AccountMetrics {
+    requests: Vec<[IntCounter; CODE_CLASSES.len()]>,
+    request_duration: Vec<Histogram>,
+    upstream_requests: Vec<IntCounter>,
+    upstream_request_duration: Histogram,
+    saved: [IntCounter; 3],
+    /// How long flights waited for a permit.
+    pub budget_wait: Histogram,
+    /// Flights that wait for a permit.
+    pub queue_length: IntGauge,
+    /// Permits a second that the pace allows.
+    pub rate: prometheus::Gauge,
+    shed: [IntCounter; 2],
+    /// Accounts under this label that an upstream 429 has paused.
+    pub paused: IntGauge,
+}
+
+impl AccountMetrics {
+    /// Counts a poll that was answered `served` with `code`, `after` its arrival.
+    pub fn answered(&self, served: Served, code: u16, after: Duration) {
+        self.requests[served as usize][code_class(code)].inc();
+        self.request_duration[served as usize].observe(after.as_secs_f64());
+        match served {
+            Served::Hit => self.saved[0].inc(),
+            Served::Stale => self.saved[1].inc(),
+            Served::Collapsed => self.saved[2].inc(),
+            Served::Miss | Served::None => {}
+        }
+    }
+
+    /// Counts an attempt made upstream.
+    pub fn attempted(&self, outcome: Outcome, took: Duration) {
+        self.upstream_requests[outcome as usize].inc();
+        self.upstream_request_duration.observe(took.as_secs_f64());
+    }
+
+    /// Counts a poll that the budget turned away.
+    pub fn shed(&self, reason: Shed) {
+        self.shed[reason as usize].inc();
+    }
+}
+
+fn register<C: prometheus::core::Collector + Clone + 'static>(registry: &Registry, family: C) -> prometheus::Result<C> {
+    registry.register(Box::new(family.clone()))?;
+    Ok(family)
+}
+
+fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(format!("crun_gateway_{name}"), help)
+}
+
+fn histogram(name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
+    HistogramOpts::new(format!("crun_gateway_{name}"), help).buckets(buckets.to_vec())
+}

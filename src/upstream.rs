@@ -1,0 +1,538 @@
+//! The way to the upstream: connections, and the one method that asks it about a task.
+//!
+//! [`Ready::send`] takes a [`Permit`] by value, and nothing else here can reach TaskInfo; so the compiler keeps the budget.
+//! A connection is held *before* its permit is paid for ([`Pool::connect`]), which is why this is a small pool of our own
+//! over `hyper::client::conn`: hyper-util's legacy client cannot do that, and resends by itself. HTTP/1.1 only: the instant
+//! at which bytes are written must belong to one request.
+//!
+//! Pools are an account's own, so that an answer out of step could never reach another account. What an answer means is
+//! `task`'s business.
+
+mod body;
+mod wire;
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, HOST, RETRY_AFTER, USER_AGENT};
+use http::uri::Scheme;
+use http::{HeaderValue, Request, Response, StatusCode, Uri};
+use http_body_util::Empty;
+use hyper::body::{Body, Incoming};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
+
+use crate::account::{API_KEY_HEADER, ApiKey};
+use crate::budget::{Connected, Permit};
+use crate::config;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::task::TaskId;
+use wire::Wire;
+pub use wire::{Dial, Dialing, Stream, tcp};
+
+/// The path of the one endpoint that costs budget.
+pub const TASK_INFO_PATH: &str = "/api/v1/client/job/TaskInfo";
+
+/// Connections idle for longer are closed by us: most servers close theirs after 60 s or more, and one that closes just as
+/// a request is written costs a second permit.
+const IDLE_LIFETIME: Duration = Duration::from_secs(30);
+
+/// The upstream, and every connection to it.
+#[derive(Clone, Debug)]
+pub struct Upstream(Arc<Inner>);
+
+struct Inner {
+    dial: Dial,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    host: HeaderValue,
+    settings: config::Upstream,
+    /// `limits.upstream_connections`.
+    most_connections: usize,
+    connections: Mutex<Connections>,
+    /// A connection was closed or became idle.
+    freed: Notify,
+    /// `limits.body_bytes`.
+    room: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("url", &self.settings.url)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Connections {
+    open: usize,
+    next_id: u64,
+    pools: HashMap<u64, PoolState>,
+}
+
+#[derive(Default)]
+struct PoolState {
+    open: usize,
+    /// The one used last is at the back and is used next, so that the others grow old and go.
+    idle: VecDeque<Idle>,
+}
+
+struct Idle {
+    id: u64,
+    sender: SendRequest<Empty<Bytes>>,
+    wire: Wire,
+    since: Instant,
+}
+
+/// What came of asking for a connection.
+enum Admission {
+    Idle(Idle),
+    Open(Slot),
+    Full,
+}
+
+impl Upstream {
+    /// The upstream that `settings` name, reached through `dial`.
+    ///
+    /// # Errors
+    /// When `settings.url` names no host or `settings.ca_file` cannot be read.
+    pub fn new(
+        settings: &config::Upstream,
+        limits: &config::Limits,
+        dial: Dial,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Self> {
+        let authority = settings.url.authority().context("upstream.url: no host")?;
+        let host = HeaderValue::from_str(authority.as_str()).context("upstream.url: host")?;
+        let tls = if settings.url.scheme() == Some(&Scheme::HTTPS) {
+            let name = authority
+                .host()
+                .trim_start_matches('[')
+                .trim_end_matches(']')
+                .to_owned();
+            let name = ServerName::try_from(name).context("upstream.url: host")?;
+            Some((TlsConnector::from(Arc::new(tls_config(settings)?)), name))
+        } else {
+            None
+        };
+        Ok(Self(Arc::new(Inner {
+            dial,
+            tls,
+            host,
+            settings: settings.clone(),
+            most_connections: limits.upstream_connections,
+            connections: Mutex::default(),
+            freed: Notify::new(),
+            room: Arc::new(Semaphore::new(limits.body_bytes.min(Semaphore::MAX_PERMITS))),
+            metrics,
+        })))
+    }
+
+    /// A new account's pool, empty. Dropping it closes its idle connections.
+    pub fn pool(&self) -> Pool {
+        let mut connections = self.0.connections();
+        connections.next_id += 1;
+        let id = connections.next_id;
+        connections.pools.insert(id, PoolState::default());
+        Pool(Arc::new(PoolHandle {
+            upstream: Arc::clone(&self.0),
+            id,
+        }))
+    }
+
+    /// Streams a request through on a connection of its own: one that was idle could close under a POST, which may not be
+    /// sent twice. The caller has seen to it that it is no TaskInfo query; hop-by-hop headers and Host are its business.
+    ///
+    /// # Errors
+    /// When upstream cannot be reached, has too many connections, or breaks off before it answers.
+    pub async fn stream<B>(&self, request: Request<B>) -> Result<Response<Incoming>, Error>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: std::error::Error + Send + Sync + 'static,
+    {
+        let slot = self
+            .0
+            .connections()
+            .slot_of_nobody(&self.0)
+            .ok_or(Error::NoConnection)?;
+        let (mut sender, _) = self.0.open(slot).await?;
+        sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)
+    }
+
+    /// The value of the Host header.
+    pub fn host(&self) -> &HeaderValue {
+        &self.0.host
+    }
+
+    /// Closes connections that have been idle for long.
+    pub fn sweep(&self, now: Instant) {
+        let mut old = Vec::new();
+        for pool in self.0.connections().pools.values_mut() {
+            while pool.idle.front().is_some_and(|idle| idle.since + IDLE_LIFETIME <= now) {
+                old.extend(pool.idle.pop_front());
+            }
+        }
+    }
+}
+
+/// The connections of one account. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Pool(Arc<PoolHandle>);
+
+#[derive(Debug)]
+struct PoolHandle {
+    upstream: Arc<Inner>,
+    id: u64,
+}
+
+impl Drop for PoolHandle {
+    fn drop(&mut self) {
+        let closed = self.upstream.connections().pools.remove(&self.id);
+        drop(closed);
+    }
+}
+
+impl Pool {
+    /// A connection of one's own: an idle one, else a new one; with `fresh`, always a new one. Waits while the account or
+    /// the process has as many as it may.
+    ///
+    /// Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::NoConnection`] when DNS, TCP or TLS fail or take longer than `upstream.connect_timeout` together.
+    pub async fn connect(&self, fresh: bool) -> Result<Ready, Error> {
+        let upstream = &self.0.upstream;
+        loop {
+            let freed = upstream.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let admission = upstream.connections().admit(upstream, self.0.id, fresh, Instant::now());
+            match admission {
+                Admission::Idle(Idle {
+                    id, mut sender, wire, ..
+                }) => {
+                    if sender.ready().await.is_ok() {
+                        return Ok(Ready(Some(Held {
+                            pool: self.clone(),
+                            id,
+                            sender,
+                            wire,
+                        })));
+                    }
+                }
+                Admission::Open(slot) => {
+                    let id = slot.id;
+                    let (sender, wire) = upstream.open(slot).await?;
+                    return Ok(Ready(Some(Held {
+                        pool: self.clone(),
+                        id,
+                        sender,
+                        wire,
+                    })));
+                }
+                Admission::Full => freed.await,
+            }
+        }
+    }
+
+    fn hand_back(&self, id: u64, sender: SendRequest<Empty<Bytes>>, wire: Wire) {
+        if sender.is_closed() {
+            return;
+        }
+        let idle = Idle {
+            id,
+            sender,
+            wire,
+            since: Instant::now(),
+        };
+        // A pool that is gone has no use for it: then it closes here.
+        if let Some(pool) = self.0.upstream.connections().pools.get_mut(&self.0.id) {
+            pool.idle.push_back(idle);
+        }
+        self.0.upstream.freed.notify_waiters();
+    }
+}
+
+/// A connection that is open and belongs to one flight. Dropped unused, it is idle again.
+#[derive(Debug)]
+pub struct Ready(Option<Held>);
+
+struct Held {
+    pool: Pool,
+    id: u64,
+    sender: SendRequest<Empty<Bytes>>,
+    wire: Wire,
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Connected for Ready {}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        if let Some(Held { pool, id, sender, wire }) = self.0.take() {
+            pool.hand_back(id, sender, wire);
+        }
+    }
+}
+
+/// What upstream answered, as it came, but decoded.
+#[derive(Debug)]
+pub struct Fetched {
+    /// The HTTP status.
+    pub status: StatusCode,
+    /// The Content-Type, if there was one.
+    pub content_type: Option<HeaderValue>,
+    /// The Retry-After, if there was one.
+    pub retry_after: Option<HeaderValue>,
+    /// The body, byte for byte.
+    pub body: Bytes,
+    /// When the attempt began: an answer shows the task no later than this.
+    pub asked: Instant,
+    /// When the last byte was there.
+    pub received: Instant,
+    /// The body's share of `limits.body_bytes`, until the last holder is done with it.
+    pub room: Option<OwnedSemaphorePermit>,
+}
+
+/// An attempt that brought no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// Why.
+    pub error: Error,
+    /// Whether the connection closed before any byte of a response: then, and only then, asking again may help.
+    pub unanswered: bool,
+}
+
+impl Ready {
+    /// Asks upstream about a task: the only way to TaskInfo, and it costs the permit.
+    ///
+    /// Not cancel safe: dropped midway, the query is spent and the connection closed.
+    ///
+    /// # Errors
+    /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded.
+    pub async fn send(mut self, permit: Permit, key: &ApiKey, task: &TaskId) -> Result<Fetched, Failed> {
+        let closed = || Failed {
+            error: Error::UpstreamBroken,
+            unanswered: true,
+        };
+        let Held {
+            pool,
+            id,
+            mut sender,
+            wire,
+        } = self.0.take().ok_or_else(closed)?;
+        let upstream = Arc::clone(&pool.0.upstream);
+        let request = upstream.query(key, task).map_err(|error| Failed {
+            error,
+            unanswered: false,
+        })?;
+        let asked = Instant::now();
+        wire.arm(permit);
+        let exchange = async {
+            let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+            let (head, body) = response.into_parts();
+            let max_body = upstream.settings.max_body;
+            let (body, room) = body::read(&head.headers, body, max_body, &upstream.room).await?;
+            Ok((head, body, room))
+        };
+        let (head, body, room) = match timeout(upstream.settings.timeout, exchange).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => {
+                return Err(Failed {
+                    unanswered: !wire.heard(),
+                    error,
+                });
+            }
+            Err(_) => {
+                return Err(Failed {
+                    error: Error::UpstreamTimeout,
+                    unanswered: false,
+                });
+            }
+        };
+        let received = Instant::now();
+        // Idle again once hyper has seen that nothing is left over; mostly it has.
+        tokio::spawn(async move {
+            if sender.ready().await.is_ok() {
+                pool.hand_back(id, sender, wire);
+            }
+        });
+        Ok(Fetched {
+            status: head.status,
+            content_type: head.headers.get(CONTENT_TYPE).cloned(),
+            retry_after: head.headers.get(RETRY_AFTER).cloned(),
+            body,
+            asked,
+            received,
+            room: Some(room),
+        })
+    }
+}
+
+impl Inner {
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The request upstream sees. Nothing of the client's but the task's id and its key.
+    fn query(&self, key: &ApiKey, task: &TaskId) -> Result<Request<Empty<Bytes>>, Error> {
+        let uri = Uri::try_from(format!("{TASK_INFO_PATH}?{}", task.to_query())).map_err(|_| Error::Internal)?;
+        let mut request = Request::new(Empty::new());
+        *request.uri_mut() = uri;
+        let headers = request.headers_mut();
+        headers.insert(HOST, self.host.clone());
+        headers.insert(API_KEY_HEADER, key.header_value());
+        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        headers.insert(
+            USER_AGENT,
+            HeaderValue::from_static(concat!("crun-gateway/", env!("CARGO_PKG_VERSION"))),
+        );
+        Ok(request)
+    }
+
+    /// Opens a connection in `slot`, which is free again when it closes.
+    async fn open<B>(self: &Arc<Self>, slot: Slot) -> Result<(SendRequest<B>, Wire), Error>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: std::error::Error + Send + Sync + 'static,
+    {
+        let connecting = async {
+            let (stream, wire) = Wire::attach((self.dial)().await?, self.tls.as_ref()).await?;
+            let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+            tokio::spawn(async move {
+                let _slot = slot;
+                // How it ends, whoever uses it learns from its own request.
+                let _ = connection.await;
+            });
+            anyhow::Ok((sender, wire))
+        };
+        match timeout(self.settings.connect_timeout, connecting).await {
+            Ok(Ok(opened)) => Ok(opened),
+            Ok(Err(error)) => {
+                tracing::warn!(error = format!("{error:#}"), "upstream connection failed");
+                Err(Error::NoConnection)
+            }
+            Err(_) => {
+                let waited_s = self.settings.connect_timeout.as_secs_f64();
+                tracing::warn!(waited_s, "upstream connection timed out");
+                Err(Error::NoConnection)
+            }
+        }
+    }
+}
+
+impl Connections {
+    fn admit(&mut self, upstream: &Arc<Inner>, pool_id: u64, fresh: bool, now: Instant) -> Admission {
+        let full = self.open >= upstream.most_connections;
+        let Some(pool) = self.pools.get_mut(&pool_id) else {
+            return Admission::Full;
+        };
+        if !fresh {
+            while let Some(idle) = pool.idle.pop_back() {
+                if !idle.sender.is_closed() && idle.since + IDLE_LIFETIME > now {
+                    return Admission::Idle(idle);
+                }
+            }
+        }
+        if pool.open >= upstream.settings.connections {
+            // Its slot is free, and this is asked again, once it has closed.
+            drop(pool.idle.pop_front());
+            return Admission::Full;
+        }
+        // An account may always open one, or a full process would shut it out.
+        if full && pool.open > 0 {
+            self.close_longest_idle();
+            return Admission::Full;
+        }
+        pool.open += 1;
+        Admission::Open(self.slot(upstream, Some(pool_id)))
+    }
+
+    fn slot_of_nobody(&mut self, upstream: &Arc<Inner>) -> Option<Slot> {
+        if self.open >= upstream.most_connections {
+            self.close_longest_idle();
+            return None;
+        }
+        Some(self.slot(upstream, None))
+    }
+
+    fn slot(&mut self, upstream: &Arc<Inner>, pool: Option<u64>) -> Slot {
+        self.open += 1;
+        self.next_id += 1;
+        upstream.metrics.upstream_connections.inc();
+        Slot {
+            upstream: Arc::clone(upstream),
+            pool,
+            id: self.next_id,
+        }
+    }
+
+    fn close_longest_idle(&mut self) {
+        let pools = self.pools.values_mut().filter(|pool| !pool.idle.is_empty());
+        if let Some(pool) = pools.min_by_key(|pool| pool.idle.front().map(|idle| idle.since)) {
+            drop(pool.idle.pop_front());
+        }
+    }
+}
+
+/// A connection's place among `upstream.connections` and `limits.upstream_connections`, from before it is opened until it
+/// has closed.
+struct Slot {
+    upstream: Arc<Inner>,
+    pool: Option<u64>,
+    id: u64,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut connections = self.upstream.connections();
+        connections.open -= 1;
+        if let Some(pool) = self.pool.and_then(|pool| connections.pools.get_mut(&pool)) {
+            pool.open -= 1;
+            pool.idle.retain(|idle| idle.id != self.id);
+        }
+        drop(connections);
+        self.upstream.metrics.upstream_connections.dec();
+        self.upstream.freed.notify_waiters();
+    }
+}
+
+/// Roots of the web, and the operator's own; ALPN `http/1.1`.
+fn tls_config(settings: &config::Upstream) -> anyhow::Result<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    if let Some(file) = &settings.ca_file {
+        for certificate in
+            CertificateDer::pem_file_iter(file).with_context(|| format!("upstream.ca_file: {}", file.display()))?
+        {
+            let certificate = certificate.with_context(|| format!("upstream.ca_file: {}", file.display()))?;
+            roots
+                .add(certificate)
+                .with_context(|| format!("upstream.ca_file: {}", file.display()))?;
+        }
+    }
+    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
