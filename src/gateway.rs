@@ -397,14 +397,13 @@ impl Gateway {
         let reading = task::read(status.as_u16(), &body, task);
         let before = self.cache.snapshot(account.id, task, received);
         let keeping = Keeping::of(&reading, before.as_deref(), received, unix_now(), &self.config.cache);
-        let answer = Arc::new(Answer {
-            content_type,
-            retry_after,
-            keeping,
-            // What is kept counts against the cache.
-            room: room.filter(|_| keeping.is_none()),
-            ..Answer::new(status, body, reading, asked, received)
-        });
+        let mut answer = Answer::new(status, body, reading, asked, received);
+        answer.content_type = content_type;
+        answer.retry_after = retry_after;
+        answer.keeping = keeping;
+        // What is kept counts against the cache.
+        answer.room = room.filter(|_| keeping.is_none());
+        let answer = Arc::new(answer);
         self.cache.put(account.id, task, &answer, received);
         answer
     }
