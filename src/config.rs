@@ -1,16 +1,30 @@
 //! The checked configuration: real types, every value in range, every secret read.
+//!
+//! A YAML file goes in, a [`Config`] or all its [`Problems`] come out. The one list of fields, defaults and checks is
+//! `config/fields.rs`; the shape is that of the shipped `config.yaml`. Nothing here reads the process's environment or
+//! the clock: the environment is an argument. Relative paths are relative to the working directory.
+
+mod fields;
+mod problem;
+mod reader;
+mod render;
+mod secret;
+mod values;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http::{HeaderName, Uri};
+use serde_json::Value;
 
-use crate::account::ApiKey;
+pub use self::problem::{Problem, Problems};
+use self::reader::Reader;
+pub use self::secret::{Key, KeySource};
 
 /// Everything that the gateway may be told.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Where clients connect.
     pub listen: SocketAddr,
@@ -42,8 +56,49 @@ pub struct Config {
     pub log: Log,
 }
 
+impl Config {
+    /// Reads the file at `path` and everything that it names. `env` looks up an environment variable.
+    ///
+    /// # Errors
+    /// Every problem of the file at once; or the one that keeps it from being read.
+    pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Problems> {
+        let text = secret::read_file(path).and_then(|bytes| {
+            String::from_utf8(bytes).or_else(|_| problem::wrong("the file is not UTF-8", "save it as UTF-8"))
+        });
+        match text {
+            Ok(text) => Self::parse(&text, env),
+            Err(wrong) => Err(Problem::new(path.display().to_string(), wrong).into()),
+        }
+    }
+
+    /// Reads the text of a configuration and the files and environment variables that it names.
+    ///
+    /// # Errors
+    /// Every problem of the text at once. When it is not YAML, that is the one problem.
+    pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Problems> {
+        let tree = reader::tree(text)?;
+        let mut reader = Reader::new(env);
+        let config = reader.root(&tree, fields::config);
+        reader.finish().map(|()| config)
+    }
+
+    /// The whole configuration as YAML in the shape of the file, every field, keys masked: what `check` prints.
+    ///
+    /// It parses to the same configuration again as long as the keys are where they were.
+    pub fn render(&self) -> String {
+        render::yaml(self)
+    }
+}
+
+impl Default for Config {
+    /// What an empty file means.
+    fn default() -> Self {
+        Reader::new(&|_| None).root(&Value::Null, fields::config)
+    }
+}
+
 /// The upstream and how it is reached.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Upstream {
     /// Scheme, host and port; no path.
     pub url: Uri,
@@ -60,12 +115,12 @@ pub struct Upstream {
 }
 
 /// A configured account.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Account {
     /// Its metric label.
     pub name: String,
     /// Its keys, which share one budget; the first is the one sent for client tokens.
-    pub keys: Vec<ApiKey>,
+    pub keys: Vec<Key>,
 }
 
 /// What becomes of a key that is listed nowhere.
@@ -78,7 +133,7 @@ pub enum UnknownKeys {
 }
 
 /// How each account's queries are spent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Budget {
     /// Queries a second that upstream allows an account.
     pub limit: NonZeroU32,
@@ -91,7 +146,7 @@ pub struct Budget {
 }
 
 /// What is kept of answers, and for how long.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Cache {
     /// Weight of all kept answers, in bytes.
     pub max_bytes: u64,
@@ -106,7 +161,7 @@ pub struct Cache {
 }
 
 /// The bounds of a live answer's freshness lifetime.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fresh {
     /// Never below.
     pub floor: Duration,
@@ -115,7 +170,7 @@ pub struct Fresh {
 }
 
 /// What bounds the process.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
     /// A request's head, from its first byte.
     pub header_timeout: Duration,
@@ -132,7 +187,7 @@ pub struct Limits {
 }
 
 /// What is logged, and how.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Log {
     /// The form of a line.
     pub format: LogFormat,

@@ -1,0 +1,314 @@
+//! Every field of the configuration: its name, its default, and what it must be.
+//!
+//! This is the one list. `Config::default()` is what it makes of an empty file; the shipped `config.yaml` and
+//! [`Config::render`] have the same fields in the same order, which the tests hold them to.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::{GIB, KIB, MIB, TIB};
+use http::{HeaderName, Uri};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use serde_json::Value;
+use tracing::Level;
+
+use super::problem::{Wrong, wrong};
+use super::reader::Reader;
+use super::values::{self, written_duration, written_size};
+use super::{Account, Budget, Cache, Config, Fresh, Limits, Log, LogFormat, UnknownKeys, Upstream, secret};
+
+const MS: Duration = Duration::from_millis(1);
+const DAY: Duration = secs(86_400);
+/// No duration is longer, so that sums of them never overflow.
+const YEAR: Duration = secs(365 * 86_400);
+/// No count is larger: beyond, memory or file descriptors would end first.
+const MANY: u64 = 1_000_000;
+/// How long the listener stays open once a stop began (design, "Stop").
+const LISTENER_STAYS_OPEN: Duration = secs(2);
+
+const fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+pub(super) const UNKNOWN_KEYS: [(&str, UnknownKeys); 2] =
+    [("forward", UnknownKeys::Forward), ("reject", UnknownKeys::Reject)];
+pub(super) const LOG_FORMATS: [(&str, LogFormat); 2] = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+pub(super) const LOG_LEVELS: [(&str, Level); 5] = [
+    ("trace", Level::TRACE),
+    ("debug", Level::DEBUG),
+    ("info", Level::INFO),
+    ("warn", Level::WARN),
+    ("error", Level::ERROR),
+];
+
+/// Reads the whole configuration.
+pub(super) fn config(r: &mut Reader<'_>) -> Config {
+    let config = Config {
+        listen: r.value("listen", SocketAddr::from(([0, 0, 0, 0], 8080)), values::address),
+        admin: r.value("admin", SocketAddr::from(([0, 0, 0, 0], 9090)), values::address),
+        upstream: r.section("upstream", upstream),
+        accounts: accounts(r),
+        unknown_keys: r.choice("unknown_keys", UnknownKeys::Forward, &UNKNOWN_KEYS),
+        max_accounts: r.count("max_accounts", 10_000, 1..=MANY),
+        client_header: r.value("client_header", HeaderName::from_static("x-client-id"), values::header),
+        budget: r.section("budget", budget),
+        cache: r.section("cache", cache),
+        passthrough: r.list("passthrough", vec!["/api/v1/".to_owned()], values::prefix),
+        limits: r.section("limits", limits),
+        drain: r.duration("drain", secs(30), LISTENER_STAYS_OPEN..=DAY),
+        worker_threads: r
+            .nullable("worker_threads", count(1..=1024))
+            .unwrap_or_else(default_worker_threads),
+        log: r.section("log", log),
+    };
+    r.unsupported(
+        "shared",
+        "replicas that share a budget",
+        "set it to null and run one replica",
+    );
+    together(r, &config);
+    config
+}
+
+fn upstream(r: &mut Reader<'_>) -> Upstream {
+    Upstream {
+        url: r.value("url", Uri::from_static("https://api.crun.ai"), values::url),
+        connect_timeout: r.duration("connect_timeout", secs(3), MS..=YEAR),
+        timeout: r.duration("timeout", secs(8), MS..=YEAR),
+        connections: r.count("connections", 120, 1..=MANY),
+        max_body: r.bytes("max_body", 16 * MIB, KIB..=GIB),
+        ca_file: r.nullable("ca_file", ca_file),
+    }
+}
+
+/// One account, and its name unless it has none that could serve.
+fn account(r: &mut Reader<'_>) -> (Option<String>, Account) {
+    let name = r.nullable("name", values::name);
+    let keys = secret::keys(r, "keys");
+    r.unsupported(
+        "clients",
+        "client tokens",
+        "remove it and let clients send the account's key",
+    );
+    if name.is_none() && r.sound("name") {
+        r.problem(
+            "name",
+            "is missing",
+            "give the account a name, which labels its metrics",
+        );
+    }
+    (
+        name.clone(),
+        Account {
+            name: name.unwrap_or_default(),
+            keys,
+        },
+    )
+}
+
+fn accounts(r: &mut Reader<'_>) -> Vec<Account> {
+    let accounts = r.each("accounts", account);
+    for (index, (name, _)) in accounts.iter().enumerate().filter(|(_, (name, _))| name.is_some()) {
+        if let Some(first) = accounts[..index].iter().position(|(other, _)| other == name) {
+            let what = format!("is also the name of accounts[{first}]");
+            let fix = "choose another, or list the keys of both under one account";
+            r.problem(&format!("accounts[{index}].name"), what, fix);
+        }
+    }
+    accounts.into_iter().map(|(_, account)| account).collect()
+}
+
+fn budget(r: &mut Reader<'_>) -> Budget {
+    Budget {
+        limit: NonZeroU32::new(r.count("limit", 15, 1..=1_000_000)).unwrap_or(NonZeroU32::MIN),
+        margin: r.duration("margin", 30 * MS, Duration::from_nanos(1)..=secs(10)),
+        max_wait: r.duration("max_wait", secs(10), MS..=DAY),
+        max_queue: r.count("max_queue", 1000, 1..=MANY),
+    }
+}
+
+fn cache(r: &mut Reader<'_>) -> Cache {
+    Cache {
+        max_bytes: r.bytes("max_bytes", 256 * MIB, MIB..=16 * TIB),
+        terminal: r.duration("terminal", 7 * DAY, MS..=YEAR),
+        not_found: r.duration("not_found", secs(5), Duration::ZERO..=YEAR),
+        fresh: r.section("fresh", |r| Fresh {
+            floor: r.duration("floor", secs(2), Duration::ZERO..=YEAR),
+            ceiling: r.duration("ceiling", secs(30), MS..=YEAR),
+        }),
+        max_stale: r.duration("max_stale", secs(600), Duration::ZERO..=YEAR),
+    }
+}
+
+fn limits(r: &mut Reader<'_>) -> Limits {
+    Limits {
+        header_timeout: r.duration("header_timeout", secs(10), MS..=YEAR),
+        idle_timeout: r.duration("idle_timeout", secs(75), MS..=YEAR),
+        connections: r.count("connections", 20_000, 1..=MANY),
+        connections_per_address: r.nullable("connections_per_address", count(1..=MANY)),
+        upstream_connections: r.count("upstream_connections", 2000, 1..=MANY),
+        body_bytes: r.bytes("body_bytes", 256 * MIB, KIB..=64 * GIB),
+    }
+}
+
+fn log(r: &mut Reader<'_>) -> Log {
+    Log {
+        format: r.choice("format", LogFormat::Text, &LOG_FORMATS),
+        level: r.choice("level", Level::INFO, &LOG_LEVELS),
+    }
+}
+
+/// What no field can say alone.
+fn together(r: &mut Reader<'_>, config: &Config) {
+    let check = |sound: bool, what: String, fix: String| if sound { Ok(()) } else { wrong(what, fix) };
+
+    let (listen, admin) = (config.listen, config.admin);
+    let one_address = listen.ip() == admin.ip() || listen.ip().is_unspecified() || admin.ip().is_unspecified();
+    let clash = listen.port() == admin.port() && listen.port() != 0 && one_address;
+    let fix = "choose another port: it must not be exposed where clients are";
+    r.together(
+        &["admin", "listen"],
+        check(!clash, "is the address of `listen`".into(), fix.into()),
+    );
+
+    let Fresh { floor, ceiling } = config.cache.fresh;
+    let (low, high) = (written_duration(floor), written_duration(ceiling));
+    let what = format!("is {low}, above cache.fresh.ceiling of {high}");
+    let fix = "lower it, or raise cache.fresh.ceiling".to_owned();
+    r.together(
+        &["cache.fresh.floor", "cache.fresh.ceiling"],
+        check(floor <= ceiling, what, fix),
+    );
+
+    let (one, all) = (config.upstream.max_body, config.limits.body_bytes);
+    let what = format!(
+        "is above limits.body_bytes of {}: no room for one such body",
+        written_size(all as u64)
+    );
+    let fix = "lower it, or raise limits.body_bytes".to_owned();
+    r.together(
+        &["upstream.max_body", "limits.body_bytes"],
+        check(one <= all, what, fix),
+    );
+
+    let least = config.budget.max_wait + LISTENER_STAYS_OPEN;
+    let what = "ends before a poll that came last has waited budget.max_wait".to_owned();
+    let fix = format!(
+        "raise it to at least {}, or lower budget.max_wait",
+        written_duration(least)
+    );
+    r.together(&["drain", "budget.max_wait"], check(config.drain >= least, what, fix));
+}
+
+/// The extra roots' file, which must hold at least one certificate. Only its path is kept.
+fn ca_file(value: &Value) -> Result<PathBuf, Wrong> {
+    let path = PathBuf::from(values::text(value, "/etc/ssl/extra.pem")?);
+    let pem = secret::read_file(&path)?;
+    match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
+        Ok(certificates) if !certificates.is_empty() => Ok(path),
+        Ok(_) => wrong("has no certificate in it", "name a PEM file with BEGIN CERTIFICATE"),
+        Err(_) => wrong("is damaged", "name a PEM file with whole certificates"),
+    }
+}
+
+fn default_worker_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4))
+}
+
+fn count<N: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<N, Wrong> {
+    move |value| {
+        let number = values::whole(value, &range)?;
+        N::try_from(number).or_else(|_| wrong("is more than this machine can count", "lower it"))
+    }
+}
+
+/// The getters that the table above is written in.
+impl Reader<'_> {
+    fn duration(&mut self, name: &'static str, default: Duration, range: RangeInclusive<Duration>) -> Duration {
+        self.value(name, default, |value| values::duration(value, &range))
+    }
+
+    fn count<N: TryFrom<u64>>(&mut self, name: &'static str, default: N, range: RangeInclusive<u64>) -> N {
+        self.value(name, default, count(range))
+    }
+
+    /// A size with its default in bytes; at most what this machine can address.
+    fn bytes<N: TryFrom<u64> + Default>(&mut self, name: &'static str, default: u64, range: RangeInclusive<u64>) -> N {
+        let fits = |bytes| N::try_from(bytes).or_else(|_| wrong("is more than this machine can address", "lower it"));
+        self.value(name, N::try_from(default).unwrap_or_default(), |value| {
+            fits(values::size(value, &range)?)
+        })
+    }
+
+    fn choice<T: Copy>(&mut self, name: &'static str, default: T, choices: &[(&str, T)]) -> T {
+        self.value(name, default, |value| values::choice(value, choices))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reader;
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../config.yaml");
+    const ONE_ACCOUNT: &str = "accounts: [{ name: a, keys: [{ env: KEY }] }]";
+
+    /// Every field that is asked for when there is an account, as `accounts.keys.file`.
+    fn known() -> Vec<String> {
+        let tree = reader::tree(ONE_ACCOUNT).unwrap();
+        let mut reader = Reader::new(&|_| Some("key".to_owned()));
+        reader.root(&tree, config);
+        reader.known().iter().cloned().collect()
+    }
+
+    /// Whether a line of `yaml` begins with `field`'s last name, as a field or within `{ … }`, perhaps commented out.
+    fn shows(yaml: &str, field: &str) -> bool {
+        let name = field.rsplit('.').next().unwrap_or(field);
+        yaml.lines()
+            .map(|line| line.trim_start_matches(['#', ' ', '-', '{']))
+            .any(|line| line.starts_with(&format!("{name}:")))
+    }
+
+    #[test]
+    fn the_shipped_file_shows_every_field() {
+        for field in known() {
+            assert!(shows(SHIPPED, &field), "config.yaml lacks {field}");
+        }
+    }
+
+    #[test]
+    fn what_is_rendered_shows_every_field() {
+        let files = tempfile::tempdir().unwrap();
+        let path = files.path().join("key");
+        std::fs::write(&path, "other-key").unwrap();
+        let text = format!("accounts: [{{ name: a, keys: [{{ env: KEY }}, {{ file: {path:?} }}] }}]");
+        let config = Config::parse(&text, &|_| Some("key".to_owned())).unwrap();
+        for field in known() {
+            assert!(shows(&config.render(), &field), "render lacks {field}");
+        }
+    }
+
+    #[test]
+    fn the_shipped_file_says_what_an_empty_one_means() {
+        let shipped = Config::parse(SHIPPED, &|_| None).unwrap();
+        assert_eq!(shipped, Config::default());
+        assert_eq!(shipped, Config::parse("", &|_| None).unwrap());
+    }
+
+    #[test]
+    fn the_commented_account_in_the_shipped_file_is_right() {
+        let example: String = SHIPPED
+            .lines()
+            .skip_while(|line| *line != "# accounts:")
+            .take_while(|line| line.starts_with('#'))
+            .map(|line| format!("{}\n", line.trim_start_matches("# ").replace("#   ", "  ")))
+            .collect();
+        let problems = Config::parse(&example, &|_| Some("key".to_owned())).unwrap_err();
+        let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
+        assert_eq!(fields, ["accounts[0].keys[0].file"], "{problems}\n{example}");
+    }
+}

@@ -1,0 +1,116 @@
+//! Writes a configuration as the file that would say the same.
+
+use std::path::Path;
+
+use super::fields::{LOG_FORMATS, LOG_LEVELS, UNKNOWN_KEYS};
+use super::values::{written_duration as time, written_size};
+use super::{Account, Config, Key, KeySource};
+
+/// Every field, in the order of the shipped `config.yaml`.
+pub(super) fn yaml(config: &Config) -> String {
+    let Config {
+        listen,
+        admin,
+        upstream,
+        accounts,
+        unknown_keys,
+        max_accounts,
+        client_header,
+        budget,
+        cache,
+        passthrough,
+        limits,
+        drain,
+        worker_threads,
+        log,
+    } = config;
+    let size = |bytes: usize| quoted(&written_size(bytes as u64));
+    let time = |duration| quoted(&time(duration));
+    let url = upstream.url.to_string();
+    let prefixes: Vec<_> = passthrough.iter().map(|prefix| quoted(prefix)).collect();
+
+    let lines = [
+        format!("listen: {}", quoted(&listen.to_string())),
+        format!("admin: {}", quoted(&admin.to_string())),
+        "upstream:".to_owned(),
+        format!("  url: {}", quoted(url.trim_end_matches('/'))),
+        format!("  connect_timeout: {}", time(upstream.connect_timeout)),
+        format!("  timeout: {}", time(upstream.timeout)),
+        format!("  connections: {}", upstream.connections),
+        format!("  max_body: {}", size(upstream.max_body)),
+        format!("  ca_file: {}", or_null(upstream.ca_file.as_deref().map(path))),
+        accounts_yaml(accounts),
+        format!("unknown_keys: {}", word(unknown_keys, &UNKNOWN_KEYS)),
+        format!("max_accounts: {max_accounts}"),
+        format!("client_header: {client_header}"),
+        "budget:".to_owned(),
+        format!("  limit: {}", budget.limit),
+        format!("  margin: {}", time(budget.margin)),
+        format!("  max_wait: {}", time(budget.max_wait)),
+        format!("  max_queue: {}", budget.max_queue),
+        "cache:".to_owned(),
+        format!("  max_bytes: {}", quoted(&written_size(cache.max_bytes))),
+        format!("  terminal: {}", time(cache.terminal)),
+        format!("  not_found: {}", time(cache.not_found)),
+        "  fresh:".to_owned(),
+        format!("    floor: {}", time(cache.fresh.floor)),
+        format!("    ceiling: {}", time(cache.fresh.ceiling)),
+        format!("  max_stale: {}", time(cache.max_stale)),
+        format!("passthrough: [{}]", prefixes.join(", ")),
+        "shared: null".to_owned(),
+        "limits:".to_owned(),
+        format!("  header_timeout: {}", time(limits.header_timeout)),
+        format!("  idle_timeout: {}", time(limits.idle_timeout)),
+        format!("  connections: {}", limits.connections),
+        format!("  connections_per_address: {}", or_null(limits.connections_per_address)),
+        format!("  upstream_connections: {}", limits.upstream_connections),
+        format!("  body_bytes: {}", size(limits.body_bytes)),
+        format!("drain: {}", time(*drain)),
+        format!("worker_threads: {worker_threads}"),
+        "log:".to_owned(),
+        format!("  format: {}", word(&log.format, &LOG_FORMATS)),
+        format!("  level: {}", word(&log.level, &LOG_LEVELS)),
+    ];
+    lines.map(|line| line + "\n").concat()
+}
+
+fn accounts_yaml(accounts: &[Account]) -> String {
+    if accounts.is_empty() {
+        return "accounts: []".to_owned();
+    }
+    let account = |Account { name, keys }: &Account| {
+        let keys: Vec<_> = keys.iter().map(key_yaml).collect();
+        let name = quoted(name);
+        format!("  - name: {name}\n    keys:\n{}\n    clients: []", keys.join("\n"))
+    };
+    let accounts: Vec<_> = accounts.iter().map(account).collect();
+    format!("accounts:\n{}", accounts.join("\n"))
+}
+
+fn key_yaml(Key { key, source }: &Key) -> String {
+    let source = match source {
+        KeySource::File(file) => format!("file: {}", path(file)),
+        KeySource::Env(name) => format!("env: {}", quoted(name)),
+    };
+    format!("      - {{ {source} }}  # read, {} characters", key.length())
+}
+
+/// A JSON string, which is a YAML string in double quotes.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+fn path(path: &Path) -> String {
+    quoted(&path.to_string_lossy())
+}
+
+fn or_null(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "null".to_owned(), |value| value.to_string())
+}
+
+fn word<T: PartialEq>(value: &T, words: &[(&'static str, T)]) -> &'static str {
+    words
+        .iter()
+        .find(|(_, other)| other == value)
+        .map_or("", |(word, _)| word)
+}

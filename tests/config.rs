@@ -1,0 +1,567 @@
+//! A configuration as an operator meets it: defaults, every kind of mistake, secrets, and what `check` prints.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crun_gateway::account::ApiKey;
+use crun_gateway::config::{Config, KeySource, LogFormat, Problems, UnknownKeys};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+const SECRET: &str = "ak_91f3secret7c";
+
+fn no_env(_: &str) -> Option<String> {
+    None
+}
+
+/// `MUSIC` and `MEDIA` are set, to two keys; `PADDED` is the first with white space around it.
+fn env(name: &str) -> Option<String> {
+    match name {
+        "MUSIC" => Some(SECRET.to_owned()),
+        "MEDIA" => Some("ak_2media".to_owned()),
+        "PADDED" => Some(format!(" {SECRET}\n")),
+        "EMPTY" => Some(" \n".to_owned()),
+        "BROKEN" => Some(format!("{SECRET}\nX: y")),
+        _ => None,
+    }
+}
+
+fn refused(text: &str) -> Problems {
+    match Config::parse(text, &env) {
+        Ok(config) => panic!("accepted:\n{text}\n{}", config.render()),
+        Err(problems) => problems,
+    }
+}
+
+/// Says that `text` has one problem, which reads `expected`.
+fn refuses(text: &str, expected: &str) {
+    assert_eq!(refused(text).to_string(), expected, "{text}");
+}
+
+/// Says that `text` is refused for `fields`, in this order.
+fn refuses_fields(text: &str, fields: &[&str]) {
+    let problems = refused(text);
+    let found: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
+    assert_eq!(found, fields, "{text}\n{problems}");
+}
+
+fn accepts(text: &str) -> Config {
+    Config::parse(text, &env).unwrap_or_else(|problems| panic!("{text}\n{problems}"))
+}
+
+fn file(directory: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+    let path = directory.path().join(name);
+    fs::write(&path, content).unwrap();
+    path
+}
+
+fn certificate() -> String {
+    rcgen::generate_simple_self_signed(["upstream".to_owned()])
+        .unwrap()
+        .cert
+        .pem()
+}
+
+#[test]
+fn an_empty_file_has_every_default() {
+    let config = accepts("# nothing\n");
+    let secs = Duration::from_secs;
+
+    assert_eq!(config.listen.to_string(), "0.0.0.0:8080");
+    assert_eq!(config.admin.to_string(), "0.0.0.0:9090");
+    assert_eq!(config.upstream.url, "https://api.crun.ai");
+    assert_eq!(config.upstream.connect_timeout, secs(3));
+    assert_eq!(config.upstream.timeout, secs(8));
+    assert_eq!(config.upstream.connections, 120);
+    assert_eq!(config.upstream.max_body, 16 << 20);
+    assert_eq!(config.upstream.ca_file, None);
+    assert_eq!(config.accounts, []);
+    assert_eq!(config.unknown_keys, UnknownKeys::Forward);
+    assert_eq!(config.max_accounts, 10_000);
+    assert_eq!(config.client_header, "x-client-id");
+    assert_eq!(config.budget.limit.get(), 15);
+    assert_eq!(config.budget.margin, Duration::from_millis(30));
+    assert_eq!(config.budget.max_wait, secs(10));
+    assert_eq!(config.budget.max_queue, 1000);
+    assert_eq!(config.cache.max_bytes, 256 << 20);
+    assert_eq!(config.cache.terminal, secs(7 * 86_400));
+    assert_eq!(config.cache.not_found, secs(5));
+    assert_eq!(config.cache.fresh.floor, secs(2));
+    assert_eq!(config.cache.fresh.ceiling, secs(30));
+    assert_eq!(config.cache.max_stale, secs(600));
+    assert_eq!(config.passthrough, ["/api/v1/"]);
+    assert_eq!(config.limits.header_timeout, secs(10));
+    assert_eq!(config.limits.idle_timeout, secs(75));
+    assert_eq!(config.limits.connections, 20_000);
+    assert_eq!(config.limits.connections_per_address, None);
+    assert_eq!(config.limits.upstream_connections, 2000);
+    assert_eq!(config.limits.body_bytes, 256 << 20);
+    assert_eq!(config.drain, secs(30));
+    assert!((1..=4).contains(&config.worker_threads));
+    assert_eq!(config.log.format, LogFormat::Text);
+    assert_eq!(config.log.level, tracing::Level::INFO);
+    assert_eq!(config, Config::default());
+}
+
+#[test]
+fn the_shipped_file_loads() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config.yaml");
+    assert_eq!(Config::load(&path, &no_env).unwrap(), Config::default());
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    let text = r#"
+listen: "0.0.0.0:8080"
+admin: localhost
+upstream:
+  url: https://api.crun.ai/api/v1
+  timeout: 8
+  conections: 5
+accounts:
+  - name: music
+    keys: [{ env: MUSIC }]
+  - name: music
+    keys:
+      - { file: /nowhere/key }
+      - { env: MUSIC }
+budget:
+  limit: "15"
+  margin: 0s
+max_wait: 10s
+passthrough: ["/api/v1/", "api"]
+"#;
+    let expected = [
+        r#"admin: is not an IP address and a port: write both, e.g. "0.0.0.0:8080" or "[::]:8080""#,
+        r#"upstream.url: has a path, a query or a fragment: write scheme and host only, e.g. "https://api.crun.ai""#,
+        r#"upstream.timeout: has no unit: write it with a unit, e.g. "3s""#,
+        "accounts[1].keys[0].file: there is no such file: create it, or correct the path",
+        "accounts[1].keys[1]: is the same key as accounts[0].keys[0]: list each key once",
+        "accounts[1].name: is also the name of accounts[0]: choose another, or list the keys of both under one account",
+        "budget.limit: is text, not a whole number without quotes: write a whole number without quotes, e.g. 1",
+        "budget.margin: is out of range: choose a duration from 1ns to 10s",
+        r#"passthrough[1]: does not begin and end with `/`: write whole segments, e.g. "/api/v1/""#,
+        "upstream.conections: no such field: did you mean `connections`?",
+        "max_wait: no such field: did you mean `budget.max_wait`?",
+    ];
+    refuses(text, &expected.join("\n"));
+}
+
+#[test]
+fn an_unknown_field_is_refused_at_every_level() {
+    refuses("lisen: x", "lisen: no such field: did you mean `listen`?");
+    refuses(
+        "cache: { fresh: { celing: 3s } }",
+        "cache.fresh.celing: no such field: did you mean `ceiling`?",
+    );
+    refuses(
+        "log: { target: x }",
+        "log.target: no such field: the fields here are format, level",
+    );
+    refuses_fields("limits: { x: 1 }", &["limits.x"]);
+    refuses_fields("upstream: { x: 1 }", &["upstream.x"]);
+    refuses_fields("budget: { x: 1 }", &["budget.x"]);
+    refuses_fields(
+        "accounts: [{ name: a, keys: [{ env: MUSIC }], x: 1 }]",
+        &["accounts[0].x"],
+    );
+    refuses_fields(
+        "accounts: [{ name: a, keys: [{ env: MUSIC, x: 1 }] }]",
+        &["accounts[0].keys[0].<unknown>"],
+    );
+}
+
+#[test]
+fn wrong_shapes_are_refused() {
+    refuses(
+        "- a",
+        "the file: is a list, not a mapping of fields: write a mapping of fields, e.g. {}",
+    );
+    refuses_fields("hello", &["the file"]);
+    refuses_fields("budget: 15", &["budget"]);
+    refuses_fields("accounts: music", &["accounts"]);
+    refuses_fields("accounts: [music]", &["accounts[0]"]);
+    refuses_fields("accounts: [{ name: a, keys: { env: MUSIC } }]", &["accounts[0].keys"]);
+    refuses_fields("passthrough: /api/", &["passthrough"]);
+    refuses_fields("passthrough: [1]", &["passthrough[0]"]);
+    refuses(
+        "drain:",
+        "drain: is empty: give it a value, or remove it for the default",
+    );
+    refuses_fields("a: 1\nb: [", &["line 2, column 5"]);
+}
+
+#[test]
+fn an_empty_section_has_its_defaults() {
+    assert_eq!(accepts("budget:\naccounts:\ncache:\n  fresh:\n"), Config::default());
+}
+
+#[test]
+fn every_field_has_a_range() {
+    for (field, bad) in [
+        (
+            "listen",
+            &["'8080'", "8080", "localhost:80", "''", "'0.0.0.0:70000'"][..],
+        ),
+        ("upstream.url", &["ftp://x", "x", "'http://u:p@x'", "http://x/y", "7"]),
+        ("upstream.connect_timeout", &["0s", "3", "2y", "-1s", "null"]),
+        ("upstream.timeout", &["0s", "'8'", "true", "[8s]"]),
+        (
+            "upstream.connections",
+            &["0", "-1", "1.5", "'120'", "1000001", "99999999999999999999"],
+        ),
+        ("upstream.max_body", &["1023", "2GiB", "big", "-1", "1.5"]),
+        ("upstream.ca_file", &["/nowhere/ca.pem", "''", "7"]),
+        ("unknown_keys", &["maybe", "Forward", "true"]),
+        ("max_accounts", &["0", "x"]),
+        ("client_header", &["x-api-key", "Host", "'a b'", "''"]),
+        ("budget.limit", &["0", "1000001", "15.0", "'15'", "-15"]),
+        ("budget.margin", &["0ms", "11s", "30"]),
+        ("budget.max_wait", &["0s", "10"]),
+        ("budget.max_queue", &["0"]),
+        ("cache.max_bytes", &["0", "1KiB", "99EiB"]),
+        ("cache.terminal", &["0s", "366d"]),
+        ("cache.not_found", &["5", "366d"]),
+        ("cache.fresh.floor", &["2", "31s"]),
+        ("cache.fresh.ceiling", &["0s"]),
+        ("cache.max_stale", &["10", "never"]),
+        ("passthrough", &["null", "/api/"]),
+        ("limits.header_timeout", &["0s"]),
+        ("limits.idle_timeout", &["0s"]),
+        ("limits.connections", &["0", "null"]),
+        ("limits.connections_per_address", &["0"]),
+        ("limits.upstream_connections", &["0"]),
+        ("limits.body_bytes", &["0", "1TiB"]),
+        ("drain", &["1s", "2d", "11s"]),
+        ("worker_threads", &["0", "1025", "two"]),
+        ("log.format", &["xml"]),
+        ("log.level", &["INFO", "off", "3"]),
+        ("shared", &["{ url: 'redis://:pw@x', max_replicas: 3 }", "true"]),
+    ] {
+        for bad in bad {
+            let names: Vec<_> = field.split('.').collect();
+            let mut text = (*bad).to_owned();
+            for name in names.iter().rev() {
+                text = format!("{{ {name}: {text} }}");
+            }
+            refuses_fields(&text, &[field]);
+        }
+    }
+}
+
+#[test]
+fn fields_that_contradict_each_other_are_refused() {
+    refuses(
+        r#"{ listen: "127.0.0.1:80", admin: "0.0.0.0:80" }"#,
+        "admin: is the address of `listen`: choose another port: it must not be exposed where clients are",
+    );
+    accepts(r#"{ listen: "127.0.0.1:80", admin: "127.0.0.2:80" }"#);
+    accepts(r#"{ listen: "127.0.0.1:0", admin: "127.0.0.1:0" }"#);
+    refuses(
+        "cache: { fresh: { ceiling: 1s } }",
+        "cache.fresh.floor: is 2s, above cache.fresh.ceiling of 1s: lower it, or raise cache.fresh.ceiling",
+    );
+    refuses(
+        "limits: { body_bytes: 8MiB }",
+        "upstream.max_body: is above limits.body_bytes of 8MiB: no room for one such body: \
+         lower it, or raise limits.body_bytes",
+    );
+    refuses(
+        "budget: { max_wait: 1m }",
+        "drain: ends before a poll that came last has waited budget.max_wait: \
+         raise it to at least 62s, or lower budget.max_wait",
+    );
+    // A field that is wrong by itself is not also held against the others' defaults.
+    refuses_fields("cache: { fresh: { floor: x, ceiling: 1s } }", &["cache.fresh.floor"]);
+}
+
+#[test]
+fn what_a_later_version_may_read_is_refused_clearly() {
+    refuses(
+        "shared: { url: 'redis://x' }",
+        "shared: replicas that share a budget are not supported by this version: set it to null and run one replica",
+    );
+    refuses(
+        &format!("accounts: [{{ name: a, keys: [{{ env: MUSIC }}], clients: [{{ name: x, token: {SECRET} }}] }}]"),
+        "accounts[0].clients: client tokens are not supported by this version: \
+         remove it and let clients send the account's key",
+    );
+    accepts("{ shared: null, accounts: [{ name: a, keys: [{ env: MUSIC }], clients: [] }] }");
+}
+
+#[test]
+fn keys_come_from_files_and_the_environment() {
+    let files = tempfile::tempdir().unwrap();
+    let path = file(&files, "music", "  ak_from_file\r\n");
+    let config = accepts(&format!(
+        "accounts: [{{ name: music, keys: [{{ file: {path:?} }}, {{ env: PADDED }}] }}, {{ name: media, keys: [{{ env: MEDIA }}] }}]"
+    ));
+    let [music, media] = &config.accounts[..] else {
+        panic!("two accounts")
+    };
+    assert_eq!(music.name, "music");
+    assert_eq!(music.keys[0].key, ApiKey::new("ak_from_file").unwrap());
+    assert_eq!(music.keys[0].source, KeySource::File(path));
+    assert_eq!(music.keys[1].key, ApiKey::new(SECRET).unwrap());
+    assert_eq!(music.keys[1].source, KeySource::Env("PADDED".to_owned()));
+    assert_eq!(media.keys[0].key, ApiKey::new("ak_2media").unwrap());
+}
+
+#[test]
+fn a_key_that_cannot_be_had_is_refused() {
+    let files = tempfile::tempdir().unwrap();
+    let empty = file(&files, "empty", "\n");
+    let binary = file(&files, "binary", b"ak_\xff\xfe");
+    let directory = files.path();
+    for (key, expected) in [
+        (
+            format!("{{ file: {empty:?} }}"),
+            "keys[0].file: the key is empty: put the key in",
+        ),
+        (
+            format!("{{ file: {binary:?} }}"),
+            "keys[0].file: the key has a character that a header cannot carry: \
+             keep the key alone, on one line, in visible ASCII",
+        ),
+        (
+            format!("{{ file: {directory:?} }}"),
+            "keys[0].file: the file cannot be read (Is a directory (os error 21)): correct the path or the permissions",
+        ),
+        (
+            "{ env: UNSET }".to_owned(),
+            "keys[0].env: that environment variable is not set: set it, or correct the name",
+        ),
+        (
+            "{ env: EMPTY }".to_owned(),
+            "keys[0].env: the key is empty: put the key in",
+        ),
+        (
+            "{ env: BROKEN }".to_owned(),
+            "keys[0].env: the key has a character that a header cannot carry: \
+             keep the key alone, on one line, in visible ASCII",
+        ),
+        (
+            "{ env: MUSIC, file: /x }".to_owned(),
+            "keys[0]: has both `file` and `env`: keep one of the two",
+        ),
+        (
+            "{}".to_owned(),
+            "keys[0]: has neither `file` nor `env`: write { file: PATH } or { env: NAME }",
+        ),
+        (
+            SECRET.to_owned(),
+            "keys[0]: a key as plain text: keys are never written into the config: \
+             put it in a file or an environment variable and write { file: PATH } or { env: NAME }",
+        ),
+    ] {
+        let text = format!("accounts: [{{ name: a, keys: [{key}] }}]");
+        refuses(&text, &format!("accounts[0].{expected}"));
+    }
+    refuses(
+        "accounts: [{ keys: [] }]",
+        "accounts[0].keys: has no key: name at least one, e.g. [{ file: \"/run/secrets/key\" }]\n\
+         accounts[0].name: is missing: give the account a name, which labels its metrics",
+    );
+    refuses(
+        "accounts: [{ name: a, keys: [{ env: MUSIC }, { env: PADDED }] }]",
+        "accounts[0].keys[1]: is the same key as accounts[0].keys[0]: list each key once",
+    );
+}
+
+#[test]
+fn a_secret_is_never_told() {
+    for text in [
+        "accounts: [{ name: a, keys: [SECRET] }]",
+        "accounts: [{ name: a, keys: SECRET }]",
+        "accounts: [{ name: a, keys: [{ SECRET }] }]",
+        "accounts: [{ name: a, keys: [{ abcsecret: 1 }] }]",
+        "accounts: [{ name: a, keys: [{ file: SECRET }] }]",
+        "accounts: [{ name: a, keys: [{ env: SECRET }] }]",
+        "accounts: [{ name: a, keys: [{ env: [SECRET] }] }]",
+        "accounts: [{ name: a, keys: [{ env: BROKEN }] }]",
+        "accounts: [{ name: a, keys: [{ env: MUSIC }, { env: PADDED }] }]",
+        "accounts: [{ name: a, keys: [{ env: MUSIC }], clients: [{ token: SECRET }] }]",
+        "accounts: [{ name: 'SECRET!', keys: [{ env: MUSIC }] }]",
+        "accounts: [{ SECRET: 1 }]",
+        "accounts: SECRET",
+        "SECRET",
+        "SECRET: 1",
+        "{ SECRET: 1, SECRET: 2 }",
+        "{ abcsecret: 1, abcsecret: 2 }",
+        "a: *SECRET",
+        "a: !!int SECRET",
+        "a: [SECRET",
+        "a: 'SECRET",
+        "%SECRET\na: 1",
+        "a: 1\n  SECRET: 2",
+        "upstream: { url: 'https://x:SECRET@api.crun.ai' }",
+        "upstream: { ca_file: SECRET }",
+        "shared: { url: 'redis://:SECRET@x' }",
+        "drain: SECRET",
+        "listen: SECRET",
+        "budget: { limit: SECRET }",
+        "cache: { max_bytes: SECRET }",
+        "log: { level: SECRET }",
+        "client_header: 'SECRET!?:'",
+        "passthrough: [SECRET]",
+    ] {
+        let problems = refused(&text.replace("SECRET", SECRET));
+        assert!(!problems.to_string().contains("secret7"), "{text}\n{problems}");
+        assert!(!problems.to_string().contains("abcsecret"), "{text}\n{problems}");
+        assert!(!format!("{problems:?}").contains("secret7"), "{text}\n{problems:?}");
+    }
+    let config = accepts("accounts: [{ name: a, keys: [{ env: MUSIC }] }]");
+    assert!(!config.render().contains(SECRET));
+    assert!(!format!("{config:?}").contains(SECRET));
+}
+
+#[test]
+fn extra_roots_must_hold_a_certificate() {
+    let files = tempfile::tempdir().unwrap();
+    let good = file(&files, "good.pem", certificate() + &certificate());
+    let config = accepts(&format!("upstream: {{ ca_file: {good:?} }}"));
+    assert_eq!(config.upstream.ca_file, Some(good));
+
+    let none = file(&files, "none.pem", "# no certificate\n");
+    let half = &certificate()[..200];
+    let half = file(&files, "half.pem", half);
+    refuses(
+        &format!("upstream: {{ ca_file: {none:?} }}"),
+        "upstream.ca_file: has no certificate in it: name a PEM file with BEGIN CERTIFICATE",
+    );
+    refuses(
+        &format!("upstream: {{ ca_file: {half:?} }}"),
+        "upstream.ca_file: is damaged: name a PEM file with whole certificates",
+    );
+}
+
+#[test]
+fn what_check_prints_means_the_same() {
+    let files = tempfile::tempdir().unwrap();
+    let key = file(&files, "a \"quoted\" key", "ak_from_file");
+    let roots = file(&files, "roots.pem", certificate());
+    let text = format!(
+        r#"
+listen: "[::1]:0"
+admin: "127.0.0.1:0"
+upstream: {{ url: "http://127.0.0.1:8099/", connect_timeout: 1500ms, timeout: 90s, connections: 7, max_body: 1000001, ca_file: {roots:?} }}
+accounts:
+  - {{ name: "15", keys: [{{ file: {key:?} }}, {{ env: MUSIC }}] }}
+  - {{ name: "null", keys: [{{ env: MEDIA }}] }}
+unknown_keys: reject
+max_accounts: 3
+client_header: X-Team
+budget: {{ limit: 1000000, margin: 1ns, max_wait: 1h 30m, max_queue: 1 }}
+cache: {{ max_bytes: 1TiB, terminal: 1y1ms, not_found: 0s, fresh: {{ floor: 0s, ceiling: 1ms }}, max_stale: 0s }}
+passthrough: []
+limits: {{ header_timeout: 1m, idle_timeout: 1d, connections: 1, connections_per_address: 2, upstream_connections: 3, body_bytes: 2MB }}
+drain: 24h
+worker_threads: 1024
+log: {{ format: json, level: trace }}
+"#
+    )
+    .replace("1y1ms", "364d 1ms");
+    let config = accepts(&text);
+    let printed = config.render();
+    assert_eq!(accepts(&printed), config, "{printed}");
+    assert_eq!(accepts(&printed).render(), printed);
+    assert!(
+        printed.contains("      - { env: \"MUSIC\" }  # read, 15 characters\n"),
+        "{printed}"
+    );
+    let default = Config::default();
+    assert_eq!(accepts(&default.render()), default);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_told_by_its_path() {
+    let problems = Config::load(Path::new("/nowhere/config.yaml"), &no_env).unwrap_err();
+    assert_eq!(
+        problems.to_string(),
+        "/nowhere/config.yaml: there is no such file: create it, or correct the path"
+    );
+    let files = tempfile::tempdir().unwrap();
+    let binary = file(&files, "binary.yaml", b"a: \xff");
+    let problems = Config::load(&binary, &no_env).unwrap_err();
+    assert!(
+        problems
+            .to_string()
+            .ends_with(": the file is not UTF-8: save it as UTF-8"),
+        "{problems}"
+    );
+}
+
+/// Text made of the pieces that configurations are made of, so that it often is YAML.
+fn almost_a_configuration() -> impl Strategy<Value = String> {
+    let piece = prop_oneof![
+        Just("accounts"),
+        Just("keys"),
+        Just("file"),
+        Just("env"),
+        Just("budget"),
+        Just("limit"),
+        Just("fresh"),
+        Just("cache"),
+        Just("drain"),
+        Just("upstream"),
+        Just("url"),
+        Just("passthrough"),
+        Just("MUSIC"),
+        Just(": "),
+        Just(":\n  "),
+        Just("\n"),
+        Just("\n- "),
+        Just("{ "),
+        Just(" }"),
+        Just("["),
+        Just("]"),
+        Just(", "),
+        Just("3s"),
+        Just("15"),
+        Just("null"),
+        Just("\""),
+        Just("'"),
+        Just("&a "),
+        Just("*a"),
+        Just("<<: "),
+        Just("!!int "),
+        Just("---\n"),
+        Just("| \n "),
+        Just("18446744073709551615s 1000ms"),
+        Just("9e99"),
+        Just("-1"),
+        Just("\u{feff}"),
+    ];
+    proptest::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 500,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(15),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn no_text_makes_the_parser_panic(text in prop_oneof![any::<String>(), "[ -~\n]{0,80}", almost_a_configuration()]) {
+        match Config::parse(&text, &env) {
+            Ok(config) => prop_assert_eq!(Config::parse(&config.render(), &env), Ok(config)),
+            Err(problems) => prop_assert!(!problems.to_string().is_empty()),
+        }
+    }
+
+    #[test]
+    fn no_value_makes_a_field_panic(value in prop_oneof![any::<String>(), "[0-9a-zA-Z:/. -]{0,24}"]) {
+        let value = serde_json::Value::from(value);
+        for field in ["listen", "drain", "client_header", "unknown_keys", "passthrough", "accounts", "max_accounts"] {
+            let _ = Config::parse(&format!("{field}: {value}"), &env);
+        }
+        let text = format!(
+            "{{ passthrough: [{value}], upstream: {{ url: {value}, max_body: {value}, timeout: {value} }}, \
+             accounts: [{{ name: {value}, keys: [{{ env: {value} }}, {value}] }}] }}"
+        );
+        let _ = Config::parse(&text, &env);
+    }
+}
