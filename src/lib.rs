@@ -3,3 +3,4 @@
 pub mod account;
 pub mod config;
 pub mod outcome;
+pub mod simulator;
