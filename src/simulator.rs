@@ -12,8 +12,12 @@
 
 mod answer;
 mod arrival;
+mod board;
 mod body;
+mod client;
+mod demo;
 mod endpoint;
+mod fleet;
 mod ledger;
 mod link;
 mod options;
@@ -21,5 +25,6 @@ mod server;
 mod steer;
 mod window;
 
+pub use demo::{DemoArgs, demo};
 pub use options::{AccountKeys, RateLimitForm, RetryAfter, UpstreamArgs};
 pub use server::{serve, upstream};

@@ -329,7 +329,7 @@ async fn ids_steer_the_transport() {
         std::io::ErrorKind::ConnectionReset
     );
     assert_eq!(upstream.raw("cut-head.1").await.unwrap().len(), 30);
-    let cut = String::from_utf8(upstream.raw("cut.1").await.unwrap()).unwrap();
+    let cut = String::from_utf8_lossy(&upstream.raw("cut.1").await.unwrap()).into_owned();
     let (head, body) = cut.split_once("\r\n\r\n").unwrap();
     assert!(head.contains("content-length: 1") && !body.is_empty());
     assert_eq!(upstream.raw("flaky-close.1").await.unwrap(), b"");
@@ -388,11 +388,11 @@ async fn padding_is_as_long_as_asked() {
     let deep = upstream.poll("deep.1").await.body;
     assert_eq!(
         deep.iter().filter(|&&byte| byte == b'[').count(),
-        100_000 + 1 + 4
+        100_000 + 9
     );
     assert_eq!(
         deep.iter().filter(|&&byte| byte == b']').count(),
-        100_000 + 1 + 4
+        100_000 + 9
     );
 }
 

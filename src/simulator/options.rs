@@ -58,6 +58,9 @@ pub struct UpstreamArgs {
     /// Keys that share one account, separated by commas; may be given several times. Any other key is an account.
     #[arg(long, value_name = "KEY,KEY…")]
     pub account_keys: Vec<AccountKeys>,
+    /// End when the standard input, a pipe, is closed: with the process that started this one, however that ends.
+    #[arg(long)]
+    pub end_with_stdin: bool,
 }
 
 impl Default for UpstreamArgs {
@@ -78,6 +81,7 @@ impl Default for UpstreamArgs {
             tls_cert: None,
             tls_key: None,
             account_keys: Vec::new(),
+            end_with_stdin: false,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Accepts connections to the simulated upstream and serves HTTP/1.1 on them, over TLS where asked.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,8 +11,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, unix::pipe};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::{ServerConfig, crypto::ring};
@@ -42,7 +43,28 @@ pub async fn upstream(
     let mut stdout = std::io::stdout();
     writeln!(stdout, "listening on {scheme}://{address}")?;
     stdout.flush()?;
+    let stdin = args.end_with_stdin.then(stdin).transpose()?;
+    let shutdown = async {
+        tokio::select! {
+            () = shutdown => {}
+            () = closed(stdin) => {}
+        }
+    };
     serve(listener, args, shutdown).await
+}
+
+/// The standard input as a pipe that does not block.
+fn stdin() -> anyhow::Result<pipe::Receiver> {
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned()?;
+    pipe::Receiver::from_owned_fd(stdin).context("the standard input is not a pipe")
+}
+
+/// Completes when `pipe` is closed; never, when there is none.
+async fn closed(pipe: Option<pipe::Receiver>) {
+    match pipe {
+        Some(mut pipe) => while matches!(pipe.read(&mut [0; 64]).await, Ok(1..)) {},
+        None => std::future::pending().await,
+    }
 }
 
 /// Serves the simulated upstream on `listener` until `shutdown`, whatever `args.listen` says. Then all connections are
