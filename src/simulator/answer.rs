@@ -16,7 +16,7 @@ use super::body::{self, PAST_RUN, TaskBody};
 use super::ledger::Sight;
 use super::link::Link;
 use super::options::{RateLimitForm, RetryAfter, UpstreamArgs};
-use super::steer::Case;
+use super::steer::{Case, Maiming};
 
 /// The body of any answer.
 pub(super) type Payload = UnsyncBoxBody<Bytes, hyper::Error>;
@@ -46,6 +46,7 @@ pub(super) async fn task(
     let failed = || TaskBody::failed(id, seen.saturating_sub(PAST_RUN), seen);
     let live = |status| TaskBody::live(id, status, seen);
     match case {
+        Case::First429 if sight.times == 1 => rate_limited(args.rate_limit_form, args.retry_after),
         Case::Runs => json(running_task(args, id, seen, sight.age()).text()),
         Case::Failed => {
             let run_time = run_time(args, id);
@@ -56,7 +57,7 @@ pub(super) async fn task(
             };
             json(body.text())
         }
-        Case::Ended | Case::Slow(_) => json(ended().text()),
+        Case::Ended | Case::Slow(_) | Case::First429 => json(ended().text()),
         Case::EndedFailed => json(failed().text()),
         Case::Failed501 => {
             let code = "501";
@@ -124,33 +125,24 @@ pub(super) async fn task(
         Case::Gzip => encoded("gzip", gzipped(ended().text().as_bytes())),
         Case::Bomb => bomb(),
         Case::BrotliClaimed => encoded("br", &b"\xff\xfenot brotli at all\x00\x01"[..]),
-        Case::Cut => {
-            link.close_after(CUT);
+        Case::Maimed(maiming) => {
+            maim(link, *maiming, sight).await;
             json(ended().text())
         }
-        Case::CutHead => {
-            link.close_after(CUT_HEAD);
-            json(ended().text())
-        }
-        Case::Close => {
-            link.close_after(0);
-            json(ended().text())
-        }
-        Case::Reset => {
-            link.reset();
-            json(ended().text())
-        }
-        Case::Hang => std::future::pending().await,
         Case::Drip => dripping(ended().text().into()),
         Case::NoStore => uncacheable(json(live("running").text())),
-        Case::FlakyClose => {
-            if sight.times == 1 {
-                link.close_after(0);
-            }
-            json(ended().text())
-        }
-        Case::First429 if sight.times == 1 => rate_limited(args.rate_limit_form, args.retry_after),
-        Case::First429 => json(ended().text()),
+    }
+}
+
+async fn maim(link: &Link, maiming: Maiming, sight: Sight) {
+    match maiming {
+        Maiming::Cut => link.close_after(CUT),
+        Maiming::CutHead => link.close_after(CUT_HEAD),
+        Maiming::Close => link.close_after(0),
+        Maiming::FlakyClose if sight.times == 1 => link.close_after(0),
+        Maiming::FlakyClose => {}
+        Maiming::Reset => link.reset(),
+        Maiming::Hang => std::future::pending().await,
     }
 }
 

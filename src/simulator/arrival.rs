@@ -109,15 +109,13 @@ fn receive(fd: i32, into: &mut [u8], control: &mut [u8]) -> io::Result<(usize, O
         .ok()
         .into_iter()
         .flatten()
-        .find_map(|control| match control {
-            ControlMessageOwned::ScmTimestampns(at) => {
-                let (seconds, nanos) = (
-                    u64::try_from(at.tv_sec()).ok()?,
-                    u64::try_from(at.tv_nsec()).ok()?,
-                );
-                Some(seconds * 1_000_000_000 + nanos)
-            }
-            _ => None,
+        .find_map(|control| {
+            let ControlMessageOwned::ScmTimestampns(at) = control else {
+                return None;
+            };
+            let seconds = u64::try_from(at.tv_sec()).ok()?;
+            let nanos = u64::try_from(at.tv_nsec()).ok()?;
+            Some(seconds * 1_000_000_000 + nanos)
         });
     Ok((message.bytes, stamp))
 }

@@ -115,10 +115,7 @@ impl Endpoints {
         let id = task_id(request.uri().query().unwrap_or_default());
         let verdict = self.ledger().arrived(key, id.as_deref(), arrival);
         let case = id.as_deref().map_or(Case::Runs, case);
-        let latency = match &case {
-            Case::Slow(latency) => *latency,
-            _ => self.args.latency,
-        };
+        let latency = case.latency().unwrap_or(self.args.latency);
         self.latency_since(arrival, latency).await;
         let key_case = key.map_or(KeyCase::Accepted, key_case);
         match (verdict, key_case) {

@@ -281,9 +281,12 @@ mod tests {
     #[test]
     fn a_task_starts_when_first_let_through_and_its_time_never_runs_backwards() {
         let mut ledger = ledger(15, &[]);
-        let mut age_at = |stamp| match ledger.arrived(Some("k"), Some("t"), stamp) {
-            Verdict::Seen(sight) => (sight.age(), sight.times),
-            verdict => panic!("{verdict:?}"),
+        let mut age_at = |stamp| {
+            let verdict = ledger.arrived(Some("k"), Some("t"), stamp);
+            let Verdict::Seen(sight) = verdict else {
+                panic!("{verdict:?}");
+            };
+            (sight.age(), sight.times)
         };
         assert_eq!(age_at(START), (Duration::ZERO, 1));
         assert_eq!(age_at(START + 5 * MS), (Duration::from_millis(5), 2));

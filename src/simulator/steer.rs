@@ -47,16 +47,34 @@ pub(super) enum Case {
     Gzip,
     Bomb,
     BrotliClaimed,
+    Maimed(Maiming),
+    Drip,
+    Slow(Duration),
+    NoStore,
+    First429,
+}
+
+/// How an answer is kept from arriving whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Maiming {
     Cut,
     CutHead,
     Close,
     Reset,
     Hang,
-    Drip,
-    Slow(Duration),
-    NoStore,
+    /// Like `Close` the first time, and not maimed after that.
     FlakyClose,
-    First429,
+}
+
+impl Case {
+    /// The latency that the case has of its own.
+    pub(super) fn latency(&self) -> Option<Duration> {
+        if let Self::Slow(latency) = self {
+            Some(*latency)
+        } else {
+            None
+        }
+    }
 }
 
 /// The case that `id` asks for; [`Case::Runs`] when it asks for none.
@@ -92,14 +110,14 @@ fn exact(word: &str) -> Option<Case> {
         "gzip" => Case::Gzip,
         "bomb" => Case::Bomb,
         "brotli-claimed" => Case::BrotliClaimed,
-        "cut" => Case::Cut,
-        "cut-head" => Case::CutHead,
-        "close" => Case::Close,
-        "reset" => Case::Reset,
-        "hang" => Case::Hang,
+        "cut" => Case::Maimed(Maiming::Cut),
+        "cut-head" => Case::Maimed(Maiming::CutHead),
+        "close" => Case::Maimed(Maiming::Close),
+        "reset" => Case::Maimed(Maiming::Reset),
+        "hang" => Case::Maimed(Maiming::Hang),
         "drip" => Case::Drip,
         "no-store" => Case::NoStore,
-        "flaky-close" => Case::FlakyClose,
+        "flaky-close" => Case::Maimed(Maiming::FlakyClose),
         "first-429" => Case::First429,
         _ => return None,
     })
