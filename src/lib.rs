@@ -23,6 +23,7 @@ pub mod gateway;
 pub mod metrics;
 pub mod outcome;
 pub mod server;
+pub mod simulator;
 pub mod stored;
 pub mod task;
 pub mod upstream;
@@ -44,6 +45,19 @@ pub struct Listeners {
     pub clients: tokio::net::TcpListener,
     /// For the platform.
     pub admin: std::net::TcpListener,
+}
+
+impl Listeners {
+    /// Binds what `config` names.
+    ///
+    /// # Errors
+    /// When an address is taken, not this host's, or not allowed.
+    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            clients: server::bind(config.listen).with_context(|| format!("listen: {}", config.listen))?,
+            admin: std::net::TcpListener::bind(config.admin).with_context(|| format!("admin: {}", config.admin))?,
+        })
+    }
 }
 
 /// How a run ends.
@@ -87,7 +101,15 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
         let gateway = Arc::clone(&gateway);
         async move { gateway.sweep().await }
     });
-    server::serve(listeners.clients, gateway, &config, metrics, shutdown.drain, shutdown.now).await;
+    server::serve(
+        listeners.clients,
+        gateway,
+        &config,
+        metrics,
+        shutdown.drain,
+        shutdown.now,
+    )
+    .await;
     beat.abort();
     sweep.abort();
     stop_admin.cancel();

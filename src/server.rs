@@ -9,13 +9,13 @@ mod connection;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,6 +30,24 @@ pub const GRACE: Duration = Duration::from_secs(2);
 
 /// After an accept that failed for want of descriptors or memory: spinning would make both worse.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// Connections that the kernel holds until they are accepted.
+const BACKLOG: u32 = 4096;
+
+/// Binds the clients' address; a restart need not wait until the last connections of the one before are forgotten.
+///
+/// # Errors
+/// When the address is taken, not this host's, or not allowed.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// Accepts and serves clients until `draining` is cancelled, then drains: returns when the last connection has closed, or
 /// `config.drain` has passed, or `now` is cancelled.

@@ -77,7 +77,12 @@ impl Accounts {
         let mut listed = HashMap::new();
         for account in &config.accounts {
             let made = Arc::new(make.listed(&account.name));
-            listed.extend(account.keys.iter().map(|key| (key.clone(), Arc::clone(&made))));
+            listed.extend(
+                account
+                    .keys
+                    .iter()
+                    .map(|listed| (listed.key.clone(), Arc::clone(&made))),
+            );
         }
         Self {
             listed,
