@@ -68,13 +68,7 @@ pub enum Served {
 
 impl Served {
     /// Every way, so that each counter exists at 0 from the start.
-    pub const ALL: [Self; 5] = [
-        Self::Hit,
-        Self::Stale,
-        Self::Miss,
-        Self::Collapsed,
-        Self::None,
-    ];
+    pub const ALL: [Self; 5] = [Self::Hit, Self::Stale, Self::Miss, Self::Collapsed, Self::None];
 
     /// The metric label and log field.
     pub fn label(self) -> &'static str {
