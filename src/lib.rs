@@ -79,6 +79,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;
     let health = Health::new(shutdown.drain.clone());
     let stop_admin = CancellationToken::new();
+    let admin_address = listeners.admin.local_addr()?;
     let admin = admin::spawn(
         listeners.admin,
         Arc::clone(&health),
@@ -89,6 +90,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         listen = %listeners.clients.local_addr()?,
+        admin = %admin_address,
         upstream = %config.upstream.url,
         limit = config.budget.limit,
         accounts = config.accounts.len(),

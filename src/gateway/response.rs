@@ -9,6 +9,7 @@ use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response};
 use http_body_util::Full;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::error::Error;
@@ -114,16 +115,27 @@ pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant) -> Respo
     response
 }
 
+/// What every answer of upstream's has in common, in its order.
+#[derive(Serialize)]
+struct Envelope {
+    code: u16,
+    message: String,
+    /// Always null.
+    data: (),
+}
+
 /// An error as the client gets it: `{"code","message","data":null}` with `code` = the HTTP status, and the gateway named
 /// in the message.
 pub(super) fn error(error: &Error) -> Response<Body> {
     let code = error.status();
-    let envelope = serde_json::json!({
-        "code": code.as_u16(),
-        "message": format!("crun-gateway: {error}"),
-        "data": null,
-    });
-    let mut response = Response::new(Body::Whole(Full::new(Bytes::from(envelope.to_string()))));
+    let envelope = Envelope {
+        code: code.as_u16(),
+        message: format!("crun-gateway: {error}"),
+        data: (),
+    };
+    // Numbers and text always serialise.
+    let body = serde_json::to_vec(&envelope).unwrap_or_default();
+    let mut response = Response::new(Body::Whole(Full::new(Bytes::from(body))));
     *response.status_mut() = code;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -1,0 +1,145 @@
+//! A flight for everybody who asks the same, whatever becomes of any one of them.
+
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::harness::client::{poll_request, try_request};
+use crate::harness::process::PATIENCE;
+use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
+
+/// Polls `task` from `clients` clients at once.
+async fn poll_at_once(gateway: &Gateway, task: &'static str, clients: usize) -> Vec<Reply> {
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for _ in 0..clients {
+        polls.spawn(async move { poll(address, task).await });
+    }
+    timeout(PATIENCE, polls.join_all())
+        .await
+        .expect("everybody is answered")
+}
+
+#[track_caller]
+fn assert_all_the_same(replies: &[Reply], status: &str) {
+    for reply in replies {
+        assert_eq!(reply.status, 200);
+        assert_eq!(reply.body, replies[0].body);
+        assert_eq!(reply.json()["data"]["status"], status);
+        reply.assert_is_signed();
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_polls_of_an_ended_task_make_one_upstream_call() {
+    let upstream = Simulator::start(&["--latency", "50ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    let mut clients = JoinSet::new();
+    for _ in 0..50 {
+        clients.spawn(async move {
+            let mut replies = Vec::new();
+            for _ in 0..20 {
+                replies.push(poll(address, "ended.a").await);
+            }
+            replies
+        });
+    }
+    let replies = timeout(PATIENCE, clients.join_all()).await.unwrap().concat_all();
+    assert_eq!(replies.len(), 1000);
+    assert_all_the_same(&replies, "success");
+    assert_eq!(upstream.queries().await, 1);
+    let saved = |how| format!("crun_gateway_upstream_calls_saved_total{{account=\"other\",how=\"{how}\"}}");
+    let saved = gateway.metric(&saved("hit")).await + gateway.metric(&saved("collapsed")).await;
+    assert!((saved - 999.0).abs() < f64::EPSILON, "{saved}");
+}
+
+trait ConcatAll {
+    fn concat_all(self) -> Vec<Reply>;
+}
+
+impl ConcatAll for Vec<Vec<Reply>> {
+    fn concat_all(self) -> Vec<Reply> {
+        self.into_iter().flatten().collect()
+    }
+}
+
+#[tokio::test]
+async fn five_hundred_concurrent_polls_make_one_upstream_call() {
+    let upstream = Simulator::start(&["--latency", "1s"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let replies = poll_at_once(&gateway, "ended.a", 500).await;
+    assert_all_the_same(&replies, "success");
+    assert_eq!(upstream.queries().await, 1);
+    let own = replies
+        .iter()
+        .filter(|reply| !reply.header("cache-status").unwrap().contains("collapsed"))
+        .count();
+    assert_eq!(own, 1, "one led, the others followed");
+}
+
+#[tokio::test]
+async fn a_running_task_that_upstream_says_not_to_store_makes_one_upstream_call_all_the_same() {
+    let upstream = Simulator::start(&["--latency", "1s"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let replies = poll_at_once(&gateway, "no-store.a", 500).await;
+    assert_all_the_same(&replies, "running");
+    assert_eq!(upstream.queries().await, 1);
+}
+
+async fn the_first_leaves(task: &'static str, status: &str) {
+    let upstream = Simulator::start(&["--latency", "1s"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    let first = tokio::spawn(async move { try_request(address, poll_request(KEY, task)).await });
+    let others = tokio::spawn(async move {
+        let mut polls = JoinSet::new();
+        for _ in 0..499 {
+            polls.spawn(async move { poll(address, task).await });
+        }
+        polls.join_all().await
+    });
+    // The first client's connection is closed as soon as its query is on the way: nobody but it has led the flight.
+    timeout(PATIENCE, async {
+        while upstream.queries().await == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    first.abort();
+    let replies = timeout(PATIENCE, others).await.unwrap().unwrap();
+    assert_eq!(replies.len(), 499);
+    assert_all_the_same(&replies, status);
+    assert_eq!(upstream.queries().await, 1);
+}
+
+#[tokio::test]
+async fn the_first_client_may_leave() {
+    the_first_leaves("ended.a", "success").await;
+}
+
+#[tokio::test]
+async fn the_first_client_may_leave_a_running_task() {
+    the_first_leaves("no-store.a", "running").await;
+}
+
+#[tokio::test]
+async fn a_live_answer_is_asked_for_again_after_the_floor_and_not_before() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "cache: { fresh: { floor: \"1h\", ceiling: \"2h\" } }").await;
+    assert_eq!(
+        poll(gateway.address, "running.a").await.header("cache-status").unwrap(),
+        { "crun-gateway; fwd=uri-miss; fwd-status=200; stored; ttl=3600" }
+    );
+    let again = poll(gateway.address, "running.a").await;
+    assert!(
+        again
+            .header("cache-status")
+            .unwrap()
+            .starts_with("crun-gateway; hit; ttl=3"),
+        "{again:?}"
+    );
+    assert_eq!(upstream.queries().await, 1);
+}

@@ -1,0 +1,240 @@
+//! Bytes are sacred: on a miss and on a hit the client gets what upstream sent.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+
+use crate::harness::scripted::response;
+use crate::harness::{Gateway, Scripted, Simulator, poll};
+
+/// The id that a fixture tells of, or one that upstream may not know.
+fn task_of(fixture: &[u8]) -> String {
+    let parsed: Option<serde_json::Value> = serde_json::from_slice(fixture).ok();
+    let id = parsed.and_then(|body| body["data"]["task_id"].as_str().map(str::to_owned));
+    id.unwrap_or_else(|| "some-task".into())
+}
+
+fn fixtures() -> Vec<(String, Vec<u8>)> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
+    let mut fixtures: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| {
+            (
+                entry.file_name().into_string().unwrap(),
+                std::fs::read(entry.path()).unwrap(),
+            )
+        })
+        .collect();
+    fixtures.sort();
+    assert!(fixtures.len() >= 23, "the fixtures are there");
+    fixtures
+}
+
+#[tokio::test]
+async fn every_fixture_comes_through_byte_for_byte_on_miss_and_hit() {
+    let fixtures = fixtures();
+    let by_key = fixtures.clone();
+    // The key says which fixture upstream answers: so each is an account of its own, too.
+    let upstream = Scripted::start(Duration::ZERO, move |head| {
+        let index: usize = head
+            .split_once("x-api-key: ak_")
+            .unwrap()
+            .1
+            .split("\r\n")
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap();
+        response("200 OK", "Content-Type: application/json\r\n", &by_key[index].1)
+    })
+    .await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for (index, (name, bytes)) in fixtures.iter().enumerate() {
+        let (key, task) = (format!("ak_{index}"), task_of(bytes));
+        let before = upstream.queries();
+        let miss = crate::harness::poll_as(gateway.address, &key, &task).await;
+        assert_eq!(miss.body, bytes, "{name}");
+        assert_eq!(
+            (miss.status.as_u16(), miss.header("content-type")),
+            (200, Some("application/json")),
+            "{name}"
+        );
+        miss.assert_is_signed();
+        let is_rate_limited = name == "code_429.json";
+        assert_eq!(
+            upstream.queries() - before,
+            if is_rate_limited { 2 } else { 1 },
+            "{name}"
+        );
+        if miss.header("cache-status").unwrap().contains("stored") {
+            let hit = crate::harness::poll_as(gateway.address, &key, &task).await;
+            assert_eq!(hit.body, bytes, "{name}");
+            assert!(
+                hit.header("cache-status").unwrap().contains("; hit;"),
+                "{name}: {hit:?}"
+            );
+            assert_eq!(upstream.queries() - before, 1, "{name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_may_be_kept_is_kept_and_nothing_else() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(
+        &upstream.url,
+        "cache: { fresh: { floor: \"1h\", ceiling: \"2h\" } }\nbudget: { limit: 1000 }",
+    )
+    .await;
+    for (task, stored) in [
+        ("ended.a", true),
+        ("ended-failed.a", true),
+        ("failed-501.a", true),
+        ("running.a", true),
+        ("pending.a", true),
+        ("media-urls.a", true),
+        ("media-info.a", true),
+        ("no-media.a", true),
+        ("lyrics.a", true),
+        ("deep.a", true),
+        ("big-10MiB.a", true),
+        ("bom.a", true),
+        ("gzip.a", true),
+        ("no-content-type.a", true),
+        ("no-store.a", true),
+        ("http-404.a", true),
+        ("body-404.a", true),
+        ("code-string.a", false),
+        ("data-null.a", false),
+        ("status-archived.a", false),
+        ("wrong-id.a", false),
+        ("duplicate.a", false),
+        ("trailing.a", false),
+        ("invalid-utf8.a", false),
+        ("html.a", false),
+        ("html-502.a", false),
+        ("http-401.a", false),
+        ("body-402.a", false),
+        ("http-403.a", false),
+        ("body-422.a", false),
+        ("http-455.a", false),
+        ("body-455.a", false),
+        ("http-500.a", false),
+        ("body-501.a", false),
+        ("http-505.a", false),
+        ("http-302.a", false),
+    ] {
+        let first = poll(gateway.address, task).await;
+        assert_eq!(
+            first.header("cache-status").unwrap().contains("stored"),
+            stored,
+            "{task}: {first:?}"
+        );
+        let second = poll(gateway.address, task).await;
+        assert_eq!(
+            second.header("cache-status").unwrap().contains("; hit;"),
+            stored,
+            "{task}"
+        );
+        if task != "status-archived.a" {
+            assert_eq!(first.body, second.body, "{task}");
+        }
+        assert_eq!(first.status, second.status, "{task}");
+    }
+}
+
+#[tokio::test]
+async fn both_forms_of_an_error_come_through_in_their_own_form() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "budget: { limit: 1000 }").await;
+    for code in [401, 402, 403, 404, 422, 455, 500, 501, 502, 503, 504, 505] {
+        let http = poll(gateway.address, &format!("http-{code}.a")).await;
+        let body = poll(gateway.address, &format!("body-{code}.a")).await;
+        assert_eq!((http.status.as_u16(), body.status.as_u16()), (code, 200));
+        assert_eq!(http.json()["code"], code);
+        assert_eq!(body.json()["code"], code);
+        assert!(
+            !http.json()["message"].as_str().unwrap().contains("crun-gateway"),
+            "upstream's own words"
+        );
+    }
+}
+
+#[tokio::test]
+async fn headers_that_speak_of_upstreams_connection_stay_there() {
+    let headers = "Content-Type: application/json; charset=utf-8\r\nSet-Cookie: a=b\r\nConnection: keep-alive, x-hop\r\n\
+                   X-Hop: 1\r\nKeep-Alive: timeout=5\r\nX-RateLimit-Remaining: 3\r\nAge: 700\r\nETag: \"x\"\r\n";
+    let body = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/running.json")).unwrap();
+    let upstream = Scripted::always(response("200 OK", headers, &body)).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let reply = poll(gateway.address, &task_of(&body)).await;
+    let mut names: Vec<_> = reply.headers.keys().map(http::HeaderName::as_str).collect();
+    names.sort_unstable();
+    let expected = [
+        "age",
+        "cache-control",
+        "cache-status",
+        "content-length",
+        "content-type",
+        "date",
+        "via",
+        "x-request-id",
+    ];
+    assert_eq!(names, expected);
+    assert_eq!(reply.header("content-type"), Some("application/json; charset=utf-8"));
+    assert_eq!(reply.header("age"), Some("0"));
+}
+
+#[tokio::test]
+async fn a_missing_content_type_stays_missing() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let reply = poll(gateway.address, "no-content-type.a").await;
+    assert_eq!(reply.json()["data"]["status"], "success");
+    assert_eq!(reply.header("content-type"), None);
+}
+
+#[tokio::test]
+async fn a_compressed_answer_is_kept_and_served_decoded() {
+    let body = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/success.json")).unwrap();
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(&body).unwrap();
+    let upstream = Scripted::always(response(
+        "200 OK",
+        "Content-Encoding: gzip\r\n",
+        &encoder.finish().unwrap(),
+    ))
+    .await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for _ in 0..2 {
+        let reply = poll(gateway.address, &task_of(&body)).await;
+        assert_eq!(reply.body, body);
+        assert_eq!(reply.header("content-encoding"), None);
+    }
+    assert_eq!(upstream.queries(), 1);
+}
+
+#[tokio::test]
+async fn a_body_that_cannot_be_had_is_a_bounded_and_honest_error() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let config = "upstream: { url: \"URL\", timeout: \"1s\", max_body: \"1MiB\" }\nbudget: { limit: 1000 }";
+    let gateway = Gateway::start(&upstream.url, &config.replace("URL", &upstream.url)).await;
+    for (task, status) in [
+        ("bomb.a", 502),
+        ("big-2MiB.a", 502),
+        ("brotli-claimed.a", 502),
+        ("cut.a", 502),
+        ("cut-head.a", 502),
+        ("close.a", 502),
+        ("reset.a", 502),
+        ("hang.a", 504),
+        ("drip.a", 504),
+    ] {
+        poll(gateway.address, task).await.assert_is_our_error(status);
+        // Nothing of it is left to disturb the next.
+        assert_eq!(poll(gateway.address, "ended.b").await.status, 200, "after {task}");
+    }
+}

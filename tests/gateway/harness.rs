@@ -1,0 +1,16 @@
+//! The real binary as gateway and as simulated upstream, a scripted upstream of raw bytes, and a client.
+
+pub mod client;
+pub mod paused;
+pub mod process;
+pub mod scripted;
+
+pub use client::{Reply, poll, poll_as, request};
+pub use process::{Gateway, Simulator};
+pub use scripted::Scripted;
+
+/// The key of tests that need but one account.
+pub const KEY: &str = "ak_test_0000000000000000000000000001";
+
+/// The one path that costs budget.
+pub const TASK_INFO: &str = "/api/v1/client/job/TaskInfo";

@@ -1,0 +1,183 @@
+//! Paused time: the gateway over in-memory connections, upstream and clients alike, so that a promise about time is
+//! tested exactly and at once. Everything but the sockets is what runs in production.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use crun_gateway::config::Config;
+use crun_gateway::gateway::Gateway;
+use crun_gateway::metrics::Metrics;
+use crun_gateway::server::serve_connection;
+use crun_gateway::upstream::{Dial, Stream};
+use http::{Request, Response};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http1 as client;
+use hyper::server::conn::http1 as server;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::duplex;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::client::{Reply, poll_request};
+
+/// A buffer that holds any answer of these tests.
+const PIPE: usize = 1 << 16;
+
+/// How the upstream in memory behaves. Connections are numbered from 0.
+#[derive(Clone)]
+pub struct Behaviour {
+    /// How long the connection with this number takes to open.
+    pub opening: fn(usize) -> Duration,
+    /// How long an answer takes.
+    pub latency: Duration,
+    /// Whether a connection closes after each answer, without a word.
+    pub closes: bool,
+    /// The answer to the n-th query (from 0) of a task.
+    pub answer: fn(usize, &str) -> Response<Full<Bytes>>,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self {
+            opening: |_| Duration::ZERO,
+            latency: Duration::from_millis(100),
+            closes: false,
+            answer: |_, task| success(task),
+        }
+    }
+}
+
+/// A gateway in memory.
+pub struct Paused {
+    gateway: Arc<Gateway>,
+    config: Config,
+    arrivals: Arc<Mutex<Vec<Instant>>>,
+}
+
+impl Paused {
+    pub fn start(behaviour: Behaviour, configure: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config::default();
+        config.upstream.url = "http://upstream".parse().unwrap();
+        configure(&mut config);
+        let arrivals = Arc::new(Mutex::new(Vec::new()));
+        let dial = dial(behaviour, Arc::clone(&arrivals));
+        let gateway = Gateway::new(config.clone(), dial, Arc::new(Metrics::new().unwrap())).unwrap();
+        Self {
+            gateway,
+            config,
+            arrivals,
+        }
+    }
+
+    /// Polls over a connection of its own.
+    pub async fn poll(&self, key: &str, task: &str) -> Reply {
+        let (near, far) = duplex(PIPE);
+        let limits = self.config.limits.clone();
+        let gateway = Arc::clone(&self.gateway);
+        tokio::spawn(async move { serve_connection(far, gateway, &limits, CancellationToken::new()).await });
+        let (mut sender, connection) = client::handshake(TokioIo::new(near)).await.unwrap();
+        tokio::spawn(connection);
+        let (head, body) = sender.send_request(poll_request(key, task)).await.unwrap().into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        Reply {
+            status: head.status,
+            headers: head.headers,
+            body,
+        }
+    }
+
+    /// When each query arrived upstream, in order.
+    pub fn arrivals(&self) -> Vec<Instant> {
+        let mut arrivals = self.arrivals.lock().unwrap().clone();
+        arrivals.sort();
+        arrivals
+    }
+}
+
+/// The most arrivals in any half-open second.
+pub fn most_in_a_second(arrivals: &[Instant]) -> usize {
+    let within = |start: &Instant| {
+        arrivals
+            .iter()
+            .filter(|at| *at >= start && **at < *start + Duration::from_secs(1))
+            .count()
+    };
+    arrivals.iter().map(within).max().unwrap_or(0)
+}
+
+/// (arrivals − 1) ÷ (last − first arrival), a second.
+pub fn goodput(arrivals: &[Instant]) -> f64 {
+    let span = *arrivals.last().unwrap() - arrivals[0];
+    (arrivals.len() - 1) as f64 / span.as_secs_f64()
+}
+
+/// An ended task's answer.
+pub fn success(task: &str) -> Response<Full<Bytes>> {
+    json(&serde_json::json!({
+        "code": 200, "message": "success",
+        "data": { "task_id": task, "status": "success", "result": { "media_urls": ["https://media.example/x"] } },
+    }))
+}
+
+/// Any answer, as JSON.
+pub fn json(body: &serde_json::Value) -> Response<Full<Bytes>> {
+    Response::new(Full::new(Bytes::from(body.to_string())))
+}
+
+fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
+    let opened = Arc::new(Mutex::new(0));
+    let queries = Arc::new(Mutex::new(std::collections::HashMap::<String, usize>::new()));
+    Arc::new(move || {
+        let number = {
+            let mut opened = opened.lock().unwrap();
+            *opened += 1;
+            *opened - 1
+        };
+        let (behaviour, arrivals, queries) = (behaviour.clone(), Arc::clone(&arrivals), Arc::clone(&queries));
+        Box::pin(async move {
+            sleep((behaviour.opening)(number)).await;
+            let (near, far) = duplex(PIPE);
+            let closes = behaviour.closes;
+            let service = service_fn(move |request: Request<Incoming>| {
+                arrivals.lock().unwrap().push(Instant::now());
+                let task = request
+                    .uri()
+                    .query()
+                    .unwrap()
+                    .strip_prefix("task_id=")
+                    .unwrap()
+                    .to_owned();
+                let count = {
+                    let mut queries = queries.lock().unwrap();
+                    let count = queries.entry(task.clone()).or_default();
+                    *count += 1;
+                    *count - 1
+                };
+                let behaviour = behaviour.clone();
+                async move {
+                    sleep(behaviour.latency).await;
+                    Ok::<_, std::convert::Infallible>((behaviour.answer)(count, &task))
+                }
+            });
+            tokio::spawn(async move {
+                let mut connection =
+                    std::pin::pin!(server::Builder::new().serve_connection(TokioIo::new(far), service));
+                if closes {
+                    // The answer announces nothing: the connection is just gone some time after.
+                    let _ = tokio::time::timeout(behaviour_life(number), connection.as_mut()).await;
+                } else {
+                    let _ = connection.await;
+                }
+            });
+            Ok(Box::new(near) as Box<dyn Stream>)
+        })
+    })
+}
+
+/// How long a connection that closes lives: long enough for one answer, and no two alike.
+fn behaviour_life(number: usize) -> Duration {
+    Duration::from_millis(150 + 37 * (number as u64 % 5))
+}

@@ -1,0 +1,172 @@
+//! The binary under test, as its users start it.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use super::client::{bare, request};
+
+/// Longer than anything here takes: a test that hangs shall say where.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The path of the binary.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_crun-gateway");
+
+/// A running gateway; it is killed with the test.
+pub struct Gateway {
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+    child: Child,
+    log: Arc<Mutex<String>>,
+    _config: tempfile::NamedTempFile,
+}
+
+impl Gateway {
+    /// Starts the gateway in front of `upstream`, with `config` (YAML) added to what every test has.
+    pub async fn start(upstream: &str, config: &str) -> Self {
+        Self::start_with_env(upstream, config, &[]).await
+    }
+
+    pub async fn start_with_env(upstream: &str, config: &str, env: &[(&str, &str)]) -> Self {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let upstream = if config.contains("\nupstream:") || config.starts_with("upstream:") {
+            String::new()
+        } else {
+            format!("upstream: {{ url: \"{upstream}\" }}\n")
+        };
+        write!(
+            file,
+            "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nworker_threads: 2\n{upstream}{config}\n"
+        )
+        .unwrap();
+        let mut command = Command::new(BINARY);
+        command.arg("--config").arg(file.path()).envs(env.iter().copied());
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let lines = follow(child.stderr.take().unwrap(), Arc::clone(&log));
+        let serving = timeout(PATIENCE, lines)
+            .await
+            .expect("the gateway starts in time")
+            .unwrap();
+        let serving = serving.unwrap_or_else(|| panic!("the gateway did not start: {}", log.lock().unwrap()));
+        let field = |name: &str| {
+            let rest = serving.split_once(&format!("{name}=")).unwrap().1;
+            rest.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        Self {
+            address: field(" listen"),
+            admin: field(" admin"),
+            child,
+            log,
+            _config: file,
+        }
+    }
+
+    /// Everything logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Sends SIGTERM.
+    pub fn terminate(&self) {
+        let id = i32::try_from(self.child.id().unwrap()).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::SIGTERM).unwrap();
+    }
+
+    pub async fn exit(&mut self) -> ExitStatus {
+        timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("the gateway ends in time")
+            .unwrap()
+    }
+
+    /// The admin port's answer: status and text.
+    pub async fn admin(&self, path: &str) -> (u16, String) {
+        let reply = request(self.admin, bare(http::Method::GET, path)).await;
+        (reply.status.as_u16(), String::from_utf8(reply.body.to_vec()).unwrap())
+    }
+
+    /// The value of one series, named as in `/metrics`.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let (_, text) = self.admin("/metrics").await;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no series {series} in\n{text}"))
+            .parse()
+            .unwrap()
+    }
+}
+
+/// Collects lines; gives the one that says where the gateway serves.
+fn follow<R: AsyncRead + Unpin + Send + 'static>(
+    output: R,
+    log: Arc<Mutex<String>>,
+) -> tokio::sync::oneshot::Receiver<Option<String>> {
+    let (found, serving) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let mut found = Some(found);
+        let mut lines = BufReader::new(output).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            log.lock().unwrap().push_str(&format!("{line}\n"));
+            if line.contains(" serving ")
+                && let Some(found) = found.take()
+            {
+                let _ = found.send(Some(line));
+            }
+        }
+        found.map(|found| found.send(None))
+    });
+    serving
+}
+
+/// A simulated upstream: the binary's own command, in a process of its own.
+pub struct Simulator {
+    pub url: String,
+    address: SocketAddr,
+    _child: Child,
+}
+
+impl Simulator {
+    pub async fn start(options: &[&str]) -> Self {
+        let mut command = Command::new(BINARY);
+        command.args(["upstream", "--listen", "127.0.0.1:0"]).args(options);
+        let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first = timeout(PATIENCE, lines.next_line())
+            .await
+            .expect("upstream starts in time")
+            .unwrap()
+            .unwrap();
+        let url = first.strip_prefix("listening on ").unwrap().to_owned();
+        let address = url.split_once("//").unwrap().1.parse().unwrap();
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        Self {
+            url,
+            address,
+            _child: child,
+        }
+    }
+
+    /// What it counted.
+    pub async fn stats(&self) -> Value {
+        request(self.address, bare(http::Method::GET, "/__stats")).await.json()
+    }
+
+    /// How many TaskInfo queries arrived.
+    pub async fn queries(&self) -> u64 {
+        self.stats().await["requests"].as_u64().unwrap()
+    }
+}

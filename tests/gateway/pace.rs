@@ -1,0 +1,274 @@
+//! Never more than 15 arrivals in any sliding second, and no fewer than 14 while there is work: exactly, on paused time;
+//! and once on real sockets, where the simulated upstream counts by the kernel's stamps in a process of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use crate::harness::paused::{Behaviour, Paused, goodput, json, most_in_a_second, success};
+use crate::harness::{Gateway, KEY, Simulator, poll};
+
+/// 300 different tasks at once: everybody is answered, upstream sees each once.
+async fn three_hundred_tasks(behaviour: Behaviour) -> Arc<Paused> {
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.budget.max_wait = Duration::from_secs(45)
+    }));
+    let mut polls = JoinSet::new();
+    for task in 0..300 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    gateway
+}
+
+#[track_caller]
+fn assert_paced(gateway: &Paused, queries: usize) {
+    let arrivals = gateway.arrivals();
+    assert_eq!(arrivals.len(), queries);
+    assert!(
+        most_in_a_second(&arrivals) <= 15,
+        "{} in a second",
+        most_in_a_second(&arrivals)
+    );
+    assert!(goodput(&arrivals) >= 14.0, "{}/s", goodput(&arrivals));
+}
+
+#[tokio::test(start_paused = true)]
+async fn three_hundred_tasks_at_once() {
+    assert_paced(&*three_hundred_tasks(Behaviour::default()).await, 300);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_third_of_new_connections_take_300_ms() {
+    let opening = |number| {
+        if number % 3 == 0 {
+            Duration::from_millis(300)
+        } else {
+            Duration::ZERO
+        }
+    };
+    let behaviour = Behaviour {
+        opening,
+        closes: true,
+        ..Behaviour::default()
+    };
+    let gateway = three_hundred_tasks(behaviour).await;
+    let arrivals = gateway.arrivals();
+    assert!(most_in_a_second(&arrivals) <= 15);
+    assert!(goodput(&arrivals) >= 14.0, "{}/s", goodput(&arrivals));
+}
+
+#[tokio::test(start_paused = true)]
+async fn upstream_closes_idle_connections() {
+    let gateway = three_hundred_tasks(Behaviour {
+        closes: true,
+        ..Behaviour::default()
+    })
+    .await;
+    let arrivals = gateway.arrivals();
+    assert!(most_in_a_second(&arrivals) <= 15);
+    assert!(goodput(&arrivals) >= 14.0, "{}/s", goodput(&arrivals));
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_answer_takes_two_seconds() {
+    assert_paced(
+        &*three_hundred_tasks(Behaviour {
+            latency: Duration::from_secs(2),
+            ..Behaviour::default()
+        })
+        .await,
+        300,
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_asked_in_the_first_second_of_a_process() {
+    let started = tokio::time::Instant::now();
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    assert_eq!(gateway.poll(KEY, "a").await.status, 200);
+    let first = gateway.arrivals()[0] - started;
+    assert!(
+        first >= Duration::from_millis(1030) && first < Duration::from_millis(1040),
+        "{first:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn accounts_do_not_wait_for_each_other() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.max_wait = Duration::from_secs(45)
+    }));
+    let mut polls = JoinSet::new();
+    for task in 0..150 {
+        for key in ["ak_a", "ak_b"] {
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move { gateway.poll(key, &format!("task-{task}")).await });
+        }
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200);
+    }
+    let arrivals = gateway.arrivals();
+    assert!(
+        goodput(&arrivals) > 28.0,
+        "two accounts, two budgets: {}/s",
+        goodput(&arrivals)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_429_pauses_the_account_and_the_flight_tries_once_more() {
+    for form in [200, 429] {
+        let answer = match form {
+            200 => |count: usize, task: &str| if count == 0 { rate_limited(200) } else { success(task) },
+            _ => |count: usize, task: &str| if count == 0 { rate_limited(429) } else { success(task) },
+        };
+        let gateway = Paused::start(
+            Behaviour {
+                answer,
+                ..Behaviour::default()
+            },
+            |_| {},
+        );
+        let reply = gateway.poll(KEY, "a").await;
+        assert_eq!((reply.status.as_u16(), reply.json()["code"].as_u64()), (200, Some(200)));
+        let arrivals = gateway.arrivals();
+        assert_eq!(arrivals.len(), 2);
+        // The answer takes 100 ms to arrive, and says: not for 2 s.
+        let gap = arrivals[1] - arrivals[0];
+        assert!(
+            gap >= Duration::from_millis(2100) && gap < Duration::from_millis(2200),
+            "{form}: {gap:?}"
+        );
+    }
+}
+
+fn rate_limited(status: u16) -> http::Response<http_body_util::Full<bytes::Bytes>> {
+    let mut response = json(&serde_json::json!({ "code": 429, "message": "Rate limit exceeded", "data": null }));
+    *response.status_mut() = http::StatusCode::from_u16(status).unwrap();
+    response.headers_mut().insert("retry-after", "2".parse().unwrap());
+    response
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_two_429s_everyone_gets_upstreams_own_words() {
+    let behaviour = Behaviour {
+        answer: |_, _| rate_limited(429),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(reply.status, 429);
+    assert_eq!(reply.json()["message"], "Rate limit exceeded");
+    assert_eq!(reply.header("retry-after"), Some("2"));
+    assert_eq!(gateway.arrivals().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_poll_is_answered_at_its_deadline_and_the_flights_answer_is_kept() {
+    let behaviour = Behaviour {
+        latency: Duration::from_secs(5),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |config| config.budget.max_wait = Duration::from_secs(3));
+    let started = tokio::time::Instant::now();
+    gateway.poll(KEY, "a").await.assert_is_our_error(504);
+    assert_eq!(started.elapsed().as_millis() / 10, 300, "{:?}", started.elapsed());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let later = gateway.poll(KEY, "a").await;
+    assert!(later.header("cache-status").unwrap().contains("; hit;"), "{later:?}");
+    assert_eq!(gateway.arrivals().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_poll_whose_turn_never_came_is_told_when_to_come_back() {
+    let behaviour = Behaviour {
+        answer: |_, _| rate_limited(429),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |config| {
+        config.budget.limit = std::num::NonZeroU32::MIN;
+        config.budget.max_wait = Duration::from_secs(1);
+    });
+    let reply = gateway.poll(KEY, "a").await;
+    reply.assert_is_our_error(429);
+    assert!(reply.header("retry-after").is_some());
+    assert_eq!(
+        gateway.arrivals().len(),
+        0,
+        "nothing was spent on a client that has left"
+    );
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(gateway.arrivals().len(), 0, "{:?}", gateway.arrivals());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_live_snapshot_beats_an_error() {
+    let answer = |count: usize, task: &str| match count {
+        0 => {
+            json(&serde_json::json!({ "code": 200, "message": "ok", "data": { "task_id": task, "status": "running" } }))
+        }
+        1 => json(&serde_json::json!({ "code": 500, "message": "oops", "data": null })),
+        2 => json(&serde_json::json!({ "code": 455, "message": "maintenance", "data": null })),
+        _ => json(&serde_json::json!({ "code": 422, "message": "no", "data": null })),
+    };
+    let gateway = Paused::start(
+        Behaviour {
+            answer,
+            ..Behaviour::default()
+        },
+        |_| {},
+    );
+    assert_eq!(gateway.poll(KEY, "a").await.json()["data"]["status"], "running");
+    for detail in ["failed", "unavailable"] {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let reply = gateway.poll(KEY, "a").await;
+        assert_eq!(reply.json()["data"]["status"], "running");
+        assert!(reply.header("age").unwrap().parse::<u64>().unwrap() >= 3);
+        let status = reply.header("cache-status").unwrap();
+        assert!(
+            status.contains("; hit; ttl=-") && status.contains(&format!("detail={detail}")),
+            "{status}"
+        );
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(
+        gateway.poll(KEY, "a").await.json()["code"],
+        422,
+        "what is said about the request goes through"
+    );
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(gateway.arrivals().len(), 4);
+}
+
+/// On real sockets, counted in upstream's own process.
+async fn three_hundred_tasks_on_real_sockets(options: &[&str]) {
+    let upstream = Simulator::start(options).await;
+    let gateway = Gateway::start(&upstream.url, "budget: { max_wait: \"45s\" }").await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for task in 0..300 {
+        polls.spawn(async move { poll(address, &format!("ended.{task}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    let stats = upstream.stats().await;
+    let number = |name: &str| stats[name].as_u64().unwrap();
+    assert!(number("highest_in_any_second") <= 15, "{stats}");
+    assert_eq!(number("violations"), 0, "{stats}");
+    assert_eq!(number("rate_limited"), 0, "{stats}");
+    let span = (number("last_arrival_unix_ns") - number("first_arrival_unix_ns")) as f64 / 1e9;
+    let goodput = (number("requests") - 1) as f64 / span;
+    assert!(goodput >= 14.0, "{goodput}/s: {stats}");
+}
+
+#[tokio::test]
+async fn on_real_sockets() {
+    three_hundred_tasks_on_real_sockets(&[]).await;
+}
