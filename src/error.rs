@@ -85,6 +85,27 @@ impl Error {
         }
     }
 
+    /// What Cache-Status and the log say: one token.
+    pub fn detail(&self) -> &'static str {
+        match self {
+            Self::MissingKey => "missing_key",
+            Self::MalformedKey => "malformed_key",
+            Self::UnknownKey => "unknown_key",
+            Self::TooManyAccounts => "too_many_accounts",
+            Self::TaskId(_) => "task_id",
+            Self::MethodNotAllowed => "method",
+            Self::NotFound => "path",
+            Self::QueueFull { .. } => "queue_full",
+            Self::TurnNeverCame { .. } => "budget",
+            Self::NoConnection => "no_connection",
+            Self::UpstreamTimeout => "upstream_timeout",
+            Self::UpstreamBroken => "upstream_broken",
+            Self::UpstreamTooLarge => "upstream_too_large",
+            Self::UpstreamEncoding => "upstream_encoding",
+            Self::Internal => "internal",
+        }
+    }
+
     /// The error token of RFC 9209 (Proxy-Status) that says why; `None` where the client's request was at fault.
     pub fn proxy_status(&self) -> Option<&'static str> {
         match self {
@@ -94,9 +115,7 @@ impl Error {
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound => None,
-            Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => {
-                Some("connection_limit_reached")
-            }
+            Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => Some("http_request_denied"),
             Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),

@@ -1,12 +1,120 @@
-//! crun-gateway: one account's 15 TaskInfo queries a second serve a whole company.
+//! crun-gateway: one account's 15 `TaskInfo` queries a second serve a whole company.
+//!
+//! The map, from the edge inwards; a module names only modules of a lower row (`tests/architecture.rs`):
+//!
+//! ```text
+//! simulator                                the simulated upstream and the demo fleet
+//! server  admin                            edges: accept and drain · metrics and health
+//! gateway                                  the life of a request: knows all the parts
+//! cache  flight  upstream                  the parts: know nothing of each other
+//! budget                                   who may ask upstream, and when
+//! stored  config  error  metrics           what is kept · checked config · one enum · one struct
+//! task  account  outcome                   words: pure, no I/O
+//! ```
 
 pub mod account;
+pub mod admin;
 pub mod budget;
+pub mod cache;
 pub mod config;
 pub mod error;
 pub mod flight;
+pub mod gateway;
 pub mod metrics;
 pub mod outcome;
+pub mod server;
+pub mod simulator;
 pub mod stored;
 pub mod task;
 pub mod upstream;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio_util::sync::CancellationToken;
+
+use admin::Health;
+use config::Config;
+use gateway::Gateway;
+use metrics::Metrics;
+
+/// The two edges, bound: tests bind port 0.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For clients.
+    pub clients: tokio::net::TcpListener,
+    /// For the platform.
+    pub admin: std::net::TcpListener,
+}
+
+impl Listeners {
+    /// Binds what `config` names.
+    ///
+    /// # Errors
+    /// When an address is taken, not this host's, or not allowed.
+    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            clients: server::bind(config.listen).with_context(|| format!("listen: {}", config.listen))?,
+            admin: std::net::TcpListener::bind(config.admin).with_context(|| format!("admin: {}", config.admin))?,
+        })
+    }
+}
+
+/// How a run ends.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    /// Cancelled: accept no more, finish what is under way.
+    pub drain: CancellationToken,
+    /// Cancelled: end at once.
+    pub now: CancellationToken,
+}
+
+/// Serves until `shutdown` says otherwise; returns when everything is drained, or `config.drain` is over.
+///
+/// # Errors
+/// When the configured upstream cannot be used or the admin port cannot be served.
+pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
+    let metrics = Arc::new(Metrics::new().context("metrics")?);
+    let dial = upstream::tcp(config.upstream.url.clone());
+    let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;
+    let health = Health::new(shutdown.drain.clone());
+    let stop_admin = CancellationToken::new();
+    let admin = admin::spawn(
+        listeners.admin,
+        Arc::clone(&health),
+        Arc::clone(&gateway),
+        Arc::clone(&metrics),
+        stop_admin.clone(),
+    )?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = %listeners.clients.local_addr()?,
+        upstream = %config.upstream.url,
+        limit = config.budget.limit,
+        accounts = config.accounts.len(),
+        "serving"
+    );
+    health.serving();
+    // On the workers: where this function itself runs is its caller's choice, and says nothing of them.
+    let beat = tokio::spawn(async move { health.beat().await });
+    let sweep = tokio::spawn({
+        let gateway = Arc::clone(&gateway);
+        async move { gateway.sweep().await }
+    });
+    server::serve(
+        listeners.clients,
+        gateway,
+        &config,
+        metrics,
+        shutdown.drain,
+        shutdown.now,
+    )
+    .await;
+    beat.abort();
+    sweep.abort();
+    stop_admin.cancel();
+    // It ends within a turn of its runtime; a panic there was reported by the hook.
+    let _ = tokio::task::spawn_blocking(|| admin.join()).await;
+    tracing::info!("stopped");
+    Ok(())
+}

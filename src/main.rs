@@ -1,2 +1,158 @@
-//! The commands.
-fn main() {}
+//! The commands: serve (the default), `check`, `upstream`, `demo`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crun_gateway::config::{Config, Log, LogFormat};
+use crun_gateway::simulator::{self, DemoArgs, UpstreamArgs};
+use crun_gateway::{Listeners, Shutdown};
+
+/// One account's 15 TaskInfo queries a second, serving a whole company.
+///
+/// Without a command: serves, as the configuration says.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(flatten)]
+    file: ConfigFile,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Args)]
+struct ConfigFile {
+    /// The configuration; an empty file is a valid one.
+    #[arg(long, value_name = "FILE", default_value = "config.yaml")]
+    config: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Validate a configuration and print what it means, secrets masked; exit 2 when something is wrong with it.
+    Check(ConfigFile),
+    /// Serve a simulated upstream: strict, with every answer that the real one can give.
+    Upstream(UpstreamArgs),
+    /// Show the main job: a simulated upstream, the gateway, and a fleet of clients that polls through it.
+    Demo(DemoArgs),
+}
+
+/// The exit code when the configuration is wrong.
+const BAD_CONFIG: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        None => load(&cli.file).map_or_else(Ok, |config| serve(config).map(|()| ExitCode::SUCCESS)),
+        Some(Command::Check(file)) => load(&file).map_or_else(Ok, |config| {
+            std::io::stdout().write_all(config.render().as_bytes())?;
+            Ok(ExitCode::SUCCESS)
+        }),
+        Some(Command::Upstream(args)) => simulate(args).map(|()| ExitCode::SUCCESS),
+        Some(Command::Demo(args)) => demo(args),
+    };
+    done.unwrap_or_else(|error| {
+        complain(&format!("crun-gateway: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+/// The configuration, or the exit code after every problem was printed.
+fn load(file: &ConfigFile) -> Result<Config, ExitCode> {
+    Config::load(&file.config, &|name| std::env::var(name).ok()).map_err(|problems| {
+        complain(&problems.to_string());
+        ExitCode::from(BAD_CONFIG)
+    })
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    init_log(&config.log);
+    runtime(config.worker_threads)?.block_on(async {
+        let shutdown = Shutdown::default();
+        tokio::spawn(cancel_on_signals(shutdown.drain.clone(), shutdown.now.clone())?);
+        let listeners = Listeners::bind(&config)?;
+        crun_gateway::run(config, listeners, shutdown).await
+    })
+}
+
+fn simulate(args: UpstreamArgs) -> anyhow::Result<()> {
+    runtime(2)?.block_on(async {
+        let stop = CancellationToken::new();
+        tokio::spawn(cancel_on_signals(stop.clone(), stop.clone())?);
+        simulator::upstream(args, stop.cancelled_owned()).await
+    })
+}
+
+fn demo(args: DemoArgs) -> anyhow::Result<ExitCode> {
+    // Its display is the log.
+    let kept = runtime(2)?.block_on(async {
+        let stop = CancellationToken::new();
+        tokio::spawn(cancel_on_signals(stop.clone(), stop.clone())?);
+        let gateway = |upstream: http::Uri, clients, drain| async move {
+            let mut config = Config::default();
+            config.upstream.url = upstream;
+            config.admin = ([127, 0, 0, 1], 0).into();
+            let admin = std::net::TcpListener::bind(config.admin)?;
+            let shutdown = Shutdown {
+                drain,
+                ..Shutdown::default()
+            };
+            crun_gateway::run(config, Listeners { clients, admin }, shutdown).await
+        };
+        simulator::demo(args, stop.cancelled_owned(), gateway).await
+    })?;
+    Ok(if kept { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn runtime(worker_threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(worker_threads)
+        .enable_all()
+        .build()
+        .context("runtime")
+}
+
+/// The first SIGTERM or SIGINT cancels `first`, the next one `second`.
+fn cancel_on_signals(
+    first: CancellationToken,
+    second: CancellationToken,
+) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    Ok(async move {
+        for token in [first, second] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            token.cancel();
+        }
+    })
+}
+
+/// To stderr. Our own words at the configured level; other crates' only as warnings, since what they print about a request
+/// is not under our control.
+fn init_log(log: &Log) {
+    let filter = Targets::new()
+        .with_default(tracing::Level::WARN)
+        .with_target("crun_gateway", log.level);
+    let registry = tracing_subscriber::registry().with(filter);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    match log.format {
+        LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
+    }
+}
+
+fn complain(text: &str) {
+    // Where stderr is closed there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}

@@ -3,7 +3,7 @@
 //! Terms as in RFC 9111 §4.2: an answer is fresh while its age is below its freshness lifetime, and stale after that.
 //! Ages are taken from the monotonic clock; `complete_at` and the like are compared with the wall clock.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -40,6 +40,8 @@ pub struct Answer {
     pub room: Option<OwnedSemaphorePermit>,
     /// Whether it was read since the cache last looked for what nobody reads.
     read: AtomicBool,
+    /// Where it stands among its account's answers, once the cache has it.
+    place: AtomicU64,
 }
 
 /// For how long an answer is kept and fresh, counted from when it was received.
@@ -129,6 +131,7 @@ impl Answer {
             keeping: None,
             room: None,
             read: AtomicBool::new(true),
+            place: AtomicU64::new(0),
         }
     }
 
@@ -184,6 +187,16 @@ impl Answer {
         if !self.read.load(Ordering::Relaxed) {
             self.read.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Where it stands among its account's answers: the cache's own note.
+    pub fn place(&self) -> u64 {
+        self.place.load(Ordering::Relaxed)
+    }
+
+    /// Notes where it stands.
+    pub fn set_place(&self, place: u64) {
+        self.place.store(place, Ordering::Relaxed);
     }
 
     /// Whether it was read since this was last asked.

@@ -1,7 +1,7 @@
 //! The words for a task, and what upstream's answer says about one.
 //!
-//! Pure: no I/O, no clock. An answer is classified by parsing it, never by searching its text: `param` echoes whatever a
-//! client sent, lyrics that spell `"status":"success"` included. The effective code and the top-level `data.status`
+//! Pure: no I/O, no clock. An answer is classified by parsing it, never by searching its text: `param` echoes whatever
+//! a client sent, lyrics that spell `"status":"success"` included. The effective code and the top-level `data.status`
 //! decide, and no other field contradicts them. What upstream calls `pending` and `running` is one class, live, to
 //! everybody else. What cannot be read without a doubt is passed on and not stored.
 

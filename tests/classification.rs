@@ -1,5 +1,7 @@
 //! What each answer of upstream's means: every recorded body in both forms of an error, and every trap we know of.
 
+#![allow(clippy::unwrap_used, reason = "a fixture that cannot be read is a failed test")]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

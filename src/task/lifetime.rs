@@ -168,7 +168,8 @@ mod tests {
             complete_at in timestamp(), create_at in timestamp(), now in prop_oneof![0..1_u64 << 40, Just(NOW)],
             cap in 1u64..=20 * DAY, dead in 1u64..=3600,
         ) {
-            let kept = media_lifetime(complete_at, create_at, now, Duration::from_secs(cap), Duration::from_secs(dead)).as_secs();
+            let (longest, briefest) = (Duration::from_secs(cap), Duration::from_secs(dead));
+            let kept = media_lifetime(complete_at, create_at, now, longest, briefest).as_secs();
             prop_assert!(kept <= cap && kept <= FULL && kept > 0);
             if let At(ended) = complete_at && ended <= now {
                 prop_assert!(kept <= dead || now + kept <= ended + FULL);

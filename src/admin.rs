@@ -1,0 +1,212 @@
+//! The platform's edge: metrics and health, on a thread and runtime of their own, so that it answers when the main one is
+//! busy. Nothing here changes state, and upstream's health is part of nothing here: cached answers outlive an outage.
+
+use std::convert::Infallible;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::gateway::Gateway;
+use crate::metrics::Metrics;
+
+/// How long the main runtime may stand still before `/livez` says so.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// How often the main runtime shows that it turns.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Scrapes and probes are few; this bounds what a stray client may take.
+const MOST_CONNECTIONS: usize = 64;
+
+/// Whether the process serves, and whether its main runtime turns.
+#[derive(Debug)]
+pub struct Health {
+    started: Instant,
+    /// Milliseconds from the start to the main runtime's last sign of life.
+    beat_ms: AtomicU64,
+    is_serving: AtomicBool,
+    draining: CancellationToken,
+}
+
+impl Health {
+    /// Not serving yet. `draining` ends readiness.
+    pub fn new(draining: CancellationToken) -> Arc<Self> {
+        Arc::new(Self {
+            started: Instant::now(),
+            beat_ms: AtomicU64::new(0),
+            is_serving: AtomicBool::new(false),
+            draining,
+        })
+    }
+
+    /// Clients are accepted from now on.
+    pub fn serving(&self) {
+        self.is_serving.store(true, Ordering::Relaxed);
+    }
+
+    /// Shows, for as long as it is polled, that the runtime it is polled on turns.
+    pub async fn beat(&self) {
+        loop {
+            self.beat_ms.store(self.ms(), Ordering::Relaxed);
+            sleep(BEAT).await;
+        }
+    }
+
+    fn is_live(&self) -> bool {
+        let silent = self.ms().saturating_sub(self.beat_ms.load(Ordering::Relaxed));
+        u128::from(silent) < STUCK.as_millis()
+    }
+
+    fn is_ready(&self) -> bool {
+        self.is_serving.load(Ordering::Relaxed) && !self.draining.is_cancelled()
+    }
+
+    fn ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Serves the admin port on a thread of its own until `stop` is cancelled.
+///
+/// # Errors
+/// When the thread or its runtime cannot be started.
+pub fn spawn(
+    listener: TcpListener,
+    health: Arc<Health>,
+    gateway: Arc<Gateway>,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) -> anyhow::Result<thread::JoinHandle<()>> {
+    listener.set_nonblocking(true).context("admin")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("admin runtime")?;
+    let admin = Arc::new(Admin {
+        health,
+        gateway,
+        metrics,
+    });
+    let serve = move || {
+        runtime.block_on(async {
+            match tokio::net::TcpListener::from_std(listener) {
+                Ok(listener) => tokio::select! {
+                    () = accept(listener, admin) => {}
+                    () = stop.cancelled() => {}
+                },
+                Err(error) => tracing::error!(%error, "the admin port cannot be served"),
+            }
+        });
+    };
+    thread::Builder::new()
+        .name("admin".into())
+        .spawn(serve)
+        .context("admin thread")
+}
+
+struct Admin {
+    health: Arc<Health>,
+    gateway: Arc<Gateway>,
+    metrics: Arc<Metrics>,
+}
+
+async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "the admin port cannot accept");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let admin = Arc::clone(&admin);
+        tokio::spawn(async move {
+            let _place = place;
+            let service = service_fn(move |request: Request<Incoming>| {
+                let response = admin.answer(request.method(), request.uri().path());
+                async move { Ok::<_, Infallible>(response) }
+            });
+            // A scraper that goes away is none of our business.
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(Duration::from_secs(30))
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+const INDEX: &str = "crun-gateway, admin port\n\n\
+    /metrics  for Prometheus\n\
+    /livez    200 while the main runtime turns\n\
+    /readyz   200 while clients are served, 503 at a stop\n";
+
+impl Admin {
+    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+        if method != Method::GET && method != Method::HEAD {
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET and HEAD only\n");
+            response
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
+        }
+        match path {
+            "/" => text(StatusCode::OK, INDEX),
+            "/metrics" => self.metrics(),
+            "/livez" if self.health.is_live() => text(StatusCode::OK, "ok\n"),
+            "/livez" => text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the main runtime has not turned for 30 s\n",
+            ),
+            "/readyz" if self.health.is_ready() => text(StatusCode::OK, "ok\n"),
+            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "starting or stopping\n"),
+            _ => text(StatusCode::NOT_FOUND, INDEX),
+        }
+    }
+
+    fn metrics(&self) -> Response<Full<Bytes>> {
+        self.gateway.refresh_metrics();
+        match self.metrics.render() {
+            Ok(rendered) => {
+                let mut response = Response::new(Full::new(Bytes::from(rendered)));
+                response
+                    .headers_mut()
+                    .insert(CONTENT_TYPE, HeaderValue::from_static(Metrics::CONTENT_TYPE));
+                response
+            }
+            Err(error) => {
+                tracing::error!(%error, "metrics cannot be rendered");
+                text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be rendered\n")
+            }
+        }
+    }
+}
+
+fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from_static(body.as_bytes())));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

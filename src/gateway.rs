@@ -1,0 +1,548 @@
+//! The life of a request: the only module that knows all the parts.
+//!
+//! ```text
+//! handle ─▶ poll    who asks, for which task, until when
+//!           answer  cache: fresh? ───────────────────────▶ hit
+//!                   flight: someone already fetching? ───▶ wait, collapsed
+//!           fly     the leader, a task that belongs to no client:
+//!                   cache again ─▶ budget: a turn ─▶ upstream: a connection ─▶ budget: a permit
+//!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
+//! ```
+//! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
+//! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
+
+mod accounts;
+mod passthrough;
+mod response;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::FutureExt as _;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
+use hyper::body::Incoming;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+
+use crate::account::{API_KEY_HEADER, AccountId, ApiKey};
+use crate::budget::Entry;
+use crate::cache::Cache;
+use crate::config::Config;
+use crate::error::Error;
+use crate::flight::{Flights, Leader};
+use crate::metrics::{AccountMetrics, Metrics, OTHER, Shed};
+use crate::outcome::{Outcome, Served};
+use crate::stored::{Answer, Keeping};
+use crate::task::{self, Class, TaskId};
+use crate::upstream::{Dial, Fetched, TASK_INFO_PATH, Upstream};
+use accounts::{Account, Accounts};
+pub use response::Body;
+use response::CacheStatus;
+
+/// A flight makes at most two attempts, both paid.
+const MOST_ATTEMPTS: u32 = 2;
+
+/// How often a flight tries to open a connection: a failed one costs no permit.
+const MOST_CONNECTS: u32 = 2;
+
+/// How long an upstream 429 without a usable Retry-After pauses its account.
+const DEFAULT_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often idle accounts and connections are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Everything that a request passes through.
+#[derive(Debug)]
+pub struct Gateway {
+    config: Config,
+    accounts: Accounts,
+    cache: Cache,
+    flights: Flights<FlightKey, Progress>,
+    upstream: Upstream,
+    metrics: Arc<Metrics>,
+    /// The counters of polls that belong to no account.
+    strangers: AccountMetrics,
+}
+
+type FlightKey = (AccountId, TaskId);
+
+/// How far a flight is, as its followers see it.
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    phase: Phase,
+    /// What upstream answered to the first attempt, while a second is under way.
+    last_error: Option<Arc<Answer>>,
+    landed: Option<Landed>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Phase {
+    /// For its turn, or for its permit.
+    #[default]
+    Waiting,
+    /// Its turn came, and it has no connection yet.
+    Connecting,
+    /// Spent: it will be finished and kept, whoever waits.
+    Sent,
+}
+
+#[derive(Clone, Debug)]
+enum Landed {
+    /// Another flight had just kept a fresh answer.
+    Kept(Arc<Answer>),
+    /// Upstream's answer to a query with this key.
+    Fetched(Arc<Answer>, ApiKey),
+    Failed(Error),
+}
+
+/// Who asks, for which task, and since when.
+#[derive(Debug)]
+struct Poll {
+    arrived: Instant,
+    account: Arc<Account>,
+    key: ApiKey,
+    task: TaskId,
+}
+
+/// How a poll is answered.
+#[derive(Debug)]
+struct Answered {
+    served: Served,
+    cache: CacheStatus,
+    answer: Arc<Answer>,
+}
+
+impl Gateway {
+    /// A gateway with an empty cache, whose budgets grant nothing for the first 1 s plus `budget.margin`.
+    ///
+    /// # Errors
+    /// When the upstream in `config` cannot be used.
+    pub fn new(config: Config, dial: Dial, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
+        let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics))?;
+        let accounts = Accounts::new(&config, upstream.clone(), Arc::clone(&metrics), Instant::now());
+        Ok(Arc::new(Self {
+            accounts,
+            cache: Cache::new(config.cache.max_bytes, Arc::clone(&metrics)),
+            flights: Flights::default(),
+            upstream,
+            strangers: metrics.account(OTHER),
+            metrics,
+            config,
+        }))
+    }
+
+    /// Answers one request.
+    ///
+    /// Cancel safe: a client that leaves takes only its own wait away.
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let request_id = response::request_id(request.headers());
+        let mut response = if request.uri().path() == TASK_INFO_PATH {
+            self.poll(request.method(), request.uri(), request.headers(), &request_id)
+                .await
+        } else {
+            self.pass_through(request).await
+        };
+        response.headers_mut().insert(response::REQUEST_ID, request_id);
+        response
+    }
+
+    /// Forgets what nobody uses any more, from time to time, for as long as it is polled.
+    pub async fn sweep(&self) {
+        loop {
+            tokio::time::sleep(SWEEP_INTERVAL).await;
+            let now = Instant::now();
+            self.accounts.sweep(now);
+            self.upstream.sweep(now);
+            self.cache.maintain();
+        }
+    }
+
+    /// How many flights are under way.
+    pub fn flights(&self) -> usize {
+        self.flights.count()
+    }
+
+    /// Brings the gauges up to date that are costly to keep so.
+    pub fn refresh_metrics(&self) {
+        self.cache.maintain();
+    }
+
+    async fn poll(
+        self: &Arc<Self>,
+        method: &Method,
+        uri: &Uri,
+        headers: &HeaderMap,
+        request_id: &HeaderValue,
+    ) -> Response<Body> {
+        let arrived = Instant::now();
+        let poll = match self.read_poll(method, uri, headers, arrived) {
+            Ok(poll) => poll,
+            Err(error) => return refuse(&error, &self.strangers, OTHER, arrived, request_id),
+        };
+        match self.answer(&poll).await {
+            Ok(Answered { served, cache, answer }) => {
+                let now = Instant::now();
+                let took = now.saturating_duration_since(arrived);
+                poll.account.metrics.answered(served, answer.code(), took);
+                tracing::debug!(
+                    request_id = request_id.to_str().unwrap_or_default(),
+                    account = &*poll.account.label,
+                    task = poll.task.as_str(),
+                    cache = served.label(),
+                    code = answer.code(),
+                    took_s = took.as_secs_f64(),
+                    "poll answered"
+                );
+                response::answer(&answer, cache, now)
+            }
+            Err(error) => refuse(&error, &poll.account.metrics, &poll.account.label, arrived, request_id),
+        }
+    }
+
+    fn read_poll(&self, method: &Method, uri: &Uri, headers: &HeaderMap, arrived: Instant) -> Result<Poll, Error> {
+        if method != Method::GET && method != Method::HEAD {
+            return Err(Error::MethodNotAllowed);
+        }
+        let key = presented_key(headers)?.ok_or(Error::MissingKey)?;
+        let task = TaskId::from_query(uri.query())?;
+        let account = self.accounts.of(&key, arrived)?;
+        Ok(Poll {
+            arrived,
+            account,
+            key,
+            task,
+        })
+    }
+
+    /// The answer for one poll, by its deadline at the latest.
+    async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
+        let deadline = poll.arrived + self.config.budget.max_wait;
+        let kept = self.cache.get(poll.account.id, &poll.task, poll.arrived);
+        let was_stale = match kept {
+            Some(answer) if answer.is_fresh(poll.arrived) => return Ok(hit(answer, None)),
+            kept => kept.is_some(),
+        };
+        loop {
+            let (mut progress, leader) = self
+                .flights
+                .join((poll.account.id, poll.task.clone()), Progress::default());
+            let collapsed = leader.is_none();
+            if let Some(leader) = leader {
+                self.launch(leader, poll);
+            }
+            let landing = progress.wait_for(|progress| progress.landed.is_some());
+            let landed = match timeout_at(deadline, landing).await {
+                Ok(Ok(progress)) => progress.landed.clone(),
+                // The leader is gone without a landing: it panicked.
+                Ok(Err(_)) => Some(Landed::Failed(Error::Internal)),
+                Err(_) => None,
+            };
+            return match landed {
+                None => self.answer_at_deadline(poll, &progress, was_stale, collapsed),
+                Some(Landed::Kept(answer)) => Ok(hit(answer, None)),
+                Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
+                // Another key's refusal says nothing about this one.
+                Some(Landed::Fetched(answer, key)) if is_refused_key(&answer) && key != poll.key => continue,
+                Some(Landed::Fetched(answer, _)) if answer.reading.class.yields_to_snapshot() => {
+                    let detail = outcome(answer.reading.class).label();
+                    Ok(self
+                        .stand_in(poll, detail)
+                        .unwrap_or_else(|| forwarded(answer, was_stale, collapsed)))
+                }
+                Some(Landed::Fetched(answer, _)) => Ok(forwarded(answer, was_stale, collapsed)),
+            };
+        }
+    }
+
+    /// A snapshot, else what upstream said last, else why the flight has not landed.
+    fn answer_at_deadline(
+        &self,
+        poll: &Poll,
+        progress: &watch::Receiver<Progress>,
+        was_stale: bool,
+        collapsed: bool,
+    ) -> Result<Answered, Error> {
+        let Progress { phase, last_error, .. } = progress.borrow().clone();
+        let error = match phase {
+            Phase::Waiting => Error::TurnNeverCame {
+                retry_after: poll.account.budget.wait(Instant::now()),
+            },
+            Phase::Connecting => Error::NoConnection,
+            Phase::Sent => Error::UpstreamTimeout,
+        };
+        if phase == Phase::Waiting {
+            poll.account.metrics.shed(Shed::Deadline);
+        }
+        let stand_in = self.stand_in(poll, error.detail());
+        stand_in
+            .or_else(|| last_error.map(|answer| forwarded(answer, was_stale, collapsed)))
+            .ok_or(error)
+    }
+
+    /// The snapshot that may be served instead of an error.
+    fn stand_in(&self, poll: &Poll, detail: &'static str) -> Option<Answered> {
+        let now = Instant::now();
+        let snapshot = self.cache.snapshot(poll.account.id, &poll.task, now)?;
+        let max_stale = self.config.cache.max_stale;
+        snapshot
+            .may_stand_in(now, max_stale)
+            .then(|| hit(snapshot, Some(detail)))
+    }
+
+    /// Sends the leader off, on nobody's behalf.
+    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, poll: &Poll) {
+        let (gateway, account) = (Arc::clone(self), Arc::clone(&poll.account));
+        let (key, task) = (poll.key.clone(), poll.task.clone());
+        tokio::spawn(async move {
+            let panics = gateway.metrics.panics.clone();
+            let flight = gateway.fly(leader, account, key, task);
+            if AssertUnwindSafe(flight).catch_unwind().await.is_err() {
+                panics.inc();
+            }
+        });
+    }
+
+    /// The leader's way, from a place in the queue to an answer that is kept. Until its query is sent it gives up when
+    /// nobody waits any more.
+    async fn fly(
+        self: Arc<Self>,
+        leader: Leader<FlightKey, Progress>,
+        account: Arc<Account>,
+        key: ApiKey,
+        task: TaskId,
+    ) {
+        // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
+        let now = Instant::now();
+        if let Some(answer) = self
+            .cache
+            .get(account.id, &task, now)
+            .filter(|answer| answer.is_fresh(now))
+        {
+            return leader.land(Progress::landed(Landed::Kept(answer)));
+        }
+        let mut attempt = 1;
+        loop {
+            let entry = if attempt == 1 { Entry::Back } else { Entry::Front };
+            let Ok(place) = account.budget.enter(entry) else {
+                account.metrics.shed(Shed::QueueFull);
+                let retry_after = account.budget.wait(Instant::now());
+                return leader.land(Progress::landed(Landed::Failed(Error::QueueFull { retry_after })));
+            };
+            let Some(Some(turn)) = while_awaited(&leader, place.called()).await else {
+                return;
+            };
+            leader.update(|progress| progress.phase = Phase::Connecting);
+            let mut connects = 1;
+            let ready = loop {
+                // After an unanswered attempt any other idle connection may be as dead.
+                match while_awaited(&leader, account.pool.connect(attempt > 1)).await {
+                    None => return,
+                    Some(Ok(ready)) => break ready,
+                    Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
+                    Some(Err(error)) => return leader.land(Progress::landed(Landed::Failed(error))),
+                }
+            };
+            leader.update(|progress| progress.phase = Phase::Waiting);
+            let Some(Some(permit)) = while_awaited(&leader, turn.permit(&ready)).await else {
+                return;
+            };
+            leader.update(|progress| progress.phase = Phase::Sent);
+            let sent = Instant::now();
+            let result = ready.send(permit, &key, &task).await;
+            let took = sent.elapsed();
+            match result {
+                Ok(fetched) => {
+                    let answer = self.keep(&account, &task, fetched);
+                    let outcome = outcome(answer.reading.class);
+                    account.metrics.attempted(outcome, took);
+                    log_attempt(&account, &task, attempt, outcome.label(), Some(&answer), took);
+                    if outcome == Outcome::RateLimited {
+                        self.pause(&account, &answer);
+                        if attempt < MOST_ATTEMPTS {
+                            leader.report(Progress {
+                                last_error: Some(answer),
+                                ..Progress::default()
+                            });
+                            attempt += 1;
+                            continue;
+                        }
+                    }
+                    return leader.land(Progress::landed(Landed::Fetched(answer, key)));
+                }
+                Err(failed) => {
+                    account.metrics.attempted(failure(&failed.error), took);
+                    log_attempt(&account, &task, attempt, failed.error.detail(), None, took);
+                    if !failed.unanswered || attempt >= MOST_ATTEMPTS {
+                        return leader.land(Progress::landed(Landed::Failed(failed.error)));
+                    }
+                    leader.report(Progress::default());
+                    attempt += 1;
+                }
+            }
+        }
+    }
+
+    /// Reads an answer, and keeps it if it may be kept.
+    fn keep(&self, account: &Account, task: &TaskId, fetched: Fetched) -> Arc<Answer> {
+        let Fetched {
+            status,
+            content_type,
+            retry_after,
+            body,
+            asked,
+            received,
+            room,
+        } = fetched;
+        let reading = task::read(status.as_u16(), &body, task);
+        let before = self.cache.snapshot(account.id, task, received);
+        let keeping = Keeping::of(&reading, before.as_deref(), received, unix_now(), &self.config.cache);
+        let mut answer = Answer::new(status, body, reading, asked, received);
+        answer.content_type = content_type;
+        answer.retry_after = retry_after;
+        answer.keeping = keeping;
+        // What is kept counts against the cache.
+        answer.room = room.filter(|_| keeping.is_none());
+        let answer = Arc::new(answer);
+        self.cache.put(account.id, task, &answer, received);
+        answer
+    }
+
+    fn pause(&self, account: &Account, answer: &Answer) {
+        let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
+        let pause = asked
+            .and_then(|value| task::retry_after(value, SystemTime::now()))
+            .unwrap_or(DEFAULT_PAUSE);
+        account.budget.pause(Instant::now() + pause);
+        tracing::warn!(
+            account = &*account.label,
+            pause_s = pause.as_secs_f64(),
+            "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
+        );
+    }
+}
+
+impl Progress {
+    fn landed(landed: Landed) -> Self {
+        Self {
+            landed: Some(landed),
+            ..Self::default()
+        }
+    }
+}
+
+/// What `future` gives, or `None` once nobody waits for the flight.
+async fn while_awaited<T>(leader: &Leader<FlightKey, Progress>, future: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        value = future => Some(value),
+        () = leader.deserted() => None,
+    }
+}
+
+fn hit(answer: Arc<Answer>, detail: Option<&'static str>) -> Answered {
+    let served = if detail.is_none() || answer.is_fresh(Instant::now()) {
+        Served::Hit
+    } else {
+        Served::Stale
+    };
+    Answered {
+        served,
+        cache: CacheStatus::Hit(detail),
+        answer,
+    }
+}
+
+fn forwarded(answer: Arc<Answer>, was_stale: bool, collapsed: bool) -> Answered {
+    let served = if collapsed { Served::Collapsed } else { Served::Miss };
+    Answered {
+        served,
+        cache: CacheStatus::Forwarded { was_stale, collapsed },
+        answer,
+    }
+}
+
+/// The one place where an error becomes a response, is counted and is logged.
+fn refuse(
+    error: &Error,
+    metrics: &AccountMetrics,
+    account: &str,
+    arrived: Instant,
+    request_id: &HeaderValue,
+) -> Response<Body> {
+    let took = arrived.elapsed();
+    metrics.answered(Served::None, error.status().as_u16(), took);
+    tracing::debug!(
+        request_id = request_id.to_str().unwrap_or_default(),
+        account,
+        cache = Served::None.label(),
+        code = error.status().as_u16(),
+        detail = error.detail(),
+        took_s = took.as_secs_f64(),
+        "poll refused"
+    );
+    response::error(error)
+}
+
+fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {
+    tracing::info!(
+        account = &*account.label,
+        task = task.as_str(),
+        attempt,
+        outcome,
+        status = answer.map(|answer| answer.status.as_u16()),
+        code = answer.map(Answer::code),
+        took_s = took.as_secs_f64(),
+        "upstream asked"
+    );
+}
+
+/// The key that a request presents: `x-api-key`, once or several times the same.
+fn presented_key(headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
+    let mut presented = None;
+    for value in headers.get_all(API_KEY_HEADER) {
+        let text = value.to_str().map_err(|_| Error::MalformedKey)?.trim();
+        if text.is_empty() {
+            continue;
+        }
+        let key = ApiKey::new(text).ok_or(Error::MalformedKey)?;
+        match &presented {
+            Some(before) if *before != key => return Err(Error::MalformedKey),
+            Some(_) | None => presented = Some(key),
+        }
+    }
+    Ok(presented)
+}
+
+/// Whether an answer is about the key that was sent rather than about the task.
+fn is_refused_key(answer: &Answer) -> bool {
+    matches!(answer.code(), 401..=403)
+}
+
+fn outcome(class: Class) -> Outcome {
+    match class {
+        Class::Live | Class::Settling => Outcome::Live,
+        Class::Terminal => Outcome::Terminal,
+        Class::NotFound => Outcome::NotFound,
+        Class::RateLimited => Outcome::RateLimited,
+        Class::Refused => Outcome::Refused,
+        Class::Unavailable => Outcome::Unavailable,
+        Class::Failed => Outcome::Failed,
+        Class::Unrecognised | Class::Unreadable => Outcome::Unrecognised,
+    }
+}
+
+/// What an attempt without an answer counts as.
+fn failure(error: &Error) -> Outcome {
+    if matches!(error, Error::UpstreamTooLarge | Error::UpstreamEncoding) {
+        Outcome::Unrecognised
+    } else {
+        Outcome::Unavailable
+    }
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}

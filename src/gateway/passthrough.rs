@@ -1,0 +1,211 @@
+//! Every other path: streamed through untouched, never cached, never retried, on nobody's budget.
+//!
+//! But nothing that upstream might count as a TaskInfo query passes unpaid. Which spellings its router takes for TaskInfo
+//! is unknown, so this does not guess one router's rules: a path in which the word `taskinfo` stands between any two
+//! separators, after any number of decodings and in any case, is answered 404 unless it is TaskInfo itself.
+
+use http::header::{AUTHORIZATION, EXPECT, HOST, VIA};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Request, Response, Uri};
+use hyper::body::Incoming;
+use percent_encoding::percent_decode_str;
+
+use super::response::{self, Body};
+use super::{Gateway, presented_key};
+use crate::account::ApiKey;
+use crate::error::Error;
+
+/// Headers by which some servers let a request stand for another path or method: with one, an innocent path could be a
+/// query after all.
+const REWRITING_HEADERS: [&str; 6] = [
+    "x-original-url",
+    "x-original-uri",
+    "x-rewrite-url",
+    "x-http-method",
+    "x-http-method-override",
+    "x-method-override",
+];
+
+/// More decodings than any chain of servers makes.
+const MOST_DECODINGS: usize = 8;
+
+impl Gateway {
+    /// Streams a request through, or says why not.
+    pub(super) async fn pass_through(&self, request: Request<Incoming>) -> Response<Body> {
+        let result = match self.admit(&request) {
+            Ok(path) => self.upstream.stream(self.rewritten(request, path)).await,
+            Err(error) => Err(error),
+        };
+        let response = match result {
+            Ok(response) => response::streamed(response),
+            Err(error) => {
+                tracing::debug!(
+                    code = error.status().as_u16(),
+                    detail = error.detail(),
+                    "request refused"
+                );
+                response::error(&error)
+            }
+        };
+        self.metrics.passed_through(response.status().as_u16());
+        response
+    }
+
+    fn admit(&self, request: &Request<Incoming>) -> Result<PathAndQuery, Error> {
+        let path = request.uri().path();
+        let is_open = self
+            .config
+            .passthrough
+            .iter()
+            .any(|prefix| path.starts_with(prefix.as_str()));
+        if !is_open || !is_innocent(path) {
+            return Err(Error::NotFound);
+        }
+        let key = presented_key(request.headers())?;
+        if !self.accounts.admits(key.or_else(|| bearer(request.headers())).as_ref()) {
+            return Err(Error::UnknownKey);
+        }
+        request.uri().path_and_query().cloned().ok_or(Error::NotFound)
+    }
+
+    fn rewritten(&self, request: Request<Incoming>, path: PathAndQuery) -> Request<Incoming> {
+        let (mut head, body) = request.into_parts();
+        // Origin form: a client may have sent an absolute one, naming us.
+        head.uri = Uri::from(path);
+        head.version = http::Version::HTTP_11;
+        response::strip_hop_by_hop(&mut head.headers);
+        for name in REWRITING_HEADERS {
+            head.headers.remove(name);
+        }
+        // hyper has answered, or will answer, `100-continue` itself.
+        head.headers.remove(EXPECT);
+        head.headers.insert(HOST, self.upstream.host().clone());
+        head.headers.append(VIA, HeaderValue::from_static("1.1 crun-gateway"));
+        head.extensions = http::Extensions::new();
+        Request::from_parts(head, body)
+    }
+}
+
+/// The key in `Authorization: Bearer`, which the vendor's LLM paths take.
+fn bearer(headers: &HeaderMap) -> Option<ApiKey> {
+    let (scheme, key) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme
+        .eq_ignore_ascii_case("bearer")
+        .then(|| ApiKey::new(key.trim()))
+        .flatten()
+}
+
+/// Whether a raw path stays what it looks like, and is not TaskInfo, however a server may read it.
+fn is_innocent(path: &str) -> bool {
+    let mut text = path.to_owned();
+    for _ in 0..MOST_DECODINGS {
+        if has_broken_escape(&text) {
+            return false;
+        }
+        let Ok(decoded) = percent_decode_str(&text).decode_utf8() else {
+            return false;
+        };
+        if decoded == text {
+            return !climbs(&text) && !names_task_info(&text);
+        }
+        text = decoded.into_owned();
+    }
+    false
+}
+
+/// A `%` that two hexadecimal digits do not follow, `%u0054` among them.
+fn has_broken_escape(text: &str) -> bool {
+    text.split('%').skip(1).any(|rest| {
+        !rest
+            .as_bytes()
+            .get(..2)
+            .is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    })
+}
+
+/// A dot segment: the path would leave the prefix that opens it.
+fn climbs(text: &str) -> bool {
+    text.split(['/', '\\']).any(|segment| {
+        let name = segment.split(';').next().unwrap_or_default();
+        matches!(
+            name.trim_matches(|c: char| c.is_control() || c.is_whitespace()),
+            "." | ".."
+        )
+    })
+}
+
+fn names_task_info(text: &str) -> bool {
+    // Upper and then lower: there are letters that only become `s` or `k` that way round.
+    let folded = text.to_uppercase().to_lowercase();
+    folded
+        .split(|c: char| !c.is_alphanumeric())
+        .any(|word| word == "taskinfo")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_of_task_info_is_found_out() {
+        for path in [
+            "/api/v1/client/job/taskinfo",
+            "/api/v1/client/job/TASKINFO",
+            "/api/v1/client/job/TaskInfo/",
+            "/api/v1/client/job//TaskInfo",
+            "/api/v1//client/job/TaskInfo",
+            "/api/v1/client/job/./TaskInfo",
+            "/api/v1/client/job/x/../TaskInfo",
+            "/api/v1/client/job/x/..;/TaskInfo",
+            "/api/v1/client/job/TaskInfo;x=1",
+            "/api/v1/client/job/TaskInfo;%2f..",
+            "/api/v1/client/job/TaskInfo.css",
+            "/api/v1/client/job/TaskInfo/x.css",
+            "/api/v1/client/job/TaskInf%6f",
+            "/api/v1/client/job/TaskInf%256f",
+            "/api/v1/client/job/TaskInf%25256f",
+            "/api/v1/client/job%2fTaskInfo",
+            "/api/v1/client/job%5cTaskInfo",
+            "/api/v1/client/job/TaskInfo%3ftask_id=x",
+            "/api/v1/client/job/TaskInfo%23",
+            "/api/v1/client/job/TaskInfo%00",
+            "/api/v1/client/job/TaskInfo%20",
+            "/api/v1/client/job/%20TaskInfo",
+            "/api/v1/client/job/Ta%C5%BFkInfo",
+            "/api/v1/client/job/Tas%E2%84%AAInfo",
+            "/api/v1/client/job/%u0054askInfo",
+            "/api/v1/client/job/TaskInf%c1%af",
+            "/api/v1/client/job/TaskInfo%",
+        ] {
+            assert!(!is_innocent(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_path_cannot_climb_out_of_its_prefix() {
+        for path in [
+            "/api/v1/../admin",
+            "/api/v1/%2e%2e/admin",
+            "/api/v1/%252e%252e/x",
+            "/api/v1/..;a=b/x",
+            "/api/v1/a/..",
+        ] {
+            assert!(!is_innocent(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_vendors_other_paths_pass() {
+        for path in [
+            "/api/v1/client/job/CreateTask",
+            "/api/v1/client/job/TaskInfos",
+            "/api/v1/client/job/Models/owner%2Fname",
+            "/api/v1/client/account/balance",
+            "/api/v1/chat/completions",
+            "/api/v1/files/%D0%BD%D0%BE%D1%87%D1%8C.mp3",
+            "/api/v1/files/a..b",
+        ] {
+            assert!(is_innocent(path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Every response that the gateway writes itself: the headers that go with an answer, and errors in upstream's envelope.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
+use http::{HeaderMap, HeaderName, HeaderValue, Response};
+use http_body_util::Full;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use tokio::time::Instant;
+
+use crate::error::Error;
+use crate::stored::Answer;
+
+/// RFC 9211.
+pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+/// RFC 9209.
+const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+/// Not a standard, but what everybody's logs are searched by.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// RFC 9110 §7.6.3.
+const VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
+
+/// A response's body: bytes that are there, or upstream's as they come.
+#[derive(Debug)]
+pub enum Body {
+    /// Bytes that are there.
+    Whole(Full<Bytes>),
+    /// Upstream's, as they come.
+    Streamed(Incoming),
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.get_mut() {
+            Self::Whole(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Self::Streamed(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(body) => body.is_end_stream(),
+            Self::Streamed(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(body) => body.size_hint(),
+            Self::Streamed(body) => body.size_hint(),
+        }
+    }
+}
+
+/// How the cache took part in an answer: what Cache-Status (RFC 9211) says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CacheStatus {
+    /// From the cache; with a detail where something fresher could not be had.
+    Hit(Option<&'static str>),
+    /// By a flight: this poll's own, or one that it joined.
+    Forwarded {
+        /// A stale answer was there.
+        was_stale: bool,
+        collapsed: bool,
+    },
+}
+
+impl CacheStatus {
+    fn value(self, answer: &Answer, now: Instant) -> String {
+        let ttl = answer.ttl(now);
+        match self {
+            Self::Hit(None) => format!("crun-gateway; hit; ttl={ttl}"),
+            Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
+            Self::Forwarded { was_stale, collapsed } => {
+                let mut value = String::from("crun-gateway");
+                value.push_str(if was_stale { "; fwd=stale" } else { "; fwd=uri-miss" });
+                value.push_str(&format!("; fwd-status={}", answer.status.as_u16()));
+                if collapsed {
+                    value.push_str("; collapsed");
+                }
+                if answer.keeping.is_some() {
+                    value.push_str(&format!("; stored; ttl={ttl}"));
+                }
+                value
+            }
+        }
+    }
+}
+
+/// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
+/// connection or a moment that is not this client's.
+pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant) -> Response<Body> {
+    let mut response = Response::new(Body::Whole(Full::new(answer.body.clone())));
+    *response.status_mut() = answer.status;
+    let headers = response.headers_mut();
+    if let Some(content_type) = &answer.content_type {
+        headers.insert(CONTENT_TYPE, content_type.clone());
+    }
+    if let Some(retry_after) = &answer.retry_after {
+        headers.insert(RETRY_AFTER, retry_after.clone());
+    }
+    if let Ok(value) = HeaderValue::try_from(cache.value(answer, now)) {
+        headers.insert(CACHE_STATUS, value);
+    }
+    headers.insert(AGE, HeaderValue::from(answer.age(now).as_secs()));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(VIA, VIA_GATEWAY);
+    response
+}
+
+/// An error as the client gets it: `{"code","message","data":null}` with `code` = the HTTP status, and the gateway named
+/// in the message.
+pub(super) fn error(error: &Error) -> Response<Body> {
+    let code = error.status();
+    let envelope = serde_json::json!({
+        "code": code.as_u16(),
+        "message": format!("crun-gateway: {error}"),
+        "data": null,
+    });
+    let mut response = Response::new(Body::Whole(Full::new(Bytes::from(envelope.to_string()))));
+    *response.status_mut() = code;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(VIA, VIA_GATEWAY);
+    headers.insert(AGE, HeaderValue::from_static("0"));
+    if let Ok(value) = HeaderValue::try_from(format!("crun-gateway; detail={}", error.detail())) {
+        headers.insert(CACHE_STATUS, value);
+    }
+    if let Some(token) = error.proxy_status()
+        && let Ok(value) = HeaderValue::try_from(format!("crun-gateway; error={token}"))
+    {
+        headers.insert(PROXY_STATUS, value);
+    }
+    if let Some(wait) = error.retry_after() {
+        headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(wait)));
+    }
+    if *error == Error::MethodNotAllowed {
+        headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    response
+}
+
+/// Upstream's response to a request that was streamed through: untouched, but for what belongs to one connection.
+pub(super) fn streamed(response: Response<Incoming>) -> Response<Body> {
+    let mut response = response.map(Body::Streamed);
+    strip_hop_by_hop(response.headers_mut());
+    response.headers_mut().append(VIA, VIA_GATEWAY);
+    response
+        .headers_mut()
+        .append(CACHE_STATUS, HeaderValue::from_static("crun-gateway; fwd=bypass"));
+    response
+}
+
+/// Removes what is meant for the next hop only (RFC 9110 §7.6.1). Framing is hyper's: it writes its own.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(http::header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named {
+        headers.remove(name);
+    }
+    for name in [
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ] {
+        headers.remove(name);
+    }
+}
+
+/// The `x-request-id` that a client sent, if it is well-formed, else a new one (UUIDv7: sortable by time).
+pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let is_token = |value: &&HeaderValue| {
+        let bytes = value.as_bytes();
+        (1..=128).contains(&bytes.len())
+            && bytes
+                .iter()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+    };
+    let sent = headers.get(REQUEST_ID).filter(is_token).cloned();
+    sent.unwrap_or_else(|| {
+        let mut text = uuid::Uuid::encode_buffer();
+        let id = uuid::Uuid::now_v7().hyphenated();
+        HeaderValue::from_str(id.encode_lower(&mut text)).unwrap_or_else(|_| HeaderValue::from_static("none"))
+    })
+}
+
+/// Rounded up, and at least 1: never an invitation to come too early.
+fn whole_seconds(duration: Duration) -> u64 {
+    let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
+    seconds.max(1)
+}

@@ -1,0 +1,200 @@
+//! The clients' edge: accept, bound, serve, drain.
+//!
+//! HTTP/1.1 only; HTTP/2 is off. A stop goes in steps: every answer carries `Connection: close`; the listener stays open
+//! for [`GRACE`], as long as load balancers may still send somebody; idle connections get as long for a last request, then
+//! a FIN; what is in flight or queued finishes. hyper's `graceful_shutdown` closes idle connections at once, so it is
+//! called only when their grace is over. What a request means is `gateway`'s business.
+
+mod connection;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::time::{sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{Config, Limits};
+use crate::gateway::Gateway;
+use crate::metrics::Metrics;
+pub use connection::serve_connection;
+
+/// How long, at a stop, the listener stays open and an idle connection may still ask.
+pub const GRACE: Duration = Duration::from_secs(2);
+
+/// After an accept that failed for want of descriptors or memory: spinning would make both worse.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// Connections that the kernel holds until they are accepted.
+const BACKLOG: u32 = 4096;
+
+/// Binds the clients' address; a restart need not wait until the last connections of the one before are forgotten.
+///
+/// # Errors
+/// When the address is taken, not this host's, or not allowed.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Accepts and serves clients until `draining` is cancelled, then drains: returns when the last connection has closed, or
+/// `config.drain` has passed, or `now` is cancelled.
+pub async fn serve(
+    listener: TcpListener,
+    gateway: Arc<Gateway>,
+    config: &Config,
+    metrics: Arc<Metrics>,
+    draining: CancellationToken,
+    now: CancellationToken,
+) {
+    let server = Server {
+        gateway,
+        limits: config.limits.clone(),
+        admitted: Arc::default(),
+        metrics,
+        draining: draining.clone(),
+        tracker: TaskTracker::new(),
+    };
+    let until_closed = async {
+        draining.cancelled().await;
+        sleep(GRACE).await;
+    };
+    tokio::select! {
+        () = server.accept_all(&listener) => {}
+        () = until_closed => {}
+        () = now.cancelled() => return,
+    }
+    // Whoever is in the backlog has been let in; closing over them would reset them.
+    while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
+        server.admit(stream, peer.ip());
+    }
+    drop(listener);
+    server.tracker.close();
+    tokio::select! {
+        () = server.tracker.wait() => {}
+        () = sleep(config.drain.saturating_sub(GRACE)) => {
+            tracing::warn!(connections = server.tracker.len(), "drain time is over: closing what is left");
+        }
+        () = now.cancelled() => {}
+    }
+}
+
+struct Server {
+    gateway: Arc<Gateway>,
+    limits: Limits,
+    admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    metrics: Arc<Metrics>,
+    draining: CancellationToken,
+    tracker: TaskTracker,
+}
+
+impl Server {
+    async fn accept_all(&self, listener: &TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) => self.admit(stream, peer.ip()),
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
+                    sleep(ACCEPT_BACKOFF).await;
+                }
+            }
+        }
+    }
+
+    fn admit(&self, stream: TcpStream, peer: IpAddr) {
+        // A socket that is gone already fails later, too.
+        let _ = stream.set_nodelay(true);
+        let Some(place) = self.place(peer) else {
+            self.tracker.spawn(turn_away(stream));
+            return;
+        };
+        let (gateway, limits) = (Arc::clone(&self.gateway), self.limits.clone());
+        let draining = self.draining.clone();
+        self.tracker.spawn(async move {
+            let _place = place;
+            serve_connection(stream, gateway, &limits, draining).await;
+        });
+    }
+
+    fn place(&self, peer: IpAddr) -> Option<Place> {
+        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_peer = admitted.get(&peer).copied().unwrap_or(0);
+        let in_all = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
+        if in_all >= self.limits.connections || self.limits.connections_per_address.is_some_and(|most| of_peer >= most)
+        {
+            return None;
+        }
+        admitted.insert(peer, of_peer + 1);
+        self.metrics.connections.inc();
+        Some(Place {
+            admitted: Arc::clone(&self.admitted),
+            metrics: Arc::clone(&self.metrics),
+            peer,
+        })
+    }
+}
+
+/// A connection's place among `limits.connections` and those of its address.
+struct Place {
+    admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    metrics: Arc<Metrics>,
+    peer: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_peer) = admitted.get_mut(&self.peer) {
+            *of_peer -= 1;
+            if *of_peer == 0 {
+                admitted.remove(&self.peer);
+            }
+        }
+        self.metrics.connections.dec();
+    }
+}
+
+/// Tells a client why it gets no connection, without reading what it asks.
+async fn turn_away(mut stream: TcpStream) {
+    let body = r#"{"code":503,"message":"crun-gateway: too many connections (limits.connections): keep connections alive and share them","data":null}"#;
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\nRetry-After: \
+         1\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    // Whether it listens is its own business.
+    let _ = timeout(GRACE, async {
+        stream.write_all(answer.as_bytes()).await?;
+        connection::close(&mut stream).await
+    })
+    .await;
+}
+
+/// Whether an accept failed because of the one connection, which is gone, and not of us.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+/// Sleeps until `deadline`, for ever without one.
+async fn sleep_until_some(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,294 @@
+//! One client connection: its time-outs, its last request, its end.
+//!
+//! hyper's own header time-out also counts idle time, so the two are told apart here: an I/O wrapper sees a request's first
+//! byte, the service its head's end, the response body's drop its end. And a connection ends with a FIN and its reads
+//! drained, since bytes that lie unread when a socket closes reset it, and the client loses the answer.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::CONNECTION;
+use http::{HeaderValue, Request};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::{GRACE, sleep_until_some};
+use crate::config::Limits;
+use crate::gateway::{Body, Gateway};
+
+/// How long a client may take to close, after our FIN.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Serves one connection until the client closes it, a time-out does, or, once `draining` is cancelled, its grace is over
+/// and its last answer is given.
+pub async fn serve_connection<S>(stream: S, gateway: Arc<Gateway>, limits: &Limits, draining: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let phase = Phases::new(limits);
+    let service = service_fn({
+        let (phase, draining) = (phase.clone(), draining.clone());
+        move |request: Request<Incoming>| {
+            let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
+            async move {
+                let mut response = gateway.handle(request).await;
+                if draining.is_cancelled() {
+                    response
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(response.map(|body| Tracked { body, _busy: busy }))
+            }
+        }
+    });
+    let watched = Watched {
+        stream,
+        phase: phase.clone(),
+        ending: Ending::Open,
+    };
+    let mut connection = pin!(http1::Builder::new().serve_connection(TokioIo::new(watched), service));
+    let mut alarm = pin!(sleep_until(phase.until().unwrap_or_else(Instant::now)));
+    let mut drained = pin!(async {
+        draining.cancelled().await;
+        sleep(GRACE).await;
+    });
+    let mut is_closing = false;
+    let mut give_up = None;
+    loop {
+        let event = {
+            let mut given_up = pin!(sleep_until_some(give_up));
+            poll_fn(|cx| {
+                // However it ends, there is nobody left to tell.
+                if connection.as_mut().poll(cx).is_ready() || given_up.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Ended);
+                }
+                if !is_closing && drained.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Drained);
+                }
+                poll_alarm(alarm.as_mut(), &phase, cx).map(Event::TimedOut)
+            })
+            .await
+        };
+        match event {
+            Event::Ended | Event::TimedOut(Phase::Head { .. }) => return,
+            Event::Drained => {
+                is_closing = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            Event::TimedOut(Phase::Idle { .. } | Phase::Busy) => {
+                // One more time to close in peace, then it is dropped.
+                phase.set(Phase::Busy);
+                give_up = Some(Instant::now() + LINGER + LINGER);
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Sends a FIN and reads until the client's, for as long as [`LINGER`].
+pub(super) async fn close<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> io::Result<()> {
+    stream.shutdown().await?;
+    let drain = async {
+        let mut discarded = [0; 1024];
+        while stream.read(&mut discarded).await? > 0 {}
+        Ok(())
+    };
+    tokio::time::timeout(LINGER, drain).await.unwrap_or(Ok(()))
+}
+
+enum Event {
+    Ended,
+    Drained,
+    TimedOut(Phase),
+}
+
+/// What a connection is doing, and until when it may.
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    /// Nothing is asked.
+    Idle { until: Instant },
+    /// A request's head has begun.
+    Head { until: Instant },
+    /// A request is being answered.
+    Busy,
+}
+
+#[derive(Clone, Debug)]
+struct Phases {
+    phase: Arc<Mutex<Phase>>,
+    idle_timeout: Duration,
+    header_timeout: Duration,
+}
+
+impl Phases {
+    fn new(limits: &Limits) -> Self {
+        let until = Instant::now() + limits.idle_timeout;
+        Self {
+            phase: Arc::new(Mutex::new(Phase::Idle { until })),
+            idle_timeout: limits.idle_timeout,
+            header_timeout: limits.header_timeout,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, phase: Phase) {
+        *self.lock() = phase;
+    }
+
+    fn until(&self) -> Option<Instant> {
+        match *self.lock() {
+            Phase::Idle { until } | Phase::Head { until } => Some(until),
+            Phase::Busy => None,
+        }
+    }
+
+    fn heard(&self) {
+        let mut phase = self.lock();
+        if matches!(*phase, Phase::Idle { .. }) {
+            *phase = Phase::Head {
+                until: Instant::now() + self.header_timeout,
+            };
+        }
+    }
+
+    fn busy(&self) -> Busy {
+        self.set(Phase::Busy);
+        Busy(self.clone())
+    }
+}
+
+/// A request that is being answered; idle again when dropped.
+struct Busy(Phases);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let until = Instant::now() + self.0.idle_timeout;
+        self.0.set(Phase::Idle { until });
+    }
+}
+
+/// Ready with the phase that has lasted too long. The alarm is set anew only where it would ring too late: phases change
+/// with every request, and most end long before it rings.
+fn poll_alarm(mut alarm: Pin<&mut Sleep>, phases: &Phases, cx: &mut Context<'_>) -> Poll<Phase> {
+    loop {
+        let Some(until) = phases.until() else {
+            return Poll::Pending;
+        };
+        if until < alarm.deadline() {
+            alarm.as_mut().reset(until);
+        }
+        ready!(alarm.as_mut().poll(cx));
+        let phase = *phases.lock();
+        match phase {
+            Phase::Idle { until } | Phase::Head { until } if until <= Instant::now() => return Poll::Ready(phase),
+            Phase::Idle { until } | Phase::Head { until } => alarm.as_mut().reset(until),
+            Phase::Busy => return Poll::Pending,
+        }
+    }
+}
+
+/// A response's body; with it goes the request's time.
+struct Tracked {
+    body: Body,
+    _busy: Busy,
+}
+
+impl HttpBody for Tracked {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The client's stream: it sees a request's first byte, and ends in peace.
+struct Watched<S> {
+    stream: S,
+    phase: Phases,
+    ending: Ending,
+}
+
+enum Ending {
+    Open,
+    /// Our FIN is sent; the client's is awaited, for so long.
+    Lingering(Pin<Box<Sleep>>),
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
+            self.phase.heard();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            match &mut this.ending {
+                Ending::Open => {
+                    ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+                    this.ending = Ending::Lingering(Box::pin(sleep(LINGER)));
+                }
+                Ending::Lingering(over) => {
+                    if over.as_mut().poll(cx).is_ready() {
+                        return Poll::Ready(Ok(()));
+                    }
+                    let mut discarded = [0; 1024];
+                    let mut buffer = ReadBuf::new(&mut discarded);
+                    ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer))?;
+                    if buffer.filled().is_empty() {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+            }
+        }
+    }
+}
