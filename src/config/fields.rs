@@ -65,11 +65,8 @@ pub(super) fn config(r: &mut Reader<'_>) -> Config {
             .unwrap_or_else(default_worker_threads),
         log: r.section("log", log),
     };
-    r.unsupported(
-        "shared",
-        "replicas that share a budget",
-        "set it to null and run one replica",
-    );
+    let fix = "set it to null and run one replica";
+    r.unsupported("shared", "replicas that share a budget", fix);
     together(r, &config);
     config
 }
@@ -85,48 +82,40 @@ fn upstream(r: &mut Reader<'_>) -> Upstream {
     }
 }
 
-/// One account, and its name unless it has none that could serve.
-fn account(r: &mut Reader<'_>) -> (Option<String>, Account) {
+fn account(r: &mut Reader<'_>) -> Account {
     let name = r.nullable("name", values::name);
-    let keys = secret::keys(r, "keys");
-    r.unsupported(
-        "clients",
-        "client tokens",
-        "remove it and let clients send the account's key",
-    );
-    if name.is_none() && r.sound("name") {
-        r.problem(
-            "name",
-            "is missing",
-            "give the account a name, which labels its metrics",
-        );
+    if name.is_none() && r.sound(&["", "name"]) {
+        let fix = "give the account a name, which labels its metrics";
+        r.problem("name", "is missing", fix);
     }
-    (
-        name.clone(),
-        Account {
-            name: name.unwrap_or_default(),
-            keys,
-        },
-    )
+    let keys = secret::keys(r, "keys");
+    let fix = "remove it and let clients send the account's key";
+    r.unsupported("clients", "client tokens", fix);
+    let name = name.unwrap_or_default();
+    Account { name, keys }
 }
 
 fn accounts(r: &mut Reader<'_>) -> Vec<Account> {
     let accounts = r.each("accounts", account);
-    for (index, (name, _)) in accounts.iter().enumerate().filter(|(_, (name, _))| name.is_some()) {
-        if let Some(first) = accounts[..index].iter().position(|(other, _)| other == name) {
+    let named = accounts
+        .iter()
+        .enumerate()
+        .filter(|(_, account)| !account.name.is_empty());
+    for (index, Account { name, .. }) in named {
+        if let Some(first) = accounts[..index].iter().position(|other| other.name == *name) {
             let what = format!("is also the name of accounts[{first}]");
             let fix = "choose another, or list the keys of both under one account";
             r.problem(&format!("accounts[{index}].name"), what, fix);
         }
     }
-    accounts.into_iter().map(|(_, account)| account).collect()
+    accounts
 }
 
 fn budget(r: &mut Reader<'_>) -> Budget {
     Budget {
         limit: NonZeroU32::new(r.count("limit", 15, 1..=1_000_000)).unwrap_or(NonZeroU32::MIN),
         margin: r.duration("margin", 30 * MS, Duration::from_nanos(1)..=secs(10)),
-        max_wait: r.duration("max_wait", secs(10), MS..=DAY),
+        max_wait: r.duration("max_wait", secs(10), MS..=secs(3600)),
         max_queue: r.count("max_queue", 1000, 1..=MANY),
     }
 }
@@ -164,44 +153,37 @@ fn log(r: &mut Reader<'_>) -> Log {
 
 /// What no field can say alone.
 fn together(r: &mut Reader<'_>, config: &Config) {
-    let check = |sound: bool, what: String, fix: String| if sound { Ok(()) } else { wrong(what, fix) };
-
     let (listen, admin) = (config.listen, config.admin);
-    let one_address = listen.ip() == admin.ip() || listen.ip().is_unspecified() || admin.ip().is_unspecified();
-    let clash = listen.port() == admin.port() && listen.port() != 0 && one_address;
+    let any = listen.ip().is_unspecified() || admin.ip().is_unspecified();
+    let clash = listen.port() == admin.port() && listen.port() != 0 && (any || listen.ip() == admin.ip());
+    let what = "is the address of `listen`";
     let fix = "choose another port: it must not be exposed where clients are";
-    r.together(
-        &["admin", "listen"],
-        check(!clash, "is the address of `listen`".into(), fix.into()),
-    );
+    r.together(&["admin", "listen"], !clash, what, fix);
 
     let Fresh { floor, ceiling } = config.cache.fresh;
     let (low, high) = (written_duration(floor), written_duration(ceiling));
     let what = format!("is {low}, above cache.fresh.ceiling of {high}");
-    let fix = "lower it, or raise cache.fresh.ceiling".to_owned();
+    let fix = "lower it, or raise cache.fresh.ceiling";
     r.together(
         &["cache.fresh.floor", "cache.fresh.ceiling"],
-        check(floor <= ceiling, what, fix),
+        floor <= ceiling,
+        what,
+        fix,
     );
 
     let (one, all) = (config.upstream.max_body, config.limits.body_bytes);
-    let what = format!(
-        "is above limits.body_bytes of {}: no room for one such body",
-        written_size(all as u64)
-    );
-    let fix = "lower it, or raise limits.body_bytes".to_owned();
-    r.together(
-        &["upstream.max_body", "limits.body_bytes"],
-        check(one <= all, what, fix),
-    );
+    let room = written_size(all as u64);
+    let what = format!("is above limits.body_bytes of {room}: no room for one such body");
+    let fix = "lower it, or raise limits.body_bytes";
+    r.together(&["upstream.max_body", "limits.body_bytes"], one <= all, what, fix);
 
     let least = config.budget.max_wait + LISTENER_STAYS_OPEN;
-    let what = "ends before a poll that came last has waited budget.max_wait".to_owned();
+    let what = "ends before a poll that came last has waited budget.max_wait";
     let fix = format!(
         "raise it to at least {}, or lower budget.max_wait",
         written_duration(least)
     );
-    r.together(&["drain", "budget.max_wait"], check(config.drain >= least, what, fix));
+    r.together(&["drain", "budget.max_wait"], config.drain >= least, what, fix);
 }
 
 /// The extra roots' file, which must hold at least one certificate. Only its path is kept.
@@ -301,12 +283,12 @@ mod tests {
 
     #[test]
     fn the_commented_account_in_the_shipped_file_is_right() {
-        let example: String = SHIPPED
+        let example: Vec<_> = SHIPPED
             .lines()
             .skip_while(|line| *line != "# accounts:")
-            .take_while(|line| line.starts_with('#'))
-            .map(|line| format!("{}\n", line.trim_start_matches("# ").replace("#   ", "  ")))
+            .map_while(|line| line.strip_prefix("# "))
             .collect();
+        let example = example.join("\n");
         let problems = Config::parse(&example, &|_| Some("key".to_owned())).unwrap_err();
         let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
         assert_eq!(fields, ["accounts[0].keys[0].file"], "{problems}\n{example}");

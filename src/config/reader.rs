@@ -203,10 +203,10 @@ impl<'a> Reader<'a> {
         self.problems.push(Problem::new(path, wrong));
     }
 
-    /// Whether nothing was found wrong with `name` here so far, or with this mapping when `name` is empty.
-    pub(super) fn sound(&self, name: &str) -> bool {
-        let path = self.path(name);
-        !self.problems.iter().any(|problem| problem.field.starts_with(&path))
+    /// Whether nothing was found wrong with any of `names` here; the mapping itself is the empty name.
+    pub(super) fn sound(&self, names: &[&str]) -> bool {
+        let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
+        !self.problems.iter().any(|problem| paths.contains(&problem.field))
     }
 
     /// From here on no unknown name of this mapping is quoted: it may be a secret.
@@ -214,14 +214,10 @@ impl<'a> Reader<'a> {
         self.here.secret = true;
     }
 
-    /// Notes what is wrong with the first of `fields` together with the others, unless one of them is wrong by itself.
-    pub(super) fn together(&mut self, fields: &[&str], checked: Result<(), Wrong>) {
-        let sound = !self
-            .problems
-            .iter()
-            .any(|problem| fields.contains(&problem.field.as_str()));
-        if let (true, Err(wrong), Some(field)) = (sound, checked, fields.first()) {
-            self.refuse(field, wrong);
+    /// Notes that `fields` do not fit together, at the first of them, unless one of them is wrong by itself.
+    pub(super) fn together(&mut self, fields: &[&str], fit: bool, what: impl Into<String>, fix: impl Into<String>) {
+        if let (false, true, Some(field)) = (fit, self.sound(fields), fields.first()) {
+            self.problem(field, what, fix);
         }
     }
 
@@ -281,18 +277,17 @@ impl<'a> Reader<'a> {
     }
 
     fn suggest(&self, unknown: &Unknown) -> String {
+        let elsewhere = |known: &&String| known.rsplit('.').next() == Some(&unknown.name);
+        if let Some(elsewhere) = self.known.iter().find(elsewhere) {
+            return format!("did you mean `{elsewhere}`?");
+        }
         let likeness = |known: &str| strsim::jaro_winkler(known, &unknown.name.to_ascii_lowercase());
         let nearest = unknown
             .siblings
             .iter()
-            .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
-            .filter(|sibling| likeness(sibling) >= SIMILAR);
-        if let Some(nearest) = nearest {
+            .max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+        if let Some(nearest) = nearest.filter(|nearest| likeness(nearest) >= SIMILAR) {
             return format!("did you mean `{nearest}`?");
-        }
-        let elsewhere = |known: &&String| known.rsplit('.').next() == Some(&unknown.name);
-        if let Some(elsewhere) = self.known.iter().find(elsewhere) {
-            return format!("did you mean `{elsewhere}`?");
         }
         format!("the fields here are {}", unknown.siblings.join(", "))
     }

@@ -37,7 +37,7 @@ pub(super) type Seen = HashMap<ApiKey, String>;
 /// Reads the list of keys `name`.
 pub(super) fn keys(reader: &mut Reader<'_>, name: &'static str) -> Vec<Key> {
     let items = reader.nullable(name, list).unwrap_or_default();
-    if items.is_empty() && reader.sound(name) {
+    if items.is_empty() && reader.sound(&["", name]) {
         let fix = r#"name at least one, e.g. [{ file: "/run/secrets/key" }]"#;
         reader.problem(name, "has no key", fix);
     }
@@ -60,7 +60,7 @@ fn key(reader: &mut Reader<'_>) -> Option<Key> {
     reader.hide_names();
     let file = reader.nullable("file", |value| values::text(value, "/run/secrets/key"));
     let env = reader.nullable("env", |value| values::text(value, "CRUN_KEY"));
-    let sound = reader.sound("");
+    let sound = reader.sound(&["", "file", "env"]);
     let (name, source, read) = match (file, env) {
         (Some(file), None) => ("file", KeySource::File(file.into()), read_file(Path::new(file))),
         (None, Some(env)) => {

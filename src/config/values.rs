@@ -56,7 +56,10 @@ pub(super) fn whole(value: &Value, range: &RangeInclusive<u64>) -> Result<u64, W
             "is not a whole number in range",
             format!("choose one from {least} to {most}"),
         ),
-        None => Err(is_not(value, "a whole number without quotes", &least.to_string())),
+        None if value.as_str().is_some_and(|text| text.parse::<f64>().is_ok()) => {
+            wrong("is text, not a number", "write the number without quotes")
+        }
+        None => Err(is_not(value, "a whole number", &least.to_string())),
     }
 }
 
@@ -250,10 +253,10 @@ mod tests {
 
     #[test]
     fn a_duration_has_a_unit() {
-        let parse = |value: Value| duration(&value, &(Duration::from_secs(1)..=Duration::from_secs(60)));
+        let parse = |value: Value| duration(&value, &(Duration::from_secs(1)..=Duration::from_mins(1)));
         assert_eq!(parse(json!("3s")), Ok(Duration::from_secs(3)));
         assert_eq!(parse(json!("1500ms")), Ok(Duration::from_millis(1500)));
-        assert_eq!(parse(json!("1m")), Ok(Duration::from_secs(60)));
+        assert_eq!(parse(json!("1m")), Ok(Duration::from_mins(1)));
         for bare in [json!(3), json!("3"), json!(1.5), json!("-3"), json!(0), json!("0")] {
             assert_eq!(parse(bare), wrong("has no unit", r#"write it with a unit, e.g. "3s""#));
         }
@@ -306,10 +309,7 @@ mod tests {
         assert_eq!(parse(json!(0)), Err("is out of range".into()));
         assert_eq!(parse(json!(-1)), Err("is not a whole number in range".into()));
         assert_eq!(parse(json!(1.5)), Err("is not a whole number in range".into()));
-        assert_eq!(
-            parse(json!("15")),
-            Err("is text, not a whole number without quotes".into())
-        );
+        assert_eq!(parse(json!("15")), Err("is text, not a number".into()));
     }
 
     #[test]
