@@ -69,7 +69,7 @@ pub async fn serve(
     };
     let until_closed = async {
         draining.cancelled().await;
-        sleep(GRACE).await;
+        sleep(GRACE.min(config.drain)).await;
     };
     tokio::select! {
         () = server.accept_all(&listener) => {}

@@ -27,8 +27,6 @@ const DAY: Duration = secs(86_400);
 const YEAR: Duration = secs(365 * 86_400);
 /// No count is larger: beyond, memory or file descriptors would end first.
 const MANY: u64 = 1_000_000;
-/// How long the listener stays open once a stop began (design, "Stop").
-const LISTENER_STAYS_OPEN: Duration = secs(2);
 
 const fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
@@ -59,7 +57,7 @@ pub(super) fn config(r: &mut Reader<'_>) -> Config {
         cache: r.section("cache", cache),
         passthrough: r.list("passthrough", vec!["/api/v1/".to_owned()], values::prefix),
         limits: r.section("limits", limits),
-        drain: r.duration("drain", secs(30), LISTENER_STAYS_OPEN..=DAY),
+        drain: r.duration("drain", secs(30), MS..=DAY),
         worker_threads: r
             .nullable("worker_threads", count(1..=1024))
             .unwrap_or_else(default_worker_threads),
@@ -114,7 +112,7 @@ fn accounts(r: &mut Reader<'_>) -> Vec<Account> {
 fn budget(r: &mut Reader<'_>) -> Budget {
     Budget {
         limit: NonZeroU32::new(r.count("limit", 15, 1..=1_000_000)).unwrap_or(NonZeroU32::MIN),
-        margin: r.duration("margin", 30 * MS, Duration::from_nanos(1)..=secs(10)),
+        margin: r.duration("margin", 30 * MS, Duration::ZERO..=secs(10)),
         max_wait: r.duration("max_wait", secs(10), MS..=secs(3600)),
         max_queue: r.count("max_queue", 1000, 1..=MANY),
     }
@@ -176,14 +174,6 @@ fn together(r: &mut Reader<'_>, config: &Config) {
     let what = format!("is above limits.body_bytes of {room}: no room for one such body");
     let fix = "lower it, or raise limits.body_bytes";
     r.together(&["upstream.max_body", "limits.body_bytes"], one <= all, what, fix);
-
-    let least = config.budget.max_wait + LISTENER_STAYS_OPEN;
-    let what = "ends before a poll that came last has waited budget.max_wait";
-    let fix = format!(
-        "raise it to at least {}, or lower budget.max_wait",
-        written_duration(least)
-    );
-    r.together(&["drain", "budget.max_wait"], config.drain >= least, what, fix);
 }
 
 /// The extra roots' file, which must hold at least one certificate. Only its path is kept.

@@ -53,7 +53,8 @@ async fn a_third_of_new_connections_take_300_ms() {
     };
     let behaviour = Behaviour {
         opening,
-        closes: true,
+        // Each connection serves once: the next query needs a new one.
+        idle: Some(Duration::from_millis(1)),
         ..Behaviour::default()
     };
     let gateway = three_hundred_tasks(behaviour).await;
@@ -65,7 +66,7 @@ async fn a_third_of_new_connections_take_300_ms() {
 #[tokio::test(start_paused = true)]
 async fn upstream_closes_idle_connections() {
     let gateway = three_hundred_tasks(Behaviour {
-        closes: true,
+        idle: Some(Duration::from_millis(30)),
         ..Behaviour::default()
     })
     .await;

@@ -18,7 +18,8 @@ use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::duplex;
-use tokio::time::{Instant, sleep};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Reply, poll_request};
@@ -33,8 +34,8 @@ pub struct Behaviour {
     pub opening: fn(usize) -> Duration,
     /// How long an answer takes.
     pub latency: Duration,
-    /// Whether a connection closes after each answer, without a word.
-    pub closes: bool,
+    /// How long a connection may be idle before upstream closes it, without a word; `None` is for ever.
+    pub idle: Option<Duration>,
     /// The answer to the n-th query (from 0) of a task.
     pub answer: fn(usize, &str) -> Response<Full<Bytes>>,
 }
@@ -44,7 +45,7 @@ impl Default for Behaviour {
         Self {
             opening: |_| Duration::ZERO,
             latency: Duration::from_millis(100),
-            closes: false,
+            idle: None,
             answer: |_, task| success(task),
         }
     }
@@ -140,7 +141,9 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
         Box::pin(async move {
             sleep((behaviour.opening)(number)).await;
             let (near, far) = duplex(PIPE);
-            let closes = behaviour.closes;
+            let idle = behaviour.idle;
+            let (busy, mut is_busy) = watch::channel(false);
+            let busy = Arc::new(busy);
             let service = service_fn(move |request: Request<Incoming>| {
                 arrivals.lock().unwrap().push(Instant::now());
                 let task = request
@@ -156,28 +159,33 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
                     *count += 1;
                     *count - 1
                 };
-                let behaviour = behaviour.clone();
+                let (behaviour, busy) = (behaviour.clone(), Arc::clone(&busy));
+                busy.send_replace(true);
                 async move {
                     sleep(behaviour.latency).await;
+                    busy.send_replace(false);
                     Ok::<_, std::convert::Infallible>((behaviour.answer)(count, &task))
                 }
             });
             tokio::spawn(async move {
-                let mut connection =
-                    std::pin::pin!(server::Builder::new().serve_connection(TokioIo::new(far), service));
-                if closes {
-                    // The answer announces nothing: the connection is just gone some time after.
-                    let _ = tokio::time::timeout(behaviour_life(number), connection.as_mut()).await;
-                } else {
-                    let _ = connection.await;
+                let idle_too_long = async move {
+                    let Some(idle) = idle else {
+                        return std::future::pending().await;
+                    };
+                    is_busy.wait_for(|busy| *busy).await.ok();
+                    loop {
+                        is_busy.wait_for(|busy| !busy).await.ok();
+                        if timeout(idle, is_busy.wait_for(|busy| *busy)).await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! {
+                    _ = server::Builder::new().serve_connection(TokioIo::new(far), service) => {}
+                    () = idle_too_long => {}
                 }
             });
             Ok(Box::new(near) as Box<dyn Stream>)
         })
     })
-}
-
-/// How long a connection that closes lives: long enough for one answer, and no two alike.
-fn behaviour_life(number: usize) -> Duration {
-    Duration::from_millis(150 + 37 * (number as u64 % 5))
 }
