@@ -30,12 +30,11 @@ impl ApiKey {
 
     /// The value for the `x-api-key` header, marked sensitive so that no `Debug` of a header map prints it.
     pub fn header_value(&self) -> HeaderValue {
-        HeaderValue::from_str(self.0.expose_secret())
-            .map(|mut value| {
-                value.set_sensitive(true);
-                value
-            })
-            .unwrap_or_else(|_| HeaderValue::from_static(""))
+        // `new` let nothing else in.
+        let value = HeaderValue::from_str(self.0.expose_secret());
+        let mut value = value.unwrap_or_else(|_| HeaderValue::from_static(""));
+        value.set_sensitive(true);
+        value
     }
 
     /// How many characters the key has: what `check` may print of it.

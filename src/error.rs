@@ -129,7 +129,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { retry_after } | Self::TurnNeverCame { retry_after } => Some(*retry_after),
-            Self::TooManyAccounts => Some(Duration::from_secs(60)),
+            Self::TooManyAccounts => Some(Duration::from_mins(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey

@@ -79,16 +79,15 @@ impl CacheStatus {
             Self::Hit(None) => format!("crun-gateway; hit; ttl={ttl}"),
             Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
             Self::Forwarded { was_stale, collapsed } => {
-                let mut value = String::from("crun-gateway");
-                value.push_str(if was_stale { "; fwd=stale" } else { "; fwd=uri-miss" });
-                value.push_str(&format!("; fwd-status={}", answer.status.as_u16()));
-                if collapsed {
-                    value.push_str("; collapsed");
-                }
-                if answer.keeping.is_some() {
-                    value.push_str(&format!("; stored; ttl={ttl}"));
-                }
-                value
+                let fwd = if was_stale { "stale" } else { "uri-miss" };
+                let status = answer.status.as_u16();
+                let collapsed = if collapsed { "; collapsed" } else { "" };
+                let stored = if answer.keeping.is_some() {
+                    format!("; stored; ttl={ttl}")
+                } else {
+                    String::new()
+                };
+                format!("crun-gateway; fwd={fwd}; fwd-status={status}{collapsed}{stored}")
             }
         }
     }

@@ -67,10 +67,10 @@ where
     let mut give_up = None;
     loop {
         let event = {
-            let mut given_up = pin!(sleep_until_some(give_up));
+            let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
                 // However it ends, there is nobody left to tell.
-                if connection.as_mut().poll(cx).is_ready() || given_up.as_mut().poll(cx).is_ready() {
+                if connection.as_mut().poll(cx).is_ready() || patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
                 if !is_closing && drained.as_mut().poll(cx).is_ready() {

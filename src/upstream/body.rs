@@ -30,7 +30,7 @@ pub(super) async fn read(
     if announced.is_some_and(|length| length > most) {
         return Err(Error::UpstreamTooLarge);
     }
-    let mut decoder = Decoder::of(
+    let mut decoding = Decoder::of(
         headers,
         Bounded {
             bytes: Vec::new(),
@@ -42,13 +42,13 @@ pub(super) async fn read(
         let Ok(data) = frame.map_err(|_| Error::UpstreamBroken)?.into_data() else {
             continue;
         };
-        decoder.push(&data)?;
-        let missing = decoder.bounded().bytes.len().saturating_sub(reserved.num_permits());
+        decoding.push(&data)?;
+        let missing = decoding.bounded().bytes.len().saturating_sub(reserved.num_permits());
         if missing > 0 {
             reserved.merge(reserve(room, missing).await?);
         }
     }
-    let decoded = decoder.finish()?;
+    let decoded = decoding.finish()?;
     let missing = decoded.len().saturating_sub(reserved.num_permits());
     if missing > 0 {
         reserved.merge(reserve(room, missing).await?);

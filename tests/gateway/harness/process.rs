@@ -120,7 +120,7 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
         let mut found = Some(found);
         let mut lines = BufReader::new(output).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            log.lock().unwrap().push_str(&format!("{line}\n"));
+            *log.lock().unwrap() += &(line.clone() + "\n");
             if line.contains(" serving ")
                 && let Some(found) = found.take()
             {
