@@ -137,12 +137,19 @@ impl Gateway {
     /// Cancel safe: a client that leaves takes only its own wait away.
     pub async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let request_id = response::request_id(request.headers());
-        let mut response = if request.uri().path() == TASK_INFO_PATH {
-            self.poll(request.method(), request.uri(), request.headers(), &request_id)
-                .await
-        } else {
-            self.pass_through(request).await
+        let answering = async {
+            if request.uri().path() == TASK_INFO_PATH {
+                let (method, uri, headers) = (request.method(), request.uri(), request.headers());
+                self.poll(method, uri, headers, &request_id).await
+            } else {
+                self.pass_through(request).await
+            }
         };
+        // Nothing that a request changes is left half done by a panic: locks here cover single steps.
+        let mut response = AssertUnwindSafe(answering).catch_unwind().await.unwrap_or_else(|_| {
+            self.metrics.panics.inc();
+            response::error(&Error::Internal)
+        });
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
