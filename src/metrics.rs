@@ -15,8 +15,8 @@ use crate::outcome::{Outcome, Served};
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
 
-/// The lane label: flights that somebody waits for.
-const FOREGROUND: &str = "foreground";
+/// The lane labels: flights that somebody waits for, and flights whose answer is wanted all the same.
+const LANES: [&str; 2] = ["foreground", "background"];
 
 /// From a hit's tens of microseconds to the longest that a poll may wait.
 const REQUEST_BUCKETS: &[f64] = &[
@@ -266,15 +266,6 @@ impl Metrics {
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.
     pub fn account(&self, account: &str) -> AccountMetrics {
         AccountMetrics {
-            requests: Served::ALL
-                .iter()
-                .map(|served| {
-                    CODE_CLASSES.map(|class| {
-                        self.requests
-                            .with_label_values(&[account, OTHER, served.label(), class])
-                    })
-                })
-                .collect(),
             request_duration: self.request_duration.clone(),
             upstream_requests: Outcome::ALL
                 .iter()
@@ -283,12 +274,23 @@ impl Metrics {
             upstream_request_duration: self.upstream_request_duration.clone(),
             saved: [Served::Hit, Served::Stale, Served::Collapsed]
                 .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
-            budget_wait: self.budget_wait.with_label_values(&[account, FOREGROUND]),
-            queue_length: self.budget_queue_length.with_label_values(&[account, FOREGROUND]),
+            budget_wait: self.budget_wait.with_label_values(&[account, LANES[0]]),
+            queue_length: LANES.map(|lane| self.budget_queue_length.with_label_values(&[account, lane])),
             rate: self.budget_rate.with_label_values(&[account]),
             shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
             paused: self.upstream_paused.with_label_values(&[account]),
         }
+    }
+
+    /// The handles of one client of an account, those that configuration does not name under `other`.
+    pub fn client(&self, account: &str, client: &str) -> ClientRequests {
+        let of = |served: &Served| {
+            CODE_CLASSES.map(|class| {
+                let labels = [account, client, served.label(), class];
+                self.requests.with_label_values(&labels)
+            })
+        };
+        ClientRequests(Served::ALL.iter().map(of).collect())
     }
 
     /// Counts an answer that left the cache.
@@ -315,18 +317,21 @@ impl Metrics {
     pub const CONTENT_TYPE: &'static str = prometheus::TEXT_FORMAT;
 }
 
+/// One client's polls: by how they were served, then by class of the code.
+#[derive(Clone, Debug)]
+pub struct ClientRequests(Vec<[IntCounter; CODE_CLASSES.len()]>);
+
 /// One account's handles.
 #[derive(Clone, Debug)]
 pub struct AccountMetrics {
-    requests: Vec<[IntCounter; CODE_CLASSES.len()]>,
     request_duration: Vec<Histogram>,
     upstream_requests: Vec<IntCounter>,
     upstream_request_duration: Histogram,
     saved: [IntCounter; 3],
     /// How long flights waited for a permit.
     pub budget_wait: Histogram,
-    /// Flights that wait for a permit.
-    pub queue_length: IntGauge,
+    /// Flights that wait for a permit: in the foreground, in the background.
+    pub queue_length: [IntGauge; 2],
     /// Permits a second that the pace allows.
     pub rate: prometheus::Gauge,
     shed: [IntCounter; 2],
@@ -335,9 +340,9 @@ pub struct AccountMetrics {
 }
 
 impl AccountMetrics {
-    /// Counts a poll that was answered `served` with `code`, `after` its arrival.
-    pub fn answered(&self, served: Served, code: u16, after: Duration) {
-        self.requests[served as usize][code_class(code)].inc();
+    /// Counts a poll of `client` that was answered `served` with `code`, `after` its arrival.
+    pub fn answered(&self, client: &ClientRequests, served: Served, code: u16, after: Duration) {
+        client.0[served as usize][code_class(code)].inc();
         self.request_duration[served as usize].observe(after.as_secs_f64());
         match served {
             Served::Hit => self.saved[0].inc(),

@@ -3,12 +3,13 @@
 //! Permits follow the GCRA schedule of a governor quota with burst 1 (`Quota::per_second(15)` would let 29 through in one
 //! second). governor is asked with the instant at which the permit was *due*: where a flight with a connection was waiting
 //! then, a late wake-up does not move the next one, or 1.3 ms of lateness a wake-up would cost 0.3/s. Evenly spaced
-//! queries are safe whatever limiter upstream runs.
+//! queries are safe whatever limiter upstream runs. The quota is the full rate's and outlives every change of it: a lower
+//! rate is a longer wait on top.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU32;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use governor::clock::Clock;
@@ -16,12 +17,15 @@ use governor::middleware::NoOpMiddleware;
 use governor::nanos::Nanos;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
-use prometheus::IntGauge;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::Pace;
+use super::backoff::Backoff;
+use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::ring::{Ring, Room, Stamp};
+use super::{Pace, lock};
+use crate::account::Client;
+use crate::metrics::AccountMetrics;
 
 /// How far behind now the schedule may be, where an emission interval is shorter than a wake-up is late.
 const LATEST_WAKE_UP: Duration = Duration::from_millis(3);
@@ -33,18 +37,36 @@ const READY_AHEAD: usize = 2;
 /// What flights tell the dispatcher.
 #[derive(Debug)]
 pub(super) enum Message {
-    /// A flight waits for its turn.
-    Enter { order: i64, call: oneshot::Sender<()> },
-    /// A flight called forward has its connection, `since`.
+    /// A flight may come to wait.
+    Open { flight: Flight, is_refresh: bool },
+    /// A client's poll waits for it.
+    Join {
+        flight: Flight,
+        client: Client,
+        weight: u32,
+    },
+    /// A client's poll waits no longer.
+    Leave { flight: Flight, client: Client },
+    /// Its answer is wanted though nobody may wait for it.
+    Keep { flight: Flight },
+    /// It waits for its turn, from now on.
+    Enter {
+        flight: Flight,
+        is_again: bool,
+        call: oneshot::Sender<()>,
+    },
+    /// Called forward, it has its connection, `since`.
     Ready {
-        order: i64,
+        flight: Flight,
         since: Instant,
         grant: oneshot::Sender<Stamp>,
     },
-    /// A flight is done, or gave up.
-    Leave { order: i64 },
-    /// Nothing before `until`.
-    Pause { until: Instant },
+    /// It has its permit, or gave its turn up.
+    Withdraw { flight: Flight },
+    /// It is over.
+    Close { flight: Flight },
+    /// The backoff has changed.
+    BackedOff,
 }
 
 /// A flight called forward that has a connection.
@@ -55,7 +77,8 @@ struct Ready {
 }
 
 /// When the next permit can be granted.
-enum Next {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
     /// Nobody could use it.
     Never,
     At(Instant),
@@ -64,43 +87,64 @@ enum Next {
 
 pub(super) struct Dispatcher {
     pace: Pace,
+    max_queue: usize,
     inbox: mpsc::UnboundedReceiver<Message>,
-    /// By order of entry.
-    queue: BTreeMap<i64, oneshot::Sender<()>>,
-    called: BTreeMap<i64, Option<Ready>>,
+    queue: FairQueue,
+    /// How to call each flight that waits in the queue.
+    calls: HashMap<Flight, oneshot::Sender<()>>,
+    /// In the order in which they were called forward.
+    called: BTreeMap<u64, (Flight, Option<Ready>)>,
+    /// Where each of them stands in that order.
+    call_of: HashMap<Flight, u64>,
+    next_call: u64,
     ready: usize,
     limiter: RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>,
     clock: DueClock,
-    /// The instant from which governor would let the next cell through.
+    /// The instant from which the next permit would be on schedule.
     due: Instant,
-    /// The end of the pause, while there is one.
-    paused_until: Option<Instant>,
-    /// When granting began or was last resumed: no permit was due before.
-    resumed: Instant,
-    paused: IntGauge,
+    backoff: Arc<Mutex<Backoff>>,
+    is_paused: bool,
     ring: Arc<Ring>,
+    waiting: Arc<AtomicUsize>,
+    metrics: AccountMetrics,
+    /// What the gauges show of this account: foreground and background.
+    shown: (i64, i64),
 }
 
 impl Dispatcher {
-    pub(super) fn new(pace: Pace, paused: IntGauge, inbox: mpsc::UnboundedReceiver<Message>) -> Self {
+    pub(super) fn new(
+        pace: Pace,
+        max_queue: usize,
+        backoff: Arc<Mutex<Backoff>>,
+        waiting: Arc<AtomicUsize>,
+        metrics: AccountMetrics,
+        inbox: mpsc::UnboundedReceiver<Message>,
+    ) -> Self {
         let clock = DueClock::new();
         // An interval below a nanosecond is beyond `budget.limit`'s range; a minimum keeps the quota defined.
         let quota = Quota::with_period(pace.interval().max(Duration::from_nanos(1)))
             .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
             .allow_burst(NonZeroU32::MIN);
+        metrics.rate.set(pace.interval().as_secs_f64().recip());
         Self {
             pace,
+            max_queue,
             inbox,
-            queue: BTreeMap::new(),
+            queue: FairQueue::default(),
+            calls: HashMap::new(),
             called: BTreeMap::new(),
+            call_of: HashMap::new(),
+            next_call: 0,
             ready: 0,
             limiter: RateLimiter::direct_with_clock(quota, clock.clone()),
             due: clock.start,
             clock,
-            paused_until: None,
-            resumed: pace.not_before,
-            paused,
+            backoff,
+            is_paused: false,
             ring: Arc::new(Ring::default()),
+            waiting,
+            metrics,
+            shown: (0, 0),
         }
     }
 
@@ -108,13 +152,15 @@ impl Dispatcher {
     pub(super) async fn run(mut self) {
         loop {
             let now = Instant::now();
-            self.end_pause(now);
+            let pause_ends = self.watch_pause(now);
             let next = self.grant_due(now);
-            let (wake, when_written) = match next {
-                Next::Never => (self.paused_until, false),
-                Next::At(due) => (Some(self.paused_until.map_or(due, |until| until.min(due))), false),
-                Next::WhenWritten => (self.paused_until, true),
+            self.show();
+            let (due, when_written) = match next {
+                Next::Never => (None, false),
+                Next::At(due) => (Some(due), false),
+                Next::WhenWritten => (None, true),
             };
+            let wake = [due, pause_ends].into_iter().flatten().min();
             let ring = Arc::clone(&self.ring);
             tokio::select! {
                 message = self.inbox.recv() => {
@@ -128,46 +174,89 @@ impl Dispatcher {
                 () = ring.changed.notified(), if when_written => {}
             }
         }
-        if self.paused_until.is_some() {
-            self.paused.dec();
-        }
+        self.queue = FairQueue::default();
+        self.called.clear();
+        self.show();
+        self.metrics.paused.sub(i64::from(self.is_paused));
     }
 
-    fn take(&mut self, message: Message) {
+    pub(super) fn take(&mut self, message: Message) {
         match message {
-            Message::Enter { order, call } => {
-                self.queue.insert(order, call);
+            Message::Open { flight, is_refresh } => self.queue.open(flight, is_refresh),
+            Message::Join { flight, client, weight } => self.queue.join(flight, &client, weight),
+            Message::Leave { flight, client } => self.queue.leave(flight, &client),
+            Message::Keep { flight } => self.queue.keep(flight),
+            Message::Enter { flight, is_again, call } => {
+                self.calls.insert(flight, call);
+                self.queue.enter(flight, is_again);
+                while !is_again && self.waiting() > self.max_queue {
+                    match self.queue.shed() {
+                        // Its leader learns from the call that never comes.
+                        Shedding::Flight(shed) => drop(self.calls.remove(&shed)),
+                        Shedding::Place => {}
+                        Shedding::Nothing => break,
+                    }
+                }
             }
-            Message::Ready { order, since, grant } => {
-                if let Some(called) = self.called.get_mut(&order) {
-                    *called = Some(Ready { since, grant });
+            Message::Ready { flight, since, grant } => {
+                let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
+                if let Some((_, ready)) = call {
+                    *ready = Some(Ready { since, grant });
                     self.ready += 1;
                 }
             }
-            Message::Leave { order } => {
-                self.queue.remove(&order);
-                self.forget(order);
+            Message::Withdraw { flight } => {
+                self.calls.remove(&flight);
+                self.queue.withdraw(flight);
+                self.forget(flight);
             }
-            Message::Pause { until } => {
-                if self.paused_until.is_none() {
-                    self.paused.inc();
-                }
-                self.paused_until = self.paused_until.max(Some(until));
+            Message::Close { flight } => {
+                self.calls.remove(&flight);
+                self.queue.close(flight);
+                self.forget(flight);
             }
+            Message::BackedOff => {}
         }
     }
 
-    fn forget(&mut self, order: i64) -> Option<Ready> {
-        let ready = self.called.remove(&order)?;
+    /// Flights that wait for a permit.
+    fn waiting(&self) -> usize {
+        self.queue.waiting() + self.called.len()
+    }
+
+    fn forget(&mut self, flight: Flight) -> Option<Ready> {
+        let call = self.call_of.remove(&flight)?;
+        let (_, ready) = self.called.remove(&call)?;
         self.ready -= usize::from(ready.is_some());
         ready
     }
 
-    fn end_pause(&mut self, now: Instant) {
-        if let Some(until) = self.paused_until.take_if(|until| *until <= now) {
-            self.resumed = self.resumed.max(until);
-            self.paused.dec();
+    /// Shows whether the account is paused; gives when the pause ends.
+    fn watch_pause(&mut self, now: Instant) -> Option<Instant> {
+        let (pause_ends, rate) = {
+            let backoff = lock(&self.backoff);
+            (backoff.paused_until(now), backoff.rate(now))
+        };
+        if pause_ends.is_some() != self.is_paused {
+            self.is_paused = pause_ends.is_some();
+            self.metrics.paused.add(if self.is_paused { 1 } else { -1 });
         }
+        self.metrics
+            .rate
+            .set(rate / (Duration::from_secs(1) + self.pace.margin).as_secs_f64());
+        pause_ends
+    }
+
+    /// Brings the queue's length up to date where others see it. Accounts that are not configured share one gauge, so
+    /// that each adds what has changed.
+    fn show(&mut self) {
+        self.waiting.store(self.waiting(), Ordering::Relaxed);
+        let count = |flights: usize| i64::try_from(flights).unwrap_or(i64::MAX);
+        let background = count(self.queue.background());
+        let foreground = count(self.waiting()) - background;
+        self.metrics.queue_length[0].add(foreground - self.shown.0);
+        self.metrics.queue_length[1].add(background - self.shown.1);
+        self.shown = (foreground, background);
     }
 
     /// Calls flights forward while too few of those called have a connection.
@@ -176,30 +265,32 @@ impl Dispatcher {
         let ahead = (limit / 8).clamp(READY_AHEAD, 64);
         let most = (limit + 1).clamp(4, 256);
         while self.ready < ahead && self.called.len() < most {
-            let Some((order, call)) = self.queue.pop_first() else {
-                break;
-            };
-            // Nobody listens when the flight has just given up; its `Leave` is on the way.
-            if call.send(()).is_ok() {
-                self.called.insert(order, None);
+            let Some(flight) = self.queue.pop() else { break };
+            // Nobody listens when the flight has just given up; its end is on the way.
+            if self.calls.remove(&flight).is_some_and(|call| call.send(()).is_ok()) {
+                self.next_call += 1;
+                self.called.insert(self.next_call, (flight, None));
+                self.call_of.insert(flight, self.next_call);
             }
         }
     }
 
     /// Grants every permit that is due, to the earliest flights that have a connection.
-    fn grant_due(&mut self, now: Instant) -> Next {
+    pub(super) fn grant_due(&mut self, now: Instant) -> Next {
         loop {
             self.call_forward();
-            let first = self
-                .called
-                .iter()
-                .find_map(|(order, ready)| Some((*order, ready.as_ref()?.since)));
-            let Some((order, since)) = first else {
+            let mut called = self.called.values();
+            let first = called.find_map(|(flight, ready)| Some((*flight, ready.as_ref()?.since)));
+            let Some((flight, since)) = first else {
                 return Next::Never;
             };
-            let hold = self.resumed.max(self.paused_until.unwrap_or(now));
-            if hold > now {
-                return Next::At(hold);
+            let (resumed, rate) = {
+                let backoff = lock(&self.backoff);
+                (backoff.resumed().unwrap_or(self.pace.not_before), backoff.rate(now))
+            };
+            let resumed = resumed.max(self.pace.not_before);
+            if resumed > now {
+                return Next::At(resumed);
             }
             match self.ring.room(now, self.limit(), self.pace.window()) {
                 Room::Free => {}
@@ -211,22 +302,27 @@ impl Dispatcher {
             }
             let behind = self.pace.interval().max(LATEST_WAKE_UP);
             let latest = now.checked_sub(behind).unwrap_or(now);
-            let at = self.due.max(since).max(self.resumed).max(latest).min(now);
-            if !self.conforms(at) {
+            let at = self.due.max(since).max(resumed).max(latest).min(now);
+            if !self.conforms(at, rate) {
                 continue;
             }
-            if let Some(ready) = self.forget(order) {
+            if let Some(ready) = self.forget(flight) {
                 self.hand_over(ready);
             }
         }
     }
 
-    /// Spends a cell at the instant `at`, and learns when the next one conforms.
-    fn conforms(&mut self, at: Instant) -> bool {
+    /// Spends a cell at the instant `at`, and learns when the next one is due: when it conforms, and at a lower `rate`
+    /// later.
+    fn conforms(&mut self, at: Instant, rate: f64) -> bool {
         self.clock.set(at);
         let conforms = self.limiter.check().is_ok();
         if let Err(not_until) = self.limiter.check() {
             self.due = self.clock.instant(not_until.earliest_possible());
+        }
+        if conforms && rate < f64::from(self.pace.limit.get()) {
+            let interval = (Duration::from_secs(1) + self.pace.margin).div_f64(rate);
+            self.due = self.due.max(at + interval);
         }
         conforms
     }
@@ -240,11 +336,9 @@ impl Dispatcher {
                 Ok(()) => return,
                 Err(back) => stamp = back,
             }
-            let next = self
-                .called
-                .iter()
-                .find_map(|(order, ready)| ready.is_some().then_some(*order));
-            to = next.and_then(|order| self.forget(order));
+            let mut called = self.called.values();
+            let next = called.find_map(|(flight, ready)| ready.is_some().then_some(*flight));
+            to = next.and_then(|flight| self.forget(flight));
         }
     }
 

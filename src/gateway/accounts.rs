@@ -5,21 +5,26 @@
 //! follows from the key, so its cached answers outlive that.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use http::HeaderValue;
 use tokio::time::Instant;
 
-use crate::account::{AccountId, AccountIds, ApiKey};
+use crate::account::{AccountId, AccountIds, ApiKey, Caller, Client};
 use crate::budget::{Budget, Pace};
 use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
-use crate::metrics::{AccountMetrics, Metrics, OTHER};
+use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::upstream::{Pool, Upstream};
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
+
+/// Of a client's own name for itself, so many characters count.
+const LONGEST_NAME: usize = 64;
 
 /// An account, from here on without its keys.
 #[derive(Debug)]
@@ -30,8 +35,77 @@ pub(super) struct Account {
     pub(super) budget: Budget,
     pub(super) pool: Pool,
     pub(super) metrics: AccountMetrics,
+    /// The counters of clients that are not configured.
+    others: ClientRequests,
+    /// Its listed keys, in their order: what client tokens stand for.
+    keys: Vec<ApiKey>,
     /// Milliseconds from the directory's start to the last poll.
     asked_ms: AtomicU64,
+}
+
+/// A configured client: its token stands for its account's keys.
+#[derive(Debug)]
+struct Token {
+    name: Arc<str>,
+    weight: u32,
+    passthrough: bool,
+    requests: ClientRequests,
+}
+
+/// Who asks: on which account, with which key, and as which client.
+#[derive(Clone, Debug)]
+pub(super) struct Asker {
+    pub(super) account: Arc<Account>,
+    /// The key that goes upstream.
+    pub(super) key: ApiKey,
+    token: Option<Arc<Token>>,
+}
+
+impl Asker {
+    /// The client, for fairness: its token or, without one, its address; within that the name that it gave itself.
+    pub(super) fn client(&self, peer: IpAddr, name: Option<&HeaderValue>) -> Client {
+        let caller = match &self.token {
+            Some(token) => Caller::Token(Arc::clone(&token.name)),
+            None => Caller::Address(peer.to_canonical()),
+        };
+        let name = name.and_then(|name| name.to_str().ok()).map(|name| {
+            let end = name.char_indices().nth(LONGEST_NAME).map_or(name.len(), |(end, _)| end);
+            Arc::from(&name[..end])
+        });
+        Client { caller, name }
+    }
+
+    /// How many turns the client gets for one of an address's.
+    pub(super) fn weight(&self) -> u32 {
+        self.token.as_ref().map_or(1, |token| token.weight)
+    }
+
+    /// The client's counters.
+    pub(super) fn requests(&self) -> &ClientRequests {
+        self.token
+            .as_ref()
+            .map_or(&self.account.others, |token| &token.requests)
+    }
+
+    /// Whether it may use the paths that are streamed through: a token only where configuration says so, since that
+    /// spends money.
+    pub(super) fn may_pass_through(&self) -> bool {
+        self.token.as_ref().is_none_or(|token| token.passthrough)
+    }
+
+    /// Whether it presented a token, and the key is one that it stands for.
+    pub(super) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    /// The same asker with the account's next key, after upstream refused the one before. A client that presented a key
+    /// of its own has no other.
+    pub(super) fn with_next_key(&self) -> Option<Self> {
+        self.token.as_ref()?;
+        let mut keys = self.account.keys.iter().skip_while(|key| **key != self.key);
+        let key = keys.nth(1)?.clone();
+        Some(Self { key, ..self.clone() })
+    }
 }
 
 /// What a new account is made of.
@@ -42,6 +116,7 @@ struct Maker {
     metrics: Arc<Metrics>,
     /// The handles that all unlisted accounts share.
     other: AccountMetrics,
+    others: ClientRequests,
     pace: Pace,
     max_queue: usize,
 }
@@ -49,7 +124,8 @@ struct Maker {
 /// The directory of accounts.
 #[derive(Debug)]
 pub(super) struct Accounts {
-    listed: HashMap<ApiKey, Arc<Account>>,
+    /// By key and by client token.
+    listed: HashMap<ApiKey, Asker>,
     unlisted: RwLock<HashMap<ApiKey, Arc<Account>>>,
     unknown_keys: UnknownKeys,
     max_unlisted: usize,
@@ -66,6 +142,7 @@ impl Accounts {
             ids: AccountIds::default(),
             upstream,
             other: metrics.account(OTHER),
+            others: metrics.client(OTHER, OTHER),
             metrics,
             pace: Pace {
                 limit: config.budget.limit,
@@ -75,14 +152,25 @@ impl Accounts {
             max_queue: config.budget.max_queue,
         };
         let mut listed = HashMap::new();
-        for account in &config.accounts {
-            let made = Arc::new(make.listed(&account.name));
-            listed.extend(
-                account
-                    .keys
-                    .iter()
-                    .map(|listed| (listed.key.clone(), Arc::clone(&made))),
-            );
+        for configured in &config.accounts {
+            let keys: Vec<_> = configured.keys.iter().map(|listed| listed.key.clone()).collect();
+            let account = Arc::new(make.listed(&configured.name, keys.clone()));
+            for client in &configured.clients {
+                let token = Arc::new(Token {
+                    name: client.name.as_str().into(),
+                    weight: client.weight,
+                    passthrough: client.passthrough,
+                    requests: make.metrics.client(&configured.name, &client.name),
+                });
+                // An account without a key is refused by `config`.
+                let Some(key) = keys.first().cloned() else { continue };
+                let (account, token) = (Arc::clone(&account), Some(token));
+                listed.insert(client.token.key.clone(), Asker { account, key, token });
+            }
+            for key in keys {
+                let (account, token) = (Arc::clone(&account), None);
+                listed.insert(key.clone(), Asker { account, key, token });
+            }
         }
         Self {
             listed,
@@ -94,14 +182,20 @@ impl Accounts {
         }
     }
 
-    /// The account that `key` belongs to.
+    /// Who presents `key`, an account's or a client token.
     ///
     /// # Errors
     /// [`Error::UnknownKey`] when unlisted keys are rejected, [`Error::TooManyAccounts`] when too many are remembered.
-    pub(super) fn of(&self, key: &ApiKey, now: Instant) -> Result<Arc<Account>, Error> {
-        if let Some(account) = self.listed.get(key) {
-            return Ok(Arc::clone(account));
+    pub(super) fn of(&self, key: &ApiKey, now: Instant) -> Result<Asker, Error> {
+        if let Some(asker) = self.listed.get(key) {
+            return Ok(asker.clone());
         }
+        let account = self.unlisted(key, now)?;
+        let (key, token) = (key.clone(), None);
+        Ok(Asker { account, key, token })
+    }
+
+    fn unlisted(&self, key: &ApiKey, now: Instant) -> Result<Arc<Account>, Error> {
         if self.unknown_keys == UnknownKeys::Reject {
             return Err(Error::UnknownKey);
         }
@@ -129,9 +223,14 @@ impl Accounts {
         Ok(account)
     }
 
-    /// Whether `key` may spend money upstream: it is listed, or unlisted ones are forwarded.
-    pub(super) fn admits(&self, key: Option<&ApiKey>) -> bool {
-        self.unknown_keys == UnknownKeys::Forward || key.is_some_and(|key| self.listed.contains_key(key))
+    /// Who presents `key`, if configuration lists it.
+    pub(super) fn listed(&self, key: &ApiKey) -> Option<&Asker> {
+        self.listed.get(key)
+    }
+
+    /// Whether a key that is listed nowhere may go upstream.
+    pub(super) fn forwards_unknown(&self) -> bool {
+        self.unknown_keys == UnknownKeys::Forward
     }
 
     /// Forgets unlisted accounts that nobody has asked for in a minute.
@@ -156,22 +255,33 @@ impl Accounts {
 }
 
 impl Maker {
-    fn listed(&self, name: &str) -> Account {
-        self.account(self.ids.listed(name), name.into(), self.metrics.account(name), 0)
+    fn listed(&self, name: &str, keys: Vec<ApiKey>) -> Account {
+        let (id, metrics) = (self.ids.listed(name), self.metrics.account(name));
+        let others = self.metrics.client(name, OTHER);
+        Account {
+            keys,
+            ..self.account(id, name.into(), metrics, others)
+        }
     }
 
     fn unlisted(&self, key: &ApiKey, asked_ms: u64) -> Account {
-        self.account(self.ids.unlisted(key), OTHER.into(), self.other.clone(), asked_ms)
+        let id = self.ids.unlisted(key);
+        Account {
+            asked_ms: AtomicU64::new(asked_ms),
+            ..self.account(id, OTHER.into(), self.other.clone(), self.others.clone())
+        }
     }
 
-    fn account(&self, id: AccountId, label: Arc<str>, metrics: AccountMetrics, asked_ms: u64) -> Account {
+    fn account(&self, id: AccountId, label: Arc<str>, metrics: AccountMetrics, others: ClientRequests) -> Account {
         Account {
             id,
             label,
             budget: Budget::new(self.pace, self.max_queue, metrics.clone()),
             pool: self.upstream.pool(),
             metrics,
-            asked_ms: AtomicU64::new(asked_ms),
+            others,
+            keys: Vec::new(),
+            asked_ms: AtomicU64::new(0),
         }
     }
 }

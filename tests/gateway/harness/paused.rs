@@ -1,6 +1,7 @@
 //! Paused time: the gateway over in-memory connections, upstream and clients alike, so that a promise about time is
 //! tested exactly and at once. Everything but the sockets is what runs in production.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -75,10 +76,15 @@ impl Paused {
 
     /// Polls over a connection of its own.
     pub async fn poll(&self, key: &str, task: &str) -> Reply {
+        self.poll_from(Ipv4Addr::LOCALHOST.into(), key, task).await
+    }
+
+    /// The same from a peer at another address.
+    pub async fn poll_from(&self, peer: IpAddr, key: &str, task: &str) -> Reply {
         let (near, far) = duplex(PIPE);
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
-        tokio::spawn(async move { serve_connection(far, gateway, &limits, CancellationToken::new()).await });
+        tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await });
         let (mut sender, connection) = client::handshake(TokioIo::new(near)).await.unwrap();
         tokio::spawn(connection);
         let (head, body) = sender.send_request(poll_request(key, task)).await.unwrap().into_parts();
