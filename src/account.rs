@@ -118,6 +118,7 @@ pub struct Client {
 
 impl Client {
     /// The caller's client without a name, which the many share.
+    #[must_use]
     pub fn nameless(&self) -> Self {
         Self {
             caller: self.caller.clone(),

@@ -9,7 +9,7 @@ mod shares;
 
 use std::hash::RandomState;
 use std::sync::Arc;
-use std::time::{Duration, Instant as StdInstant};
+use std::time::Duration;
 
 use moka::Expiry;
 use moka::notification::RemovalCause;
@@ -163,6 +163,9 @@ fn weight(key: &Key, answer: &Answer) -> u32 {
 
 /// moka forgets an answer when it is kept no longer.
 struct KeepsFor;
+
+#[allow(clippy::disallowed_types, reason = "moka's own clock; nothing here reads it")]
+type StdInstant = std::time::Instant;
 
 impl Expiry<Key, Arc<Answer>> for KeepsFor {
     fn expire_after_create(&self, _: &Key, answer: &Arc<Answer>, _: StdInstant) -> Option<Duration> {

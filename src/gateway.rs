@@ -421,7 +421,7 @@ impl Gateway {
                     account.metrics.attempted(outcome, took);
                     log_attempt(&account, &task, attempt, outcome.label(), Some(&answer), took);
                     if outcome == Outcome::RateLimited {
-                        self.pause(&account, &answer);
+                        pause(&account, &answer);
                         if attempt < MOST_ATTEMPTS {
                             leader.update(|progress| {
                                 progress.phase = Phase::Waiting;
@@ -469,17 +469,6 @@ impl Gateway {
         let answer = Arc::new(answer);
         self.cache.put(account.id, task, &answer, received);
         answer
-    }
-
-    fn pause(&self, account: &Account, answer: &Answer) {
-        let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
-        let asked = asked.and_then(|value| task::retry_after(value, SystemTime::now()));
-        let pause = account.budget.rate_limited(asked, Instant::now());
-        tracing::warn!(
-            account = &*account.label,
-            pause_s = pause.as_secs_f64(),
-            "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
-        );
     }
 }
 
@@ -543,6 +532,18 @@ fn refuse(error: &Error, account: &str, request_id: &HeaderValue) -> Response<Bo
         "poll refused"
     );
     response::error(error)
+}
+
+/// Lets upstream's 429 slow the account down.
+fn pause(account: &Account, answer: &Answer) {
+    let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
+    let asked = asked.and_then(|value| task::retry_after(value, SystemTime::now()));
+    let pause = account.budget.rate_limited(asked, Instant::now());
+    tracing::warn!(
+        account = &*account.label,
+        pause_s = pause.as_secs_f64(),
+        "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
+    );
 }
 
 fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {

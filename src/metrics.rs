@@ -119,6 +119,7 @@ impl Metrics {
     ///
     /// # Errors
     /// Only for a bug: a name that Prometheus refuses or that is registered twice.
+    #[allow(clippy::too_many_lines, reason = "one entry a family, and nothing else")]
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;

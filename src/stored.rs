@@ -15,7 +15,7 @@ use crate::config;
 use crate::task::{Class, Reading, Stage, media_lifetime};
 
 /// How long a success without media is kept like a live answer, from first sight: the media may land after the flip.
-const SETTLING: Duration = Duration::from_secs(10 * 60);
+const SETTLING: Duration = Duration::from_mins(10);
 
 /// An answer of upstream's: its bytes as they came, and what they mean.
 #[derive(Debug)]

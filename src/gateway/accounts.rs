@@ -138,7 +138,7 @@ impl Accounts {
     /// `started` plus 1 s plus `budget.margin`.
     pub(super) fn new(config: &Config, upstream: Upstream, metrics: Arc<Metrics>, started: Instant) -> Self {
         let margin = config.budget.margin;
-        let make = Maker {
+        let maker = Maker {
             ids: AccountIds::default(),
             upstream,
             other: metrics.account(OTHER),
@@ -154,13 +154,13 @@ impl Accounts {
         let mut listed = HashMap::new();
         for configured in &config.accounts {
             let keys: Vec<_> = configured.keys.iter().map(|listed| listed.key.clone()).collect();
-            let account = Arc::new(make.listed(&configured.name, keys.clone()));
+            let account = Arc::new(maker.listed(&configured.name, keys.clone()));
             for client in &configured.clients {
                 let token = Arc::new(Token {
                     name: client.name.as_str().into(),
                     weight: client.weight,
                     passthrough: client.passthrough,
-                    requests: make.metrics.client(&configured.name, &client.name),
+                    requests: maker.metrics.client(&configured.name, &client.name),
                 });
                 // An account without a key is refused by `config`.
                 let Some(key) = keys.first().cloned() else { continue };
@@ -178,7 +178,7 @@ impl Accounts {
             unknown_keys: config.unknown_keys,
             max_unlisted: config.max_accounts,
             started,
-            make,
+            make: maker,
         }
     }
 

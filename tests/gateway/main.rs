@@ -7,6 +7,10 @@
 //! - `fidelity`: bytes as upstream sent them
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `requests`: what a poll may look like, and how bad ones are refused
+//! - `fairness`: clients share the budget, and what a client token stands for
+//! - `stop`: a stop loses nothing
+//! - `passthrough`: what is streamed through
+//! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
 
 #![allow(
@@ -14,10 +18,16 @@
     clippy::expect_used,
     reason = "a test that cannot go on shall fail"
 )]
+#![allow(unreachable_pub, reason = "`pub` says what the harness offers, crate or not")]
+#![allow(clippy::cast_precision_loss, reason = "the counts of a test are small")]
 
 mod coalescing;
+mod commands;
+mod fairness;
 mod fidelity;
 mod harness;
 mod isolation;
 mod pace;
+mod passthrough;
 mod requests;
+mod stop;
