@@ -69,20 +69,37 @@ pub(super) enum Message {
     BackedOff,
 }
 
-/// A flight called forward that has a connection.
+/// A flight called forward.
 #[derive(Debug)]
-struct Ready {
-    since: Instant,
-    grant: oneshot::Sender<Stamp>,
+struct Called {
+    flight: Flight,
+    at: Instant,
+    /// Once it has its connection.
+    grant: Option<oneshot::Sender<Stamp>>,
 }
 
-/// When the next permit can be granted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Nobody could use it.
-    Never,
-    At(Instant),
-    WhenWritten,
+/// What the dispatcher waits for, beside messages: by default for nothing, since nobody could use a permit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wake {
+    pub(super) at: Option<Instant>,
+    /// When a permit is written or dropped.
+    pub(super) when_changed: bool,
+}
+
+impl Wake {
+    fn at(at: Instant) -> Self {
+        Self {
+            at: Some(at),
+            when_changed: false,
+        }
+    }
+
+    fn or_at(self, at: Option<Instant>) -> Self {
+        Self {
+            at: self.at.into_iter().chain(at).min(),
+            ..self
+        }
+    }
 }
 
 pub(super) struct Dispatcher {
@@ -93,11 +110,13 @@ pub(super) struct Dispatcher {
     /// How to call each flight that waits in the queue.
     calls: HashMap<Flight, oneshot::Sender<()>>,
     /// In the order in which they were called forward.
-    called: BTreeMap<u64, (Flight, Option<Ready>)>,
+    called: BTreeMap<u64, Called>,
     /// Where each of them stands in that order.
     call_of: HashMap<Flight, u64>,
     next_call: u64,
     ready: usize,
+    /// Since when there has always been a flight with a connection, while there is one.
+    ready_since: Instant,
     limiter: RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>,
     clock: DueClock,
     /// The instant from which the next permit would be on schedule.
@@ -136,6 +155,7 @@ impl Dispatcher {
             call_of: HashMap::new(),
             next_call: 0,
             ready: 0,
+            ready_since: pace.not_before,
             limiter: RateLimiter::direct_with_clock(quota, clock.clone()),
             due: clock.start,
             clock,
@@ -151,16 +171,7 @@ impl Dispatcher {
     /// Runs until the account's last handle is gone.
     pub(super) async fn run(mut self) {
         loop {
-            let now = Instant::now();
-            let pause_ends = self.watch_pause(now);
-            let next = self.grant_due(now);
-            self.show();
-            let (due, when_written) = match next {
-                Next::Never => (None, false),
-                Next::At(due) => (Some(due), false),
-                Next::WhenWritten => (None, true),
-            };
-            let wake = [due, pause_ends].into_iter().flatten().min();
+            let Wake { at, when_changed } = self.look(Instant::now());
             let ring = Arc::clone(&self.ring);
             tokio::select! {
                 message = self.inbox.recv() => {
@@ -170,14 +181,22 @@ impl Dispatcher {
                         self.take(message);
                     }
                 }
-                () = sleep_until(wake.unwrap_or(now)), if wake.is_some() => {}
-                () = ring.changed.notified(), if when_written => {}
+                () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
+                () = ring.changed.notified(), if when_changed => {}
             }
         }
         self.queue = FairQueue::default();
         self.called.clear();
         self.show();
         self.metrics.paused.sub(i64::from(self.is_paused));
+    }
+
+    /// Does what is due at `now`.
+    pub(super) fn look(&mut self, now: Instant) -> Wake {
+        let pause_ends = self.watch_pause(now);
+        let wake = self.grant_due(now).or_at(pause_ends);
+        self.show();
+        wake
     }
 
     pub(super) fn take(&mut self, message: Message) {
@@ -200,8 +219,11 @@ impl Dispatcher {
             }
             Message::Ready { flight, since, grant } => {
                 let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
-                if let Some((_, ready)) = call {
-                    *ready = Some(Ready { since, grant });
+                if let Some(called) = call {
+                    called.grant = Some(grant);
+                    if self.ready == 0 {
+                        self.ready_since = since;
+                    }
                     self.ready += 1;
                 }
             }
@@ -224,11 +246,11 @@ impl Dispatcher {
         self.queue.waiting() + self.called.len()
     }
 
-    fn forget(&mut self, flight: Flight) -> Option<Ready> {
+    fn forget(&mut self, flight: Flight) -> Option<oneshot::Sender<Stamp>> {
         let call = self.call_of.remove(&flight)?;
-        let (_, ready) = self.called.remove(&call)?;
-        self.ready -= usize::from(ready.is_some());
-        ready
+        let grant = self.called.remove(&call)?.grant;
+        self.ready -= usize::from(grant.is_some());
+        grant
     }
 
     /// Shows whether the account is paused; gives when the pause ends.
@@ -259,57 +281,78 @@ impl Dispatcher {
         self.shown = (foreground, background);
     }
 
-    /// Calls flights forward while too few of those called have a connection.
-    fn call_forward(&mut self) {
+    /// Calls flights forward while too few of those called have a connection. Of those that have none as many may be
+    /// called as could have been served since the first of them was: so connections that open slowly are opened in
+    /// parallel, and where they open at once nobody is called early. Gives when one more may come.
+    fn call_forward(&mut self, now: Instant) -> Option<Instant> {
         let limit = self.limit();
         let ahead = (limit / 8).clamp(READY_AHEAD, 64);
         let most = (limit + 1).clamp(4, 256);
         while self.ready < ahead && self.called.len() < most {
-            let Some(flight) = self.queue.pop() else { break };
+            let slowest = self.called.values().find(|called| called.grant.is_none());
+            if let Some(Called { at, .. }) = slowest {
+                let extra = (self.called.len() - self.ready).saturating_sub(ahead - 1);
+                let extra = u32::try_from(extra).unwrap_or(u32::MAX);
+                let may_come = *at + self.pace.interval().saturating_mul(extra);
+                if may_come > now {
+                    return (self.queue.waiting() > 0).then_some(may_come);
+                }
+            }
+            let flight = self.queue.pop()?;
             // Nobody listens when the flight has just given up; its end is on the way.
             if self.calls.remove(&flight).is_some_and(|call| call.send(()).is_ok()) {
                 self.next_call += 1;
-                self.called.insert(self.next_call, (flight, None));
+                let (at, grant) = (now, None);
+                self.called.insert(self.next_call, Called { flight, at, grant });
                 self.call_of.insert(flight, self.next_call);
+            }
+        }
+        None
+    }
+
+    /// Grants every permit that is due.
+    fn grant_due(&mut self, now: Instant) -> Wake {
+        loop {
+            let may_come = self.call_forward(now);
+            let wake = self.grant_next(now);
+            if let Some(wake) = wake {
+                return wake.or_at(may_come);
             }
         }
     }
 
-    /// Grants every permit that is due, to the earliest flights that have a connection.
-    pub(super) fn grant_due(&mut self, now: Instant) -> Next {
-        loop {
-            self.call_forward();
-            let mut called = self.called.values();
-            let first = called.find_map(|(flight, ready)| Some((*flight, ready.as_ref()?.since)));
-            let Some((flight, since)) = first else {
-                return Next::Never;
-            };
-            let (resumed, rate) = {
-                let backoff = lock(&self.backoff);
-                (backoff.resumed().unwrap_or(self.pace.not_before), backoff.rate(now))
-            };
-            let resumed = resumed.max(self.pace.not_before);
-            if resumed > now {
-                return Next::At(resumed);
-            }
-            match self.ring.room(now, self.limit(), self.pace.window()) {
-                Room::Free => {}
-                Room::At(free) => return Next::At(free),
-                Room::WhenWritten => return Next::WhenWritten,
-            }
-            if self.due > now {
-                return Next::At(self.due);
-            }
-            let behind = self.pace.interval().max(LATEST_WAKE_UP);
-            let latest = now.checked_sub(behind).unwrap_or(now);
-            let at = self.due.max(since).max(resumed).max(latest).min(now);
-            if !self.conforms(at, rate) {
-                continue;
-            }
-            if let Some(ready) = self.forget(flight) {
-                self.hand_over(ready);
+    /// Grants the next permit, or says what it waits for.
+    fn grant_next(&mut self, now: Instant) -> Option<Wake> {
+        if self.ready == 0 {
+            return Some(Wake::default());
+        }
+        let (resumed, rate) = {
+            let backoff = lock(&self.backoff);
+            (backoff.resumed(), backoff.rate(now))
+        };
+        let resumed = resumed.map_or(self.pace.not_before, |resumed| resumed.max(self.pace.not_before));
+        if resumed > now {
+            return Some(Wake::at(resumed));
+        }
+        match self.ring.room(now, self.limit(), self.pace.window()) {
+            Room::Free => {}
+            Room::Taken { until } => {
+                return Some(Wake {
+                    at: until,
+                    when_changed: true,
+                });
             }
         }
+        if self.due > now {
+            return Some(Wake::at(self.due));
+        }
+        let behind = self.pace.interval().max(LATEST_WAKE_UP);
+        let latest = now.checked_sub(behind).unwrap_or(now);
+        let at = self.due.max(self.ready_since).max(resumed).max(latest).min(now);
+        if self.conforms(at, rate) {
+            self.hand_over();
+        }
+        None
     }
 
     /// Spends a cell at the instant `at`, and learns when the next one is due: when it conforms, and at a lower `rate`
@@ -327,19 +370,20 @@ impl Dispatcher {
         conforms
     }
 
-    fn hand_over(&mut self, to: Ready) {
+    /// Gives a permit to the earliest flight that has a connection and is still there.
+    fn hand_over(&mut self) {
         let mut stamp = self.ring.take();
-        let mut to = Some(to);
-        // A flight may have given up since it said that it was ready: the next ready one takes its permit.
-        while let Some(ready) = to.take() {
-            match ready.grant.send(stamp) {
-                Ok(()) => return,
-                Err(back) => stamp = back,
+        while let Some(flight) = self.first_ready() {
+            match self.forget(flight).map(|grant| grant.send(stamp)) {
+                Some(Err(back)) => stamp = back,
+                Some(Ok(())) | None => return,
             }
-            let mut called = self.called.values();
-            let next = called.find_map(|(flight, ready)| ready.is_some().then_some(*flight));
-            to = next.and_then(|flight| self.forget(flight));
         }
+    }
+
+    fn first_ready(&self) -> Option<Flight> {
+        let mut called = self.called.values();
+        called.find_map(|called| called.grant.is_some().then_some(called.flight))
     }
 
     fn limit(&self) -> usize {
