@@ -158,6 +158,11 @@ impl Budget {
         self.0.waiting.load(Ordering::Relaxed)
     }
 
+    /// Permits a second that the account may have at present.
+    pub fn rate(&self) -> f64 {
+        self.0.pace.rate()
+    }
+
     /// How long a flight that entered at `now` would wait, if nobody left.
     pub fn wait(&self, now: Instant) -> Duration {
         let resume = lock(&self.0.paused_until).unwrap_or(now).max(self.0.pace.not_before);

@@ -12,6 +12,7 @@
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
+mod max_age;
 mod passthrough;
 mod response;
 
@@ -103,6 +104,8 @@ struct Poll {
     account: Arc<Account>,
     key: ApiKey,
     task: TaskId,
+    /// How old a live answer may be, if the client says so.
+    max_age: Option<Duration>,
 }
 
 /// How a poll is answered.
@@ -160,6 +163,7 @@ impl Gateway {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
             self.accounts.sweep(now);
+            self.accounts.show_live(now);
             self.upstream.sweep(now);
             self.cache.maintain();
         }
@@ -172,6 +176,7 @@ impl Gateway {
 
     /// Brings the gauges up to date that are costly to keep so.
     pub fn refresh_metrics(&self) {
+        self.accounts.show_live(Instant::now());
         self.cache.maintain();
     }
 
@@ -201,7 +206,7 @@ impl Gateway {
                     took_s = took.as_secs_f64(),
                     "poll answered"
                 );
-                response::answer(&answer, cache, now)
+                response::answer(&answer, cache, now, poll.account.lifetime(now))
             }
             Err(error) => refuse(&error, &poll.account.metrics, &poll.account.label, arrived, request_id),
         }
@@ -219,15 +224,18 @@ impl Gateway {
             account,
             key,
             task,
+            max_age: max_age::wanted(headers),
         })
     }
 
     /// The answer for one poll, by its deadline at the latest.
     async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
         let deadline = poll.arrived + self.config.budget.max_wait;
-        let kept = self.cache.get(poll.account.id, &poll.task, poll.arrived);
+        poll.account.watch.asked(&poll.task, poll.arrived);
+        let live = self.lifetime_for(poll);
+        let kept = self.cache.get(poll.account.id, &poll.task, poll.arrived, live);
         let was_stale = match kept {
-            Some(answer) if answer.is_fresh(poll.arrived) => return Ok(hit(answer, None)),
+            Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
             kept => kept.is_some(),
         };
         loop {
@@ -236,7 +244,7 @@ impl Gateway {
                 .join((poll.account.id, poll.task.clone()), Progress::default());
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
-                self.launch(leader, poll);
+                self.launch(leader, poll, live);
             }
             let landing = progress.wait_for(|progress| progress.landed.is_some());
             let landed = match timeout_at(deadline, landing).await {
@@ -247,7 +255,9 @@ impl Gateway {
             };
             return match landed {
                 None => self.answer_at_deadline(poll, &progress, was_stale, collapsed),
-                Some(Landed::Kept(answer)) => Ok(hit(answer, None)),
+                Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
+                // Fresh enough for the client that opened the flight, but not for this one.
+                Some(Landed::Kept(_)) => continue,
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
                 // Another key's refusal says nothing about this one.
                 Some(Landed::Fetched(answer, key)) if is_refused_key(&answer) && key != poll.key => continue,
@@ -259,6 +269,18 @@ impl Gateway {
                 }
                 Some(Landed::Fetched(answer, _)) => Ok(forwarded(answer, was_stale, collapsed)),
             };
+        }
+    }
+
+    /// How long live answers are fresh for this poll: a client may want it shorter, down to the floor, as long as that
+    /// takes no turn from anybody who waits.
+    fn lifetime_for(&self, poll: &Poll) -> Duration {
+        let lifetime = poll.account.lifetime(poll.arrived);
+        match poll.max_age {
+            Some(max_age) if poll.account.budget.waiting() == 0 => {
+                lifetime.min(max_age.max(self.config.cache.fresh.floor))
+            }
+            Some(_) | None => lifetime,
         }
     }
 
@@ -294,16 +316,16 @@ impl Gateway {
         let max_stale = self.config.cache.max_stale;
         snapshot
             .may_stand_in(now, max_stale)
-            .then(|| hit(snapshot, Some(detail)))
+            .then(|| stand_in(snapshot, detail, now, poll.account.lifetime(now)))
     }
 
-    /// Sends the leader off, on nobody's behalf.
-    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, poll: &Poll) {
+    /// Sends the leader off, on nobody's behalf. `live` is how long live answers are fresh for this poll.
+    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, poll: &Poll, live: Duration) {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&poll.account));
         let (key, task) = (poll.key.clone(), poll.task.clone());
         tokio::spawn(async move {
             let panics = gateway.metrics.panics.clone();
-            let flight = gateway.fly(leader, account, key, task);
+            let flight = gateway.fly(leader, account, key, task, live);
             if AssertUnwindSafe(flight).catch_unwind().await.is_err() {
                 panics.inc();
             }
@@ -318,13 +340,14 @@ impl Gateway {
         account: Arc<Account>,
         key: ApiKey,
         task: TaskId,
+        live: Duration,
     ) {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let now = Instant::now();
         if let Some(answer) = self
             .cache
-            .get(account.id, &task, now)
-            .filter(|answer| answer.is_fresh(now))
+            .get(account.id, &task, now, live)
+            .filter(|answer| answer.is_fresh(now, live))
         {
             return leader.land(Progress::landed(Landed::Kept(answer)));
         }
@@ -412,6 +435,12 @@ impl Gateway {
         answer.room = room.filter(|_| keeping.is_none());
         let answer = Arc::new(answer);
         self.cache.put(account.id, task, &answer, received);
+        // A late `running` says nothing about a task that is known to have ended.
+        if answer.has_ended() {
+            account.watch.ended(task);
+        } else if answer.is_live() && !before.is_some_and(|before| before.has_ended()) {
+            account.watch.goes_on(task, received);
+        }
         answer
     }
 
@@ -447,15 +476,24 @@ async fn while_awaited<T>(leader: &Leader<FlightKey, Progress>, future: impl Fut
     }
 }
 
-fn hit(answer: Arc<Answer>, detail: Option<&'static str>) -> Answered {
-    let served = if detail.is_none() || answer.is_fresh(Instant::now()) {
+fn hit(answer: Arc<Answer>) -> Answered {
+    Answered {
+        served: Served::Hit,
+        cache: CacheStatus::Hit(None),
+        answer,
+    }
+}
+
+/// `live` is the freshness lifetime of live answers at `now`.
+fn stand_in(answer: Arc<Answer>, detail: &'static str, now: Instant, live: Duration) -> Answered {
+    let served = if answer.is_fresh(now, live) {
         Served::Hit
     } else {
         Served::Stale
     };
     Answered {
         served,
-        cache: CacheStatus::Hit(detail),
+        cache: CacheStatus::Hit(Some(detail)),
         answer,
     }
 }
