@@ -5,6 +5,7 @@
 //!
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
+//! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `pace`: never more than 15 in any sliding second, never less than 14
@@ -17,6 +18,7 @@
 
 mod coalescing;
 mod fidelity;
+mod freshness;
 mod harness;
 mod isolation;
 mod pace;
