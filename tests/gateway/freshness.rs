@@ -103,7 +103,7 @@ async fn two_hundred_live_tasks_polled_for_a_minute_by_fifty_clients() {
         clients.spawn(async move {
             // They do not come in step.
             sleep(Duration::from_millis(40 * client)).await;
-            while start.elapsed() < Duration::from_secs(60) {
+            while start.elapsed() < Duration::from_mins(1) {
                 let mut polls = JoinSet::new();
                 for task in 0..4 {
                     let (gateway, task) = (Arc::clone(&gateway), format!("live-{}", 4 * client + task));
@@ -132,9 +132,9 @@ async fn every_client_may_poll_every_task() {
     let gateway = start();
     poll_all(&gateway, "live", 200).await;
     let lifetime = gateway.metric(FRESHNESS);
-    for _ in 0..20 {
+    for _ in 0..12 {
         let mut polls = JoinSet::new();
-        for poll in 0..1000 {
+        for poll in 0..600 {
             let (gateway, task) = (Arc::clone(&gateway), format!("live-{}", poll % 200));
             polls.spawn(async move { gateway.poll(KEY, &task).await });
         }
