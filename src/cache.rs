@@ -76,17 +76,18 @@ impl Cache {
         }
     }
 
-    /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts.
-    pub fn get(&self, account: AccountId, task: &TaskId, now: Instant) -> Option<Arc<Answer>> {
+    /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts. `live` is
+    /// the freshness lifetime of live answers.
+    pub fn get(&self, account: AccountId, task: &TaskId, now: Instant, live: Duration) -> Option<Arc<Answer>> {
         let key = (account, task.clone());
         let state = self.tasks.get(&key).filter(|answer| answer.is_kept(now));
         if let Some(state) = &state {
             state.note_read();
-            if state.is_fresh(now) {
+            if state.is_fresh(now, live) {
                 return Some(Arc::clone(state));
             }
         }
-        let not_found = self.not_found.get(&key).filter(|answer| answer.is_fresh(now));
+        let not_found = self.not_found.get(&key).filter(|answer| answer.is_fresh(now, live));
         not_found.or(state)
     }
 

@@ -12,6 +12,7 @@
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
+mod max_age;
 mod passthrough;
 mod response;
 
@@ -102,6 +103,8 @@ struct Poll {
     asker: Asker,
     client: Client,
     task: TaskId,
+    /// How old a live answer may be, if the client says so.
+    max_age: Option<Duration>,
 }
 
 /// How a poll is answered.
@@ -159,6 +162,7 @@ impl Gateway {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
             self.accounts.sweep(now);
+            self.accounts.show_live(now);
             self.upstream.sweep(now);
             self.cache.maintain();
         }
@@ -171,6 +175,7 @@ impl Gateway {
 
     /// Brings the gauges up to date that are costly to keep so.
     pub fn refresh_metrics(&self) {
+        self.accounts.show_live(Instant::now());
         self.cache.maintain();
     }
 
@@ -208,7 +213,7 @@ impl Gateway {
                     took_s = took.as_secs_f64(),
                     "poll answered"
                 );
-                response::answer(&answer, cache, now)
+                response::answer(&answer, cache, now, poll.asker.account.lifetime(now))
             }
             Err(error) => {
                 let (requests, code) = (poll.asker.requests(), error.status().as_u16());
@@ -240,6 +245,7 @@ impl Gateway {
             asker,
             client,
             task,
+            max_age: max_age::wanted(headers),
         })
     }
 
@@ -257,9 +263,11 @@ impl Gateway {
     async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
         let deadline = poll.arrived + self.config.budget.max_wait;
         let account = &poll.asker.account;
-        let kept = self.cache.get(account.id, &poll.task, poll.arrived);
+        account.watch.asked(&poll.task, poll.arrived);
+        let live = self.lifetime_for(poll);
+        let kept = self.cache.get(account.id, &poll.task, poll.arrived, live);
         let was_stale = match kept {
-            Some(answer) if answer.is_fresh(poll.arrived) => return Ok(hit(answer, None)),
+            Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
             kept => kept.is_some(),
         };
         let mut asker = poll.asker.clone();
@@ -271,7 +279,7 @@ impl Gateway {
             let _place = standing.join(poll.client.clone(), asker.weight());
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
-                self.launch(leader, &asker, &poll.task);
+                self.launch(leader, &asker, &poll.task, live);
             }
             let landing = progress.wait_for(|progress| progress.landed.is_some());
             let landed = match timeout_at(deadline, landing).await {
@@ -282,7 +290,9 @@ impl Gateway {
             };
             return match landed {
                 None => self.answer_at_deadline(poll, progress, was_stale, collapsed),
-                Some(Landed::Kept(answer)) => Ok(hit(answer, None)),
+                Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
+                // Fresh enough for the client that opened the flight, but not for this one.
+                Some(Landed::Kept(_)) => continue,
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
                 // Another key's refusal says nothing about this one.
                 Some(Landed::Fetched(answer, key)) if is_refused_key(&answer) && key != asker.key => continue,
@@ -302,6 +312,18 @@ impl Gateway {
                 }
                 Some(Landed::Fetched(answer, _)) => Ok(forwarded(answer, was_stale, collapsed)),
             };
+        }
+    }
+
+    /// How long live answers are fresh for this poll: a client may want it shorter, down to the floor, as long as that
+    /// takes no turn from anybody who waits.
+    fn lifetime_for(&self, poll: &Poll) -> Duration {
+        let lifetime = poll.asker.account.lifetime(poll.arrived);
+        match poll.max_age {
+            Some(max_age) if poll.asker.account.budget.waiting() == 0 => {
+                lifetime.min(max_age.max(self.config.cache.fresh.floor))
+            }
+            Some(_) | None => lifetime,
         }
     }
 
@@ -348,16 +370,16 @@ impl Gateway {
         let max_stale = self.config.cache.max_stale;
         snapshot
             .may_stand_in(now, max_stale)
-            .then(|| hit(snapshot, Some(detail)))
+            .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
     }
 
-    /// Sends the leader off, on nobody's behalf.
-    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, asker: &Asker, task: &TaskId) {
+    /// Sends the leader off, on nobody's behalf. `live` is how long live answers are fresh for this poll.
+    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, asker: &Asker, task: &TaskId, live: Duration) {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
         let (key, task) = (asker.key.clone(), task.clone());
         tokio::spawn(async move {
             let panics = gateway.metrics.panics.clone();
-            let flight = gateway.fly(leader, account, key, task);
+            let flight = gateway.fly(leader, account, key, task, live);
             if AssertUnwindSafe(flight).catch_unwind().await.is_err() {
                 panics.inc();
             }
@@ -372,13 +394,14 @@ impl Gateway {
         account: Arc<Account>,
         key: ApiKey,
         task: TaskId,
+        live: Duration,
     ) {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let now = Instant::now();
         if let Some(answer) = self
             .cache
-            .get(account.id, &task, now)
-            .filter(|answer| answer.is_fresh(now))
+            .get(account.id, &task, now, live)
+            .filter(|answer| answer.is_fresh(now, live))
         {
             return leader.land(Landed::Kept(answer).stage());
         }
@@ -468,6 +491,12 @@ impl Gateway {
         answer.room = room.filter(|_| keeping.is_none());
         let answer = Arc::new(answer);
         self.cache.put(account.id, task, &answer, received);
+        // A late `running` says nothing about a task that is known to have ended.
+        if answer.has_ended() {
+            account.watch.ended(task);
+        } else if answer.is_live() && !before.is_some_and(|before| before.has_ended()) {
+            account.watch.goes_on(task, received);
+        }
         answer
     }
 }
@@ -499,15 +528,24 @@ async fn while_awaited<T>(leader: &Leader<FlightKey, Progress>, future: impl Fut
     }
 }
 
-fn hit(answer: Arc<Answer>, detail: Option<&'static str>) -> Answered {
-    let served = if detail.is_none() || answer.is_fresh(Instant::now()) {
+fn hit(answer: Arc<Answer>) -> Answered {
+    Answered {
+        served: Served::Hit,
+        cache: CacheStatus::Hit(None),
+        answer,
+    }
+}
+
+/// `live` is the freshness lifetime of live answers at `now`.
+fn stand_in(answer: Arc<Answer>, detail: &'static str, now: Instant, live: Duration) -> Answered {
+    let served = if answer.is_fresh(now, live) {
         Served::Hit
     } else {
         Served::Stale
     };
     Answered {
         served,
-        cache: CacheStatus::Hit(detail),
+        cache: CacheStatus::Hit(Some(detail)),
         answer,
     }
 }

@@ -100,6 +100,8 @@ pub struct Metrics {
     budget_rate: prometheus::GaugeVec,
     budget_shed: IntCounterVec,
     upstream_paused: IntGaugeVec,
+    live_tasks: IntGaugeVec,
+    freshness: prometheus::GaugeVec,
     /// Answers kept.
     pub cache_entries: IntGauge,
     /// What they weigh.
@@ -228,6 +230,23 @@ impl Metrics {
                     &["account"],
                 )?,
             )?,
+            live_tasks: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts("live_tasks", "Tasks that go on and that somebody has lately asked for."),
+                    &["account"],
+                )?,
+            )?,
+            freshness: register(
+                &registry,
+                prometheus::GaugeVec::new(
+                    opts(
+                        "freshness_seconds",
+                        "How long a live task's answer is fresh; the longest where accounts share a label.",
+                    ),
+                    &["account"],
+                )?,
+            )?,
             cache_entries: register(&registry, IntGauge::with_opts(opts("cache_entries", "Answers kept."))?)?,
             cache_bytes: register(
                 &registry,
@@ -280,6 +299,8 @@ impl Metrics {
             rate: self.budget_rate.with_label_values(&[account]),
             shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
             paused: self.upstream_paused.with_label_values(&[account]),
+            live_tasks: self.live_tasks.with_label_values(&[account]),
+            freshness: self.freshness.with_label_values(&[account]),
         }
     }
 
@@ -338,6 +359,8 @@ pub struct AccountMetrics {
     shed: [IntCounter; 2],
     /// Accounts under this label that an upstream 429 has paused.
     pub paused: IntGauge,
+    live_tasks: IntGauge,
+    freshness: prometheus::Gauge,
 }
 
 impl AccountMetrics {
@@ -357,6 +380,12 @@ impl AccountMetrics {
     pub fn attempted(&self, outcome: Outcome, took: Duration) {
         self.upstream_requests[outcome as usize].inc();
         self.upstream_request_duration.observe(took.as_secs_f64());
+    }
+
+    /// Shows how many tasks are live, and how long their answers are fresh.
+    pub fn live(&self, tasks: usize, freshness: Duration) {
+        self.live_tasks.set(i64::try_from(tasks).unwrap_or(i64::MAX));
+        self.freshness.set(freshness.as_secs_f64());
     }
 
     /// Counts a poll that the budget turned away.

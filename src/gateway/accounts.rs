@@ -1,4 +1,4 @@
-//! Which account a key belongs to, and what each account has: its budget, its connections, its counters.
+//! Which account a key belongs to, and what each account has: its budget, its connections, its live tasks, its counters.
 //!
 //! Listed keys are looked up without a lock. A key that is listed nowhere is an account of its own; at most `max_accounts`
 //! of these are remembered, and one that was idle for a minute is forgotten, never while upstream has it paused. Its id
@@ -15,10 +15,11 @@ use tokio::time::Instant;
 
 use crate::account::{AccountId, AccountIds, ApiKey, Caller, Client};
 use crate::budget::{Budget, Pace};
-use crate::config::{Config, UnknownKeys};
+use crate::config::{Config, Fresh, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::upstream::{Pool, Upstream};
+use crate::watch::Watch;
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
 const IDLE: Duration = Duration::from_mins(1);
@@ -34,6 +35,7 @@ pub(super) struct Account {
     pub(super) label: Arc<str>,
     pub(super) budget: Budget,
     pub(super) pool: Pool,
+    pub(super) watch: Watch,
     pub(super) metrics: AccountMetrics,
     /// The counters of clients that are not configured.
     others: ClientRequests,
@@ -41,6 +43,13 @@ pub(super) struct Account {
     keys: Vec<ApiKey>,
     /// Milliseconds from the directory's start to the last poll.
     asked_ms: AtomicU64,
+}
+
+impl Account {
+    /// The freshness lifetime of its live answers at `now`.
+    pub(super) fn lifetime(&self, now: Instant) -> Duration {
+        self.watch.lifetime(self.budget.rate(now), now)
+    }
 }
 
 /// A configured client: its token stands for its account's keys.
@@ -119,6 +128,7 @@ struct Maker {
     others: ClientRequests,
     pace: Pace,
     max_queue: usize,
+    fresh: Fresh,
 }
 
 /// The directory of accounts.
@@ -150,6 +160,7 @@ impl Accounts {
                 not_before: started + Duration::from_secs(1) + margin,
             },
             max_queue: config.budget.max_queue,
+            fresh: config.cache.fresh,
         };
         let mut listed = HashMap::new();
         for configured in &config.accounts {
@@ -249,6 +260,21 @@ impl Accounts {
         drop(forgotten);
     }
 
+    /// Shows each account's live tasks and their freshness lifetime at `now`; of the unlisted ones, which share a label,
+    /// all live tasks and the longest lifetime.
+    pub(super) fn show_live(&self, now: Instant) {
+        for asker in self.listed.values() {
+            let account = &asker.account;
+            account.metrics.live(account.watch.live(now), account.lifetime(now));
+        }
+        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        let nobody = (0, self.make.fresh.floor);
+        let (tasks, lifetime) = unlisted.values().fold(nobody, |(tasks, longest), account| {
+            (tasks + account.watch.live(now), longest.max(account.lifetime(now)))
+        });
+        self.make.other.live(tasks, lifetime);
+    }
+
     fn ms(&self, now: Instant) -> u64 {
         u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
     }
@@ -278,6 +304,7 @@ impl Maker {
             label,
             budget: Budget::new(self.pace, self.max_queue, metrics.clone()),
             pool: self.upstream.pool(),
+            watch: Watch::new(self.fresh),
             metrics,
             others,
             keys: Vec::new(),

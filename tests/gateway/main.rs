@@ -5,6 +5,7 @@
 //!
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
+//! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
@@ -25,6 +26,7 @@ mod coalescing;
 mod commands;
 mod fairness;
 mod fidelity;
+mod freshness;
 mod harness;
 mod isolation;
 mod pace;

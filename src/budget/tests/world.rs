@@ -198,6 +198,7 @@ impl World<'_> {
         self.history.forgotten = lost;
     }
 
+    #[allow(clippy::needless_pass_by_value, reason = "an event happens but once")]
     fn happen(&mut self, now: Duration, event: Event) {
         match event {
             Event::Enter(flight) => {

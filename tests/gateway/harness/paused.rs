@@ -56,6 +56,7 @@ impl Default for Behaviour {
 pub struct Paused {
     gateway: Arc<Gateway>,
     config: Config,
+    metrics: Arc<Metrics>,
     arrivals: Arc<Mutex<Vec<Instant>>>,
 }
 
@@ -66,34 +67,58 @@ impl Paused {
         configure(&mut config);
         let arrivals = Arc::new(Mutex::new(Vec::new()));
         let dial = dial(behaviour, Arc::clone(&arrivals));
-        let gateway = Gateway::new(config.clone(), dial, Arc::new(Metrics::new().unwrap())).unwrap();
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics)).unwrap();
         Self {
             gateway,
             config,
+            metrics,
             arrivals,
         }
     }
 
     /// Polls over a connection of its own.
     pub async fn poll(&self, key: &str, task: &str) -> Reply {
-        self.poll_from(Ipv4Addr::LOCALHOST.into(), key, task).await
+        self.ask(poll_request(key, task)).await
     }
 
     /// The same from a peer at another address.
     pub async fn poll_from(&self, peer: IpAddr, key: &str, task: &str) -> Reply {
+        self.ask_from(peer, poll_request(key, task)).await
+    }
+
+    /// Sends any request over a connection of its own.
+    pub async fn ask(&self, request: Request<Full<Bytes>>) -> Reply {
+        self.ask_from(Ipv4Addr::LOCALHOST.into(), request).await
+    }
+
+    async fn ask_from(&self, peer: IpAddr, request: Request<Full<Bytes>>) -> Reply {
         let (near, far) = duplex(PIPE);
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
         tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await });
         let (mut sender, connection) = client::handshake(TokioIo::new(near)).await.unwrap();
         tokio::spawn(connection);
-        let (head, body) = sender.send_request(poll_request(key, task)).await.unwrap().into_parts();
+        let (head, body) = sender.send_request(request).await.unwrap().into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         Reply {
             status: head.status,
             headers: head.headers,
             body,
         }
+    }
+
+    /// The value of one series, named as in `/metrics`.
+    pub fn metric(&self, series: &str) -> f64 {
+        self.gateway.refresh_metrics();
+        let text = String::from_utf8(self.metrics.render().unwrap()).unwrap();
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value
+            .unwrap_or_else(|| panic!("no series {series} in\n{text}"))
+            .parse()
+            .unwrap()
     }
 
     /// When each query arrived upstream, in order.
