@@ -301,7 +301,7 @@ mod tests {
             .map_while(|line| line.strip_prefix("# "))
             .collect();
         let example = example.join("\n");
-        let problems = Config::parse(&example, &|_| Some("key".to_owned())).unwrap_err();
+        let problems = Config::parse(&example, &|name| Some(format!("value-of-{name}"))).unwrap_err();
         let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
         assert_eq!(fields, ["accounts[0].keys[0].file"], "{problems}\n{example}");
     }
