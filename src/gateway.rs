@@ -8,10 +8,12 @@
 //!                   cache again ─▶ budget: a turn ─▶ upstream: a connection ─▶ budget: a permit
 //!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
 //! ```
+//! While the breaker is open nobody flies: `gateway::outage`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
+mod outage;
 mod passthrough;
 mod response;
 
@@ -26,7 +28,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::account::{API_KEY_HEADER, AccountId, ApiKey};
-use crate::budget::Entry;
+use crate::budget::{Entry, Permit};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
@@ -35,7 +37,7 @@ use crate::metrics::{AccountMetrics, Metrics, OTHER, Shed};
 use crate::outcome::{Outcome, Served};
 use crate::stored::{Answer, Keeping};
 use crate::task::{self, Class, TaskId};
-use crate::upstream::{Dial, Fetched, TASK_INFO_PATH, Upstream};
+use crate::upstream::{Breaker, Dial, Failed, Fetched, Ready, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts};
 pub use response::Body;
 use response::CacheStatus;
@@ -45,6 +47,9 @@ const MOST_ATTEMPTS: u32 = 2;
 
 /// How often a flight tries to open a connection: a failed one costs no permit.
 const MOST_CONNECTS: u32 = 2;
+
+/// How long an attempt may take before a poll that has a snapshot is answered with it.
+const SLOW_ATTEMPT: Duration = Duration::from_secs(1);
 
 /// How long an upstream 429 without a usable Retry-After pauses its account.
 const DEFAULT_PAUSE: Duration = Duration::from_secs(1);
@@ -81,10 +86,10 @@ enum Phase {
     /// For its turn, or for its permit.
     #[default]
     Waiting,
-    /// Its turn came, and it has no connection yet.
-    Connecting,
-    /// Spent: it will be finished and kept, whoever waits.
-    Sent,
+    /// Its turn came at this instant, and it has no connection yet.
+    Connecting(Instant),
+    /// Spent at this instant: it will be finished and kept, whoever waits.
+    Sent(Instant),
 }
 
 #[derive(Clone, Debug)]
@@ -231,12 +236,19 @@ impl Gateway {
             kept => kept.is_some(),
         };
         loop {
+            if self.upstream.breaker().is_open() {
+                let error = self.turn_away(poll);
+                return self.stand_in(poll, error.detail()).ok_or(error);
+            }
             let (mut progress, leader) = self
                 .flights
                 .join((poll.account.id, poll.task.clone()), Progress::default());
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
                 self.launch(leader, poll);
+            }
+            if was_stale && let Some(answered) = self.stand_in_when_slow(poll, &mut progress, deadline).await {
+                return Ok(answered);
             }
             let landing = progress.wait_for(|progress| progress.landed.is_some());
             let landed = match timeout_at(deadline, landing).await {
@@ -275,8 +287,8 @@ impl Gateway {
             Phase::Waiting => Error::TurnNeverCame {
                 retry_after: poll.account.budget.wait(Instant::now()),
             },
-            Phase::Connecting => Error::NoConnection,
-            Phase::Sent => Error::UpstreamTimeout,
+            Phase::Connecting(_) => Error::NoConnection,
+            Phase::Sent(_) => Error::UpstreamTimeout,
         };
         if phase == Phase::Waiting {
             poll.account.metrics.shed(Shed::Deadline);
@@ -301,10 +313,14 @@ impl Gateway {
     fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, poll: &Poll) {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&poll.account));
         let (key, task) = (poll.key.clone(), poll.task.clone());
+        self.spawn(gateway.fly(leader, account, key, task));
+    }
+
+    /// Runs `work` on nobody's behalf, and counts its panics.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let panics = self.metrics.panics.clone();
         tokio::spawn(async move {
-            let panics = gateway.metrics.panics.clone();
-            let flight = gateway.fly(leader, account, key, task);
-            if AssertUnwindSafe(flight).catch_unwind().await.is_err() {
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
                 panics.inc();
             }
         });
@@ -328,6 +344,7 @@ impl Gateway {
         {
             return leader.land(Progress::landed(Landed::Kept(answer)));
         }
+        let breaker = self.upstream.breaker();
         let mut attempt = 1;
         loop {
             let entry = if attempt == 1 { Entry::Back } else { Entry::Front };
@@ -336,56 +353,87 @@ impl Gateway {
                 let retry_after = account.budget.wait(Instant::now());
                 return leader.land(Progress::landed(Landed::Failed(Error::QueueFull { retry_after })));
             };
-            let Some(Some(turn)) = while_awaited(&leader, place.called()).await else {
-                return;
+            let Some(Some(turn)) = while_awaited(&leader, breaker, place.called()).await else {
+                return self.give_up(leader);
             };
-            leader.update(|progress| progress.phase = Phase::Connecting);
+            leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             let mut connects = 1;
             let ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
-                match while_awaited(&leader, account.pool.connect(attempt > 1)).await {
-                    None => return,
+                match while_awaited(&leader, breaker, account.pool.connect(&task, attempt > 1)).await {
+                    None => return self.give_up(leader),
                     Some(Ok(ready)) => break ready,
                     Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
                     Some(Err(error)) => return leader.land(Progress::landed(Landed::Failed(error))),
                 }
             };
             leader.update(|progress| progress.phase = Phase::Waiting);
-            let Some(Some(permit)) = while_awaited(&leader, turn.permit(&ready)).await else {
-                return;
+            let Some(Some(permit)) = while_awaited(&leader, breaker, turn.permit(&ready)).await else {
+                return self.give_up(leader);
             };
-            leader.update(|progress| progress.phase = Phase::Sent);
-            let sent = Instant::now();
-            let result = ready.send(permit, &key, &task).await;
-            let took = sent.elapsed();
-            match result {
-                Ok(fetched) => {
-                    let answer = self.keep(&account, &task, fetched);
-                    let outcome = outcome(answer.reading.class);
-                    account.metrics.attempted(outcome, took);
-                    log_attempt(&account, &task, attempt, outcome.label(), Some(&answer), took);
-                    if outcome == Outcome::RateLimited {
-                        self.pause(&account, &answer);
-                        if attempt < MOST_ATTEMPTS {
-                            leader.report(Progress {
-                                last_error: Some(answer),
-                                ..Progress::default()
-                            });
-                            attempt += 1;
-                            continue;
-                        }
-                    }
-                    return leader.land(Progress::landed(Landed::Fetched(answer, key)));
+            leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
+            match self.ask(&account, &key, &task, attempt, ready, permit).await {
+                Ok(answer) if answer.reading.class == Class::RateLimited && attempt < MOST_ATTEMPTS => {
+                    leader.report(Progress {
+                        last_error: Some(answer),
+                        ..Progress::default()
+                    });
+                    attempt += 1;
                 }
-                Err(failed) => {
-                    account.metrics.attempted(failure(&failed.error), took);
-                    log_attempt(&account, &task, attempt, failed.error.detail(), None, took);
-                    if !failed.unanswered || attempt >= MOST_ATTEMPTS {
-                        return leader.land(Progress::landed(Landed::Failed(failed.error)));
-                    }
+                Ok(answer) => return leader.land(Progress::landed(Landed::Fetched(answer, key))),
+                Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
+                    return leader.land(Progress::landed(Landed::Failed(failed.error)));
+                }
+                Err(_) => {
                     leader.report(Progress::default());
                     attempt += 1;
                 }
+            }
+        }
+    }
+
+    /// One attempt, and all that follows from it: what is kept, counted, logged, and learnt of upstream and the account.
+    async fn ask(
+        &self,
+        account: &Account,
+        key: &ApiKey,
+        task: &TaskId,
+        attempt: u32,
+        ready: Ready,
+        permit: Permit,
+    ) -> Result<Arc<Answer>, Failed> {
+        let sent = Instant::now();
+        let result = ready.send(permit, key, task).await;
+        let took = sent.elapsed();
+        let breaker = self.upstream.breaker();
+        match result {
+            Ok(fetched) => {
+                let answer = self.keep(account, task, fetched);
+                let outcome = outcome(answer.reading.class);
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);
+                if outcome == Outcome::RateLimited {
+                    self.pause(account, &answer);
+                }
+                // Closed only now: whoever asks from here on finds the answer kept and the account paused.
+                if outcome == Outcome::Unavailable {
+                    breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
+                } else {
+                    breaker.answered(sent);
+                }
+                Ok(answer)
+            }
+            Err(failed) => {
+                let (outcome, detail) = (failure(&failed.error), failed.error.detail());
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, detail, None, took);
+                if outcome != Outcome::Unavailable {
+                    breaker.answered(sent);
+                } else if !failed.unanswered || attempt >= MOST_ATTEMPTS {
+                    // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
+                    breaker.failed(task, sent, detail);
+                }
+                Err(failed)
             }
         }
     }
@@ -438,10 +486,15 @@ impl Progress {
     }
 }
 
-/// What `future` gives, or `None` once nobody waits for the flight.
-async fn while_awaited<T>(leader: &Leader<FlightKey, Progress>, future: impl Future<Output = T>) -> Option<T> {
+/// What `future` gives, or `None` once nobody waits for the flight or the breaker has opened.
+async fn while_awaited<T>(
+    leader: &Leader<FlightKey, Progress>,
+    breaker: &Breaker,
+    future: impl Future<Output = T>,
+) -> Option<T> {
     tokio::select! {
         biased;
+        () = breaker.opened() => None,
         value = future => Some(value),
         () = leader.deserted() => None,
     }
