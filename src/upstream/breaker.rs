@@ -60,8 +60,11 @@ impl Breaker {
 
     /// The right to ask for `task` although it is open, if a probe is due at `now`: one at a time.
     pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
-        let may = self.state().probe(task, now);
-        may.then(|| Probe(Arc::clone(self)))
+        let number = self.state().probe(task, now)?;
+        Some(Probe {
+            breaker: Arc::clone(self),
+            number,
+        })
     }
 
     /// An attempt that was begun at `asked` got an answer that says that upstream is there.
@@ -163,10 +166,13 @@ impl Drop for Connecting<'_> {
 
 /// The one probe under way. Dropped without an answer, be it for want of a permit, it lets the next one start.
 #[derive(Debug)]
-pub struct Probe(Arc<Breaker>);
+pub struct Probe {
+    breaker: Arc<Breaker>,
+    number: u64,
+}
 
 impl Drop for Probe {
     fn drop(&mut self) {
-        self.0.state().probe_ended();
+        self.breaker.state().probe_ended(self.number);
     }
 }

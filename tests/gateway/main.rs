@@ -6,6 +6,7 @@
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
 //! - `isolation`: keys, accounts, and what passes between them
+//! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `pace`: never more than 15 in any sliding second, never less than 14
 
@@ -19,5 +20,6 @@ mod coalescing;
 mod fidelity;
 mod harness;
 mod isolation;
+mod outage;
 mod pace;
 mod requests;

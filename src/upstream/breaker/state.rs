@@ -55,6 +55,8 @@ pub(super) struct State {
     last_wanted: Option<Instant>,
     /// Since when connections are wanted and none came about.
     without_since: Option<Instant>,
+    /// Probes so far.
+    probes: u64,
     /// When the next probe may start.
     next_probe: Option<Instant>,
     /// The task that was probed last.
@@ -76,6 +78,7 @@ impl State {
             wanted: 0,
             last_wanted: None,
             without_since: None,
+            probes: 0,
             next_probe: None,
             probed: None,
             others_ask: false,
@@ -163,10 +166,11 @@ impl State {
         (is_long && !self.is_open()).then(|| self.open(now))
     }
 
-    /// Whether a probe of `task` may start now; then it is half-open until [`Self::answered`] or [`Self::probe_ended`].
-    pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> bool {
+    /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
+    /// [`Self::probe_ended`], which takes the probe's number.
+    pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
         if self.phase != Phase::Open {
-            return false;
+            return None;
         }
         let was_probed = self.probed.as_ref() == Some(task);
         self.others_ask |= !was_probed;
@@ -177,18 +181,20 @@ impl State {
             self.next_probe
         };
         if turn.is_some_and(|turn| now < turn) {
-            return false;
+            return None;
         }
         self.phase = Phase::HalfOpen;
+        self.probes += 1;
         self.next_probe = Some(now + PROBE_INTERVAL);
         self.probed = Some(task.clone());
         self.others_ask = false;
-        true
+        Some(self.probes)
     }
 
     /// The probe is over. If its answer did not close the breaker, it is open again.
-    pub(super) fn probe_ended(&mut self) {
-        if self.phase == Phase::HalfOpen {
+    pub(super) fn probe_ended(&mut self, number: u64) {
+        // One that is late may have been overtaken: closed by another answer, opened again, another probe.
+        if self.phase == Phase::HalfOpen && self.probes == number {
             self.phase = Phase::Open;
         }
     }
@@ -220,6 +226,11 @@ mod tests {
 
     fn task(name: &str) -> TaskId {
         TaskId::new(name).unwrap()
+    }
+
+    /// The probe that is under way ends without an answer.
+    fn end_probe(state: &mut State) {
+        state.probe_ended(state.probes);
     }
 
     /// A breaker that has just opened, and when.
@@ -272,49 +283,65 @@ mod tests {
     fn the_first_probe_comes_an_interval_after_it_opened_and_then_one_at_most_every_interval() {
         let (mut state, now) = opened();
         assert_eq!(state.until_probe(now), PROBE_INTERVAL);
-        assert!(!state.probe(&task("a"), now + PROBE_INTERVAL - MS));
-        assert!(state.probe(&task("a"), now + PROBE_INTERVAL));
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL - MS).is_none());
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
         assert!(
-            !state.probe(&task("b"), now + 10 * PROBE_INTERVAL),
+            state.probe(&task("b"), now + 10 * PROBE_INTERVAL).is_none(),
             "one at a time, however long it takes"
         );
-        state.probe_ended();
+        end_probe(&mut state);
         assert!(state.is_open());
-        assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL));
-        state.probe_ended();
-        assert!(!state.probe(&task("c"), now + 3 * PROBE_INTERVAL - MS));
+        assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL).is_some());
+        end_probe(&mut state);
+        assert!(state.probe(&task("c"), now + 3 * PROBE_INTERVAL - MS).is_none());
     }
 
     #[test]
     fn the_task_probed_last_lets_others_go_first() {
         let (mut state, now) = opened();
-        assert!(state.probe(&task("a"), now + PROBE_INTERVAL));
-        state.probe_ended();
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        end_probe(&mut state);
         assert!(
-            state.probe(&task("a"), now + 2 * PROBE_INTERVAL),
+            state.probe(&task("a"), now + 2 * PROBE_INTERVAL).is_some(),
             "nobody else asks: then it may"
         );
-        state.probe_ended();
-        assert!(!state.probe(&task("b"), now + 3 * PROBE_INTERVAL - MS));
-        assert!(!state.probe(&task("a"), now + 3 * PROBE_INTERVAL), "somebody else does");
-        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL + MS));
-        state.probe_ended();
-        assert!(state.probe(&task("a"), now + 5 * PROBE_INTERVAL));
+        end_probe(&mut state);
+        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL - MS).is_none());
+        assert!(
+            state.probe(&task("a"), now + 3 * PROBE_INTERVAL).is_none(),
+            "somebody else does"
+        );
+        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL + MS).is_some());
+        end_probe(&mut state);
+        assert!(state.probe(&task("a"), now + 5 * PROBE_INTERVAL).is_some());
     }
 
     #[test]
     fn a_probes_answer_closes_it_and_the_count_begins_anew() {
         let (mut state, now) = opened();
         let later = now + PROBE_INTERVAL;
-        assert!(state.probe(&task("a"), later));
+        assert!(state.probe(&task("a"), later).is_some());
         assert_eq!(state.answered(later, later + 200 * MS), Some(Change::Closed));
-        state.probe_ended();
+        end_probe(&mut state);
         assert!(!state.is_open());
         assert_eq!(state.until_probe(later), Duration::ZERO);
         for name in ["a", "b", "c", "d"] {
             assert_eq!(state.failed(&task(name), later, later), None);
         }
         assert_eq!(state.failed(&task("e"), later, later), Some(Change::Opened));
+    }
+
+    #[test]
+    fn a_probe_that_was_overtaken_ends_nobody_elses() {
+        let (mut state, now) = opened();
+        let first = state.probe(&task("a"), now + PROBE_INTERVAL).unwrap();
+        state.answered(now + MS, now + 2 * PROBE_INTERVAL);
+        for name in ["a", "b", "c", "d", "e"] {
+            state.failed(&task(name), now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
+        }
+        assert!(state.probe(&task("b"), now + 4 * PROBE_INTERVAL).is_some());
+        state.probe_ended(first);
+        assert_eq!(state.probe(&task("c"), now + 6 * PROBE_INTERVAL), None);
     }
 
     #[test]
@@ -456,7 +483,7 @@ mod tests {
                         change
                     }
                     Event::Probe(name) => {
-                        if state.probe(&task(&name.to_string()), now) {
+                        if state.probe(&task(&name.to_string()), now).is_some() {
                             prop_assert!(was_open && !probing);
                             prop_assert!(last_probe.is_none_or(|last| now >= last + PROBE_INTERVAL));
                             prop_assert!(opened.is_some_and(|opened| now >= opened + PROBE_INTERVAL));
@@ -465,7 +492,7 @@ mod tests {
                         None
                     }
                     Event::ProbeEnded => {
-                        state.probe_ended();
+                        end_probe(&mut state);
                         probing = false;
                         None
                     }
