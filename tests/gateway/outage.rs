@@ -51,14 +51,14 @@ impl Polled {
 }
 
 /// Polls each of `tasks` tasks every second, from `from` until `until`.
-async fn poll_every_second(gateway: &Arc<Paused>, tasks: usize, from: Instant, until: Instant) -> Vec<Polled> {
+async fn poll_every_second(gateway: &Arc<Paused>, tasks: u32, from: Instant, until: Instant) -> Vec<Polled> {
     let mut pollers = JoinSet::new();
     for number in 0..tasks {
         let gateway = Arc::clone(gateway);
         pollers.spawn(async move {
             let task = format!("task-{number}");
             let mut polls = JoinSet::new();
-            let mut next = from + Duration::from_secs(1) * number as u32 / tasks as u32;
+            let mut next = from + Duration::from_secs(1) * number / tasks;
             while next < until {
                 sleep_until(next).await;
                 next += Duration::from_secs(1);
@@ -278,7 +278,7 @@ async fn connections_that_never_open_open_it_after_two_seconds() {
     sleep(seconds(AWAY)).await;
     // One task: no task is to blame for a connection.
     gateway.poll(KEY, "a").await.assert_is_our_error(503);
-    assert_eq!((start.elapsed() - seconds(AWAY)).as_millis() / 10, 200);
+    assert_eq!(start.elapsed().as_millis() / 10, 800);
     assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
     assert_eq!(gateway.arrivals().len(), 0, "nothing was spent");
 }
@@ -290,13 +290,16 @@ async fn slow_connections_do_not_open_it() {
         idle: Some(Duration::from_millis(1)),
         ..Behaviour::default()
     };
-    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.budget.max_wait = Duration::from_secs(45);
+    }));
     let mut polls = JoinSet::new();
     for task in 0..60 {
         let gateway = Arc::clone(&gateway);
         polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await.status });
     }
-    assert!(polls.join_all().await.iter().all(|status| *status == 200));
+    let statuses = polls.join_all().await;
+    assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
     assert!(goodput(&gateway.arrivals()) > 5.0);
     assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
 }
@@ -335,27 +338,24 @@ async fn a_paused_account_does_not_hold_up_the_probe_of_another() {
     };
     let behaviour = Behaviour {
         answer,
-        outage: Some((seconds(AWAY)..seconds(20.0), Away::Status(503))),
+        outage: Some((seconds(15.0)..seconds(30.0), Away::Status(503))),
         ..Behaviour::default()
     };
     let start = Instant::now();
     let gateway = Arc::new(Paused::start(behaviour, |_| {}));
     assert_eq!(gateway.poll("ak_paused", "limited").await.json()["code"], 429);
-    sleep_until(start + seconds(AWAY)).await;
-    sleep(seconds(10.0)).await;
+    sleep_until(start + seconds(15.0)).await;
     for task in ["a", "b", "c", "d", "e"] {
         gateway.poll(KEY, task).await;
     }
     assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
-    while start.elapsed() < seconds(25.0) {
+    while start.elapsed() < seconds(32.0) {
         for _ in 0..10 {
-            assert_eq!(gateway.poll("ak_paused", "x").await.status, 503);
+            let reply = gateway.poll("ak_paused", "x");
+            assert!(start.elapsed() > seconds(30.0) || reply.await.status == 503);
         }
         gateway.poll(KEY, "a").await;
         sleep(seconds(0.1)).await;
-        if start.elapsed() > seconds(22.0) {
-            break;
-        }
     }
     assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
 }
