@@ -23,6 +23,9 @@ pub enum Error {
     /// `unknown_keys: reject`, and the key is listed nowhere.
     #[error("this API key is not configured here: ask the gateway's operator to list it under accounts")]
     UnknownKey,
+    /// A client token on a path that is streamed through, without `clients[].passthrough`.
+    #[error("this client token is for polling only: have the operator set passthrough for this client")]
+    TokenMayNotPass,
     /// More unlisted keys at once than `max_accounts`.
     #[error("too many different API keys at once: try again later, or have the operator raise max_accounts")]
     TooManyAccounts,
@@ -78,6 +81,7 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::MissingKey | Self::MalformedKey | Self::UnknownKey => StatusCode::UNAUTHORIZED,
+            Self::TokenMayNotPass => StatusCode::FORBIDDEN,
             Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
@@ -97,6 +101,7 @@ impl Error {
             Self::MissingKey => "missing_key",
             Self::MalformedKey => "malformed_key",
             Self::UnknownKey => "unknown_key",
+            Self::TokenMayNotPass => "passthrough",
             Self::TooManyAccounts => "too_many_accounts",
             Self::TaskId(_) => "task_id",
             Self::MethodNotAllowed => "method",
@@ -119,6 +124,7 @@ impl Error {
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
+            | Self::TokenMayNotPass
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound => None,
@@ -143,6 +149,7 @@ impl Error {
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
+            | Self::TokenMayNotPass
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound
@@ -167,6 +174,7 @@ impl Error {
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
+            | Self::TokenMayNotPass
             | Self::TooManyAccounts
             | Self::TaskId(_)
             | Self::MethodNotAllowed

@@ -9,9 +9,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::accounts::Account;
-use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
-use crate::account::ApiKey;
+use super::accounts::Asker;
+use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT, leave_behind};
 use crate::budget::Entry;
 use crate::error::Error;
 use crate::flight::Leader;
@@ -26,23 +25,20 @@ const FIRST: u32 = 1;
 
 impl Gateway {
     /// Why a poll is not let through while the breaker is open. A probe goes in its place, if one is due.
-    pub(super) fn turn_away(self: &Arc<Self>, poll: &Poll) -> Error {
+    pub(super) fn turn_away(self: &Arc<Self>, asker: &Asker, task: &TaskId) -> Error {
         let now = Instant::now();
-        let breaker = self.upstream.breaker();
         // A paused account's probe would hold up the others'.
-        if !poll.account.budget.is_paused(now)
-            && let Some(probe) = breaker.probe(&poll.task, now)
+        if !asker.account.budget.is_paused(now)
+            && let Some(probe) = self.upstream.breaker().probe(task, now)
         {
-            let (gateway, account) = (Arc::clone(self), Arc::clone(&poll.account));
-            let (key, task) = (poll.key.clone(), poll.task.clone());
-            self.spawn(gateway.probe(probe, account, key, task));
+            self.spawn(Arc::clone(self).probe(probe, asker.clone(), task.clone()));
         }
         self.unavailable()
     }
 
     /// Lands a flight that may go no further, unspent: the breaker is open, or nobody is there to hear it.
     pub(super) fn give_up(&self, leader: Leader<FlightKey, Progress>) {
-        leader.land(Progress::landed(Landed::Failed(self.unavailable())));
+        leader.land(Landed::Failed(self.unavailable()).stage());
     }
 
     fn unavailable(&self) -> Error {
@@ -53,19 +49,20 @@ impl Gateway {
 
     /// Asks for a task in the background, to learn whether upstream is back. Without an answer that says so, dropping
     /// `probe` lets the next one start.
-    async fn probe(self: Arc<Self>, probe: Probe, account: Arc<Account>, key: ApiKey, task: TaskId) {
-        let Ok(place) = account.budget.enter(Entry::Back) else {
-            return;
-        };
+    async fn probe(self: Arc<Self>, probe: Probe, asker: Asker, task: TaskId) {
+        let account = &asker.account;
+        let standing = account.budget.standing(true);
+        // In the background lane: nobody stands in the queue for it.
+        standing.keep();
         let approach = async {
-            let turn = place.called().await?;
+            let turn = standing.enter(Entry::InTurn).await.ok()?;
             let ready = account.pool.connect_to_probe(&task).await.ok()?;
             let permit = turn.permit(&ready).await?;
             Some((ready, permit))
         };
         if let Ok(Some((ready, permit))) = timeout(PROBE_PATIENCE, approach).await {
             // What comes of it, `ask` tells the breaker.
-            let _ = self.ask(&account, &key, &task, FIRST, ready, permit).await;
+            let _ = self.ask(account, &asker.key, &task, FIRST, ready, permit).await;
         }
         drop(probe);
     }
@@ -97,8 +94,8 @@ impl Gateway {
                 () = sleep_until(slow.unwrap_or(deadline)), if slow.is_none_or(|slow| slow <= deadline) => {
                     slow?;
                     let answered = self.stand_in(poll, "upstream_slow");
-                    if answered.is_some() && matches!(phase, Phase::Connecting(_)) {
-                        stay(progress.clone());
+                    if answered.is_some() {
+                        leave_behind(progress.clone());
                     }
                     return answered;
                 }
@@ -106,12 +103,4 @@ impl Gateway {
             }
         }
     }
-}
-
-/// Stays with a flight in the place of a poll that is answered: so it goes on, and its answer is kept.
-fn stay(mut progress: watch::Receiver<Progress>) {
-    tokio::spawn(async move {
-        // Whatever comes of it.
-        let _ = progress.wait_for(|progress| progress.landed.is_some()).await;
-    });
 }

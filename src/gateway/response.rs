@@ -73,8 +73,7 @@ pub(super) enum CacheStatus {
 }
 
 impl CacheStatus {
-    fn value(self, answer: &Answer, now: Instant) -> String {
-        let ttl = answer.ttl(now);
+    fn value(self, answer: &Answer, ttl: i64) -> String {
         match self {
             Self::Hit(None) => format!("crun-gateway; hit; ttl={ttl}"),
             Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
@@ -94,8 +93,8 @@ impl CacheStatus {
 }
 
 /// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
-/// connection or a moment that is not this client's.
-pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant) -> Response<Body> {
+/// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
+pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
     let mut response = Response::new(Body::Whole(Full::new(answer.body.clone())));
     *response.status_mut() = answer.status;
     let headers = response.headers_mut();
@@ -105,7 +104,7 @@ pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant) -> Respo
     if let Some(retry_after) = &answer.retry_after {
         headers.insert(RETRY_AFTER, retry_after.clone());
     }
-    if let Ok(value) = HeaderValue::try_from(cache.value(answer, now)) {
+    if let Ok(value) = HeaderValue::try_from(cache.value(answer, answer.ttl(now, live))) {
         headers.insert(CACHE_STATUS, value);
     }
     headers.insert(AGE, HeaderValue::from(answer.age(now).as_secs()));

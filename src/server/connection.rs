@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -32,8 +33,13 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves one connection until the client closes it, a time-out does, or, once `draining` is cancelled, its grace is over
 /// and its last answer is given.
-pub async fn serve_connection<S>(stream: S, gateway: Arc<Gateway>, limits: &Limits, draining: CancellationToken)
-where
+pub async fn serve_connection<S>(
+    stream: S,
+    peer: IpAddr,
+    gateway: Arc<Gateway>,
+    limits: &Limits,
+    draining: CancellationToken,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let phase = Phases::new(limits);
@@ -42,7 +48,7 @@ where
         move |request: Request<Incoming>| {
             let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
             async move {
-                let mut response = gateway.handle(request).await;
+                let mut response = gateway.handle(request, peer).await;
                 if draining.is_cancelled() {
                     response
                         .headers_mut()

@@ -1,6 +1,7 @@
 //! Paused time: the gateway over in-memory connections, upstream and clients alike, so that a promise about time is
 //! tested exactly and at once. Everything but the sockets is what runs in production.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -72,9 +73,9 @@ impl Default for Behaviour {
 pub struct Paused {
     gateway: Arc<Gateway>,
     config: Config,
+    metrics: Arc<Metrics>,
     arrivals: Arc<Mutex<Vec<Instant>>>,
     dials: Arc<Mutex<Vec<Instant>>>,
-    metrics: Arc<Metrics>,
 }
 
 impl Paused {
@@ -90,21 +91,35 @@ impl Paused {
         Self {
             gateway,
             config,
+            metrics,
             arrivals,
             dials,
-            metrics,
         }
     }
 
     /// Polls over a connection of its own.
     pub async fn poll(&self, key: &str, task: &str) -> Reply {
+        self.ask(poll_request(key, task)).await
+    }
+
+    /// The same from a peer at another address.
+    pub async fn poll_from(&self, peer: IpAddr, key: &str, task: &str) -> Reply {
+        self.ask_from(peer, poll_request(key, task)).await
+    }
+
+    /// Sends any request over a connection of its own.
+    pub async fn ask(&self, request: Request<Full<Bytes>>) -> Reply {
+        self.ask_from(Ipv4Addr::LOCALHOST.into(), request).await
+    }
+
+    async fn ask_from(&self, peer: IpAddr, request: Request<Full<Bytes>>) -> Reply {
         let (near, far) = duplex(PIPE);
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
-        tokio::spawn(async move { serve_connection(far, gateway, &limits, CancellationToken::new()).await });
+        tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await });
         let (mut sender, connection) = client::handshake(TokioIo::new(near)).await.unwrap();
         tokio::spawn(connection);
-        let (head, body) = sender.send_request(poll_request(key, task)).await.unwrap().into_parts();
+        let (head, body) = sender.send_request(request).await.unwrap().into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         Reply {
             status: head.status,
@@ -120,11 +135,13 @@ impl Paused {
 
     /// The value of one series, named as in `/metrics`.
     pub fn metric(&self, series: &str) -> f64 {
+        self.gateway.refresh_metrics();
         let text = String::from_utf8(self.metrics.render().unwrap()).unwrap();
-        let line = text
+        let value = text
             .lines()
             .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("no series {series} in\n{text}"))
+        value
+            .unwrap_or_else(|| panic!("no series {series} in\n{text}"))
             .parse()
             .unwrap()
     }

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::client::{bare, request};
 
 /// Longer than anything here takes: a test that hangs shall say where.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The path of the binary.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_crun-gateway");
@@ -61,13 +61,23 @@ impl Gateway {
             .expect("the gateway starts in time")
             .unwrap();
         let serving = serving.unwrap_or_else(|| panic!("the gateway did not start: {}", log.lock().unwrap()));
+        let json: Option<Value> = serde_json::from_str(&serving).ok();
         let field = |name: &str| {
-            let rest = serving.split_once(&format!("{name}=")).unwrap().1;
-            rest.split_whitespace().next().unwrap().parse().unwrap()
+            let text = match &json {
+                Some(line) => line[name].as_str().unwrap(),
+                None => serving
+                    .split_once(&format!(" {name}="))
+                    .unwrap()
+                    .1
+                    .split_whitespace()
+                    .next()
+                    .unwrap(),
+            };
+            text.parse().unwrap()
         };
         Self {
-            address: field(" listen"),
-            admin: field(" admin"),
+            address: field("listen"),
+            admin: field("admin"),
             child,
             log,
             _config: file,
@@ -121,7 +131,7 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
         let mut lines = BufReader::new(output).lines();
         while let Ok(Some(line)) = lines.next_line().await {
             *log.lock().unwrap() += &(line.clone() + "\n");
-            if line.contains(" serving ")
+            if (line.contains(" serving ") || line.contains("\"serving\""))
                 && let Some(found) = found.take()
             {
                 let _ = found.send(Some(line));
