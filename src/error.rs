@@ -50,6 +50,12 @@ pub enum Error {
         /// When the queue is likely to be short enough.
         retry_after: Duration,
     },
+    /// The breaker is open: upstream was unavailable lately.
+    #[error("upstream is unavailable: it is probed until it answers again")]
+    UpstreamUnavailable {
+        /// When it is asked next.
+        retry_after: Duration,
+    },
     /// No connection could be opened (twice), or none was there by the deadline.
     #[error("upstream cannot be reached")]
     NoConnection,
@@ -82,7 +88,7 @@ impl Error {
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
             }
-            Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamUnavailable { .. } | Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -102,6 +108,7 @@ impl Error {
             Self::NotFound => "path",
             Self::QueueFull { .. } => "queue_full",
             Self::TurnNeverCame { .. } => "budget",
+            Self::UpstreamUnavailable { .. } => "upstream_unavailable",
             Self::NoConnection => "no_connection",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamBroken => "upstream_broken",
@@ -122,7 +129,7 @@ impl Error {
             | Self::MethodNotAllowed
             | Self::NotFound => None,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => Some("http_request_denied"),
-            Self::NoConnection => Some("destination_unavailable"),
+            Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
             Self::UpstreamTooLarge => Some("http_response_body_size"),
@@ -134,7 +141,9 @@ impl Error {
     /// When asking again is worth while; `None` where waiting does not help.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::QueueFull { retry_after } | Self::TurnNeverCame { retry_after } => Some(*retry_after),
+            Self::QueueFull { retry_after }
+            | Self::TurnNeverCame { retry_after }
+            | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
@@ -155,6 +164,7 @@ impl Error {
         match self {
             Self::QueueFull { .. }
             | Self::TurnNeverCame { .. }
+            | Self::UpstreamUnavailable { .. }
             | Self::NoConnection
             | Self::UpstreamTimeout
             | Self::UpstreamBroken

@@ -8,11 +8,13 @@
 //!                   cache again ─▶ budget: a turn ─▶ upstream: a connection ─▶ budget: a permit
 //!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
 //! ```
+//! While the breaker is open nobody flies: `gateway::outage`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
 mod max_age;
+mod outage;
 mod passthrough;
 mod response;
 
@@ -28,7 +30,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::account::{API_KEY_HEADER, AccountId, ApiKey, Client};
-use crate::budget::{Entry, Standing};
+use crate::budget::{Entry, Permit, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
@@ -37,7 +39,7 @@ use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER, Shed};
 use crate::outcome::{Outcome, Served};
 use crate::stored::{Answer, Keeping};
 use crate::task::{self, Class, TaskId};
-use crate::upstream::{Dial, Fetched, TASK_INFO_PATH, Upstream};
+use crate::upstream::{Breaker, Dial, Failed, Fetched, Ready, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts, Asker};
 use passthrough::bearer;
 pub use response::Body;
@@ -48,6 +50,9 @@ const MOST_ATTEMPTS: u32 = 2;
 
 /// How often a flight tries to open a connection: a failed one costs no permit.
 const MOST_CONNECTS: u32 = 2;
+
+/// How long an attempt may take before a poll that has a snapshot is answered with it.
+const SLOW_ATTEMPT: Duration = Duration::from_secs(1);
 
 /// How often idle accounts and connections are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -81,10 +86,10 @@ struct Progress {
 enum Phase {
     /// For its turn, or for its permit.
     Waiting,
-    /// Its turn came, and it has no connection yet.
-    Connecting,
-    /// Spent: it will be finished and kept, whoever waits.
-    Sent,
+    /// Its turn came at this instant, and it has no connection yet.
+    Connecting(Instant),
+    /// Spent at this instant: it will be finished and kept, whoever waits.
+    Sent(Instant),
 }
 
 #[derive(Clone, Debug)]
@@ -272,6 +277,10 @@ impl Gateway {
         };
         let mut asker = poll.asker.clone();
         loop {
+            if self.upstream.breaker().is_open() {
+                let error = self.turn_away(&asker, &poll.task);
+                return self.stand_in(poll, error.detail()).ok_or(error);
+            }
             let (mut progress, leader) = self.flights.join((account.id, poll.task.clone()), || {
                 Progress::new(account.budget.standing(was_stale))
             });
@@ -280,6 +289,9 @@ impl Gateway {
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
                 self.launch(leader, &asker, &poll.task, live);
+            }
+            if was_stale && let Some(answered) = self.stand_in_when_slow(poll, &mut progress, deadline).await {
+                return Ok(answered);
             }
             let landing = progress.wait_for(|progress| progress.landed.is_some());
             let landed = match timeout_at(deadline, landing).await {
@@ -331,31 +343,27 @@ impl Gateway {
     fn answer_at_deadline(
         &self,
         poll: &Poll,
-        mut progress: watch::Receiver<Progress>,
+        progress: watch::Receiver<Progress>,
         was_stale: bool,
         collapsed: bool,
     ) -> Result<Answered, Error> {
         let account = &poll.asker.account;
-        let (phase, last_error, standing) = {
+        let (phase, last_error) = {
             let progress = progress.borrow();
-            (progress.phase, progress.last_error.clone(), progress.standing.clone())
+            (progress.phase, progress.last_error.clone())
         };
         let error = match phase {
             Phase::Waiting => Error::TurnNeverCame {
                 retry_after: account.budget.wait(Instant::now()),
             },
-            Phase::Connecting => Error::NoConnection,
-            Phase::Sent => Error::UpstreamTimeout,
+            Phase::Connecting(_) => Error::NoConnection,
+            Phase::Sent(_) => Error::UpstreamTimeout,
         };
         if phase == Phase::Waiting {
             account.metrics.shed(Shed::Deadline);
         }
         if let Some(snapshot) = self.stand_in(poll, error.detail()) {
-            // What was asked for is still wanted, or nobody would ever see it fresher: it goes on in the background, and
-            // somebody waits for it there, on nobody's behalf.
-            if phase != Phase::Sent && standing.keep() {
-                tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
-            }
+            leave_behind(progress);
             return Ok(snapshot);
         }
         last_error
@@ -377,10 +385,14 @@ impl Gateway {
     fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, asker: &Asker, task: &TaskId, live: Duration) {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
         let (key, task) = (asker.key.clone(), task.clone());
+        self.spawn(gateway.fly(leader, account, key, task, live));
+    }
+
+    /// Runs `work` on nobody's behalf, and counts its panics.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let panics = self.metrics.panics.clone();
         tokio::spawn(async move {
-            let panics = gateway.metrics.panics.clone();
-            let flight = gateway.fly(leader, account, key, task, live);
-            if AssertUnwindSafe(flight).catch_unwind().await.is_err() {
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
                 panics.inc();
             }
         });
@@ -405,12 +417,13 @@ impl Gateway {
         {
             return leader.land(Landed::Kept(answer).stage());
         }
+        let breaker = self.upstream.breaker();
         let standing = leader.stage().standing.clone();
         let mut attempt = 1;
         loop {
             let entry = if attempt == 1 { Entry::InTurn } else { Entry::Again };
-            let turn = match while_awaited(&leader, standing.enter(entry)).await {
-                None => return,
+            let turn = match while_awaited(&leader, breaker, standing.enter(entry)).await {
+                None => return self.give_up(leader),
                 Some(Ok(turn)) => turn,
                 Some(Err(_)) => {
                     account.metrics.shed(Shed::QueueFull);
@@ -418,53 +431,81 @@ impl Gateway {
                     return leader.land(Landed::Failed(Error::QueueFull { retry_after }).stage());
                 }
             };
-            leader.update(|progress| progress.phase = Phase::Connecting);
+            leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             let mut connects = 1;
             let ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
-                match while_awaited(&leader, account.pool.connect(attempt > 1)).await {
-                    None => return,
+                match while_awaited(&leader, breaker, account.pool.connect(&task, attempt > 1)).await {
+                    None => return self.give_up(leader),
                     Some(Ok(ready)) => break ready,
                     Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
                 }
             };
             leader.update(|progress| progress.phase = Phase::Waiting);
-            let Some(Some(permit)) = while_awaited(&leader, turn.permit(&ready)).await else {
-                return;
+            let Some(Some(permit)) = while_awaited(&leader, breaker, turn.permit(&ready)).await else {
+                return self.give_up(leader);
             };
-            leader.update(|progress| progress.phase = Phase::Sent);
-            let sent = Instant::now();
-            let result = ready.send(permit, &key, &task).await;
-            let took = sent.elapsed();
-            match result {
-                Ok(fetched) => {
-                    let answer = self.keep(&account, &task, fetched);
-                    let outcome = outcome(answer.reading.class);
-                    account.metrics.attempted(outcome, took);
-                    log_attempt(&account, &task, attempt, outcome.label(), Some(&answer), took);
-                    if outcome == Outcome::RateLimited {
-                        pause(&account, &answer);
-                        if attempt < MOST_ATTEMPTS {
-                            leader.update(|progress| {
-                                progress.phase = Phase::Waiting;
-                                progress.last_error = Some(answer);
-                            });
-                            attempt += 1;
-                            continue;
-                        }
-                    }
-                    return leader.land(Landed::Fetched(answer, key).stage());
+            leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
+            match self.ask(&account, &key, &task, attempt, ready, permit).await {
+                Ok(answer) if answer.reading.class == Class::RateLimited && attempt < MOST_ATTEMPTS => {
+                    leader.update(|progress| {
+                        progress.phase = Phase::Waiting;
+                        progress.last_error = Some(answer);
+                    });
                 }
-                Err(failed) => {
-                    account.metrics.attempted(failure(&failed.error), took);
-                    log_attempt(&account, &task, attempt, failed.error.detail(), None, took);
-                    if !failed.unanswered || attempt >= MOST_ATTEMPTS {
-                        return leader.land(Landed::Failed(failed.error).stage());
-                    }
-                    leader.update(|progress| progress.phase = Phase::Waiting);
-                    attempt += 1;
+                Ok(answer) => return leader.land(Landed::Fetched(answer, key).stage()),
+                Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
+                    return leader.land(Landed::Failed(failed.error).stage());
                 }
+                Err(_) => leader.update(|progress| progress.phase = Phase::Waiting),
+            }
+            attempt += 1;
+        }
+    }
+
+    /// One attempt, and all that follows from it: what is kept, counted, logged, and learnt of upstream and the account.
+    async fn ask(
+        &self,
+        account: &Account,
+        key: &ApiKey,
+        task: &TaskId,
+        attempt: u32,
+        ready: Ready,
+        permit: Permit,
+    ) -> Result<Arc<Answer>, Failed> {
+        let sent = Instant::now();
+        let result = ready.send(permit, key, task).await;
+        let took = sent.elapsed();
+        let breaker = self.upstream.breaker();
+        match result {
+            Ok(fetched) => {
+                let answer = self.keep(account, task, fetched);
+                let outcome = outcome(answer.reading.class);
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);
+                if outcome == Outcome::RateLimited {
+                    pause(account, &answer);
+                }
+                // Closed only now: whoever asks from here on finds the answer kept and the account paused.
+                if outcome == Outcome::Unavailable {
+                    breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
+                } else {
+                    breaker.answered(sent);
+                }
+                Ok(answer)
+            }
+            Err(failed) => {
+                let (outcome, detail) = (failure(&failed.error), failed.error.detail());
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, detail, None, took);
+                if outcome != Outcome::Unavailable {
+                    breaker.answered(sent);
+                } else if !failed.unanswered || attempt >= MOST_ATTEMPTS {
+                    // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
+                    breaker.failed(task, sent, detail);
+                }
+                Err(failed)
             }
         }
     }
@@ -519,12 +560,29 @@ impl Landed {
     }
 }
 
-/// What `future` gives, or `None` once nobody waits for the flight.
-async fn while_awaited<T>(leader: &Leader<FlightKey, Progress>, future: impl Future<Output = T>) -> Option<T> {
+/// What `future` gives, or `None` once nobody waits for the flight or the breaker has opened.
+async fn while_awaited<T>(
+    leader: &Leader<FlightKey, Progress>,
+    breaker: &Breaker,
+    future: impl Future<Output = T>,
+) -> Option<T> {
     tokio::select! {
         biased;
+        () = breaker.opened() => None,
         value = future => Some(value),
         () = leader.deserted() => None,
+    }
+}
+
+/// Leaves a flight of which a poll has been answered with a snapshot. What was asked for is still wanted, or nobody would
+/// ever see it fresher: it goes on in the background, and somebody waits for it there, on nobody's behalf.
+fn leave_behind(mut progress: watch::Receiver<Progress>) {
+    let goes_on = {
+        let progress = progress.borrow();
+        !matches!(progress.phase, Phase::Sent(_)) && progress.standing.keep()
+    };
+    if goes_on {
+        tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
     }
 }
 

@@ -100,6 +100,8 @@ pub struct Metrics {
     budget_rate: prometheus::GaugeVec,
     budget_shed: IntCounterVec,
     upstream_paused: IntGaugeVec,
+    /// 1 while the breaker is open or half-open.
+    pub upstream_breaker_open: IntGauge,
     live_tasks: IntGaugeVec,
     freshness: prometheus::GaugeVec,
     /// Answers kept.
@@ -229,6 +231,13 @@ impl Metrics {
                     opts("upstream_paused", "Accounts paused by an upstream 429."),
                     &["account"],
                 )?,
+            )?,
+            upstream_breaker_open: register(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "upstream_breaker_open",
+                    "1 while upstream is taken to be unavailable and only probed, else 0.",
+                ))?,
             )?,
             live_tasks: register(
                 &registry,

@@ -7,6 +7,7 @@
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
+//! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `stop`: a stop loses nothing
@@ -29,6 +30,7 @@ mod fidelity;
 mod freshness;
 mod harness;
 mod isolation;
+mod outage;
 mod pace;
 mod passthrough;
 mod requests;

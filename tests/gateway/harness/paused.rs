@@ -2,6 +2,7 @@
 //! tested exactly and at once. Everything but the sockets is what runs in production.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
 use crun_gateway::upstream::{Dial, Stream};
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1 as client;
@@ -39,6 +40,21 @@ pub struct Behaviour {
     pub idle: Option<Duration>,
     /// The answer to the n-th query (from 0) of a task.
     pub answer: fn(usize, &str) -> Response<Full<Bytes>>,
+    /// From when until when, since the start, upstream is away, and how.
+    pub outage: Option<(Range<Duration>, Away)>,
+}
+
+/// How an upstream is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Away {
+    /// Connections are refused, and those that are open are cut at the next query.
+    Refuses,
+    /// Connections are never opened, and queries never answered.
+    Silent,
+    /// Every query is answered with this code, as HTTP status.
+    Status(u16),
+    /// Every query is answered with HTTP 200 and this code in the body.
+    Code(u16),
 }
 
 impl Default for Behaviour {
@@ -48,6 +64,7 @@ impl Default for Behaviour {
             latency: Duration::from_millis(100),
             idle: None,
             answer: |_, task| success(task),
+            outage: None,
         }
     }
 }
@@ -58,6 +75,7 @@ pub struct Paused {
     config: Config,
     metrics: Arc<Metrics>,
     arrivals: Arc<Mutex<Vec<Instant>>>,
+    dials: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Paused {
@@ -66,7 +84,8 @@ impl Paused {
         config.upstream.url = "http://upstream".parse().unwrap();
         configure(&mut config);
         let arrivals = Arc::new(Mutex::new(Vec::new()));
-        let dial = dial(behaviour, Arc::clone(&arrivals));
+        let dials = Arc::new(Mutex::new(Vec::new()));
+        let dial = dial(behaviour, Arc::clone(&arrivals), Arc::clone(&dials));
         let metrics = Arc::new(Metrics::new().unwrap());
         let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics)).unwrap();
         Self {
@@ -74,6 +93,7 @@ impl Paused {
             config,
             metrics,
             arrivals,
+            dials,
         }
     }
 
@@ -106,6 +126,11 @@ impl Paused {
             headers: head.headers,
             body,
         }
+    }
+
+    /// When each connection to upstream began to be opened, in order.
+    pub fn dials(&self) -> Vec<Instant> {
+        self.dials.lock().unwrap().clone()
     }
 
     /// The value of one series, named as in `/metrics`.
@@ -159,7 +184,29 @@ pub fn json(body: &serde_json::Value) -> Response<Full<Bytes>> {
     Response::new(Full::new(Bytes::from(body.to_string())))
 }
 
-fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
+/// A task that goes on.
+pub fn running(task: &str) -> Response<Full<Bytes>> {
+    json(&serde_json::json!({
+        "code": 200, "message": "success", "data": { "task_id": task, "status": "running" },
+    }))
+}
+
+impl Behaviour {
+    /// How upstream is away, so long after the start.
+    fn away(&self, after: Duration) -> Option<Away> {
+        let (when, away) = self.outage.as_ref()?;
+        when.contains(&after).then_some(*away)
+    }
+}
+
+fn error(status: u16, code: u16) -> Response<Full<Bytes>> {
+    let mut response = json(&serde_json::json!({ "code": code, "message": "upstream is away", "data": null }));
+    *response.status_mut() = StatusCode::from_u16(status).unwrap();
+    response
+}
+
+fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>, dials: Arc<Mutex<Vec<Instant>>>) -> Dial {
+    let start = Instant::now();
     let opened = Arc::new(Mutex::new(0));
     let queries = Arc::new(Mutex::new(std::collections::HashMap::<String, usize>::new()));
     Arc::new(move || {
@@ -169,7 +216,13 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
             *opened - 1
         };
         let (behaviour, arrivals, queries) = (behaviour.clone(), Arc::clone(&arrivals), Arc::clone(&queries));
+        dials.lock().unwrap().push(Instant::now());
         Box::pin(async move {
+            match behaviour.away(start.elapsed()) {
+                Some(Away::Refuses) => return Err(std::io::ErrorKind::ConnectionRefused.into()),
+                Some(Away::Silent) => std::future::pending().await,
+                Some(Away::Status(_) | Away::Code(_)) | None => {}
+            }
             sleep((behaviour.opening)(number)).await;
             let (near, far) = duplex(PIPE);
             let idle = behaviour.idle;
@@ -193,9 +246,19 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
                 let (behaviour, busy) = (behaviour.clone(), Arc::clone(&busy));
                 busy.send_replace(true);
                 async move {
+                    match behaviour.away(start.elapsed()) {
+                        Some(Away::Refuses) => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset)),
+                        Some(Away::Silent) => std::future::pending().await,
+                        Some(Away::Status(_) | Away::Code(_)) | None => {}
+                    }
+                    let away = behaviour.away(start.elapsed());
                     sleep(behaviour.latency).await;
                     busy.send_replace(false);
-                    Ok::<_, std::convert::Infallible>((behaviour.answer)(count, &task))
+                    Ok(match away {
+                        Some(Away::Status(status)) => error(status, status),
+                        Some(Away::Code(code)) => error(200, code),
+                        Some(Away::Refuses | Away::Silent) | None => (behaviour.answer)(count, &task),
+                    })
                 }
             });
             tokio::spawn(async move {

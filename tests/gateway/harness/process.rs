@@ -146,13 +146,18 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
 pub struct Simulator {
     pub url: String,
     address: SocketAddr,
-    _child: Child,
+    child: Child,
 }
 
 impl Simulator {
     pub async fn start(options: &[&str]) -> Self {
+        Self::start_at("127.0.0.1:0", options).await
+    }
+
+    /// Starts it where another has been.
+    pub async fn start_at(listen: &str, options: &[&str]) -> Self {
         let mut command = Command::new(BINARY);
-        command.args(["upstream", "--listen", "127.0.0.1:0"]).args(options);
+        command.args(["upstream", "--listen", listen]).args(options);
         let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let first = timeout(PATIENCE, lines.next_line())
@@ -163,11 +168,13 @@ impl Simulator {
         let url = first.strip_prefix("listening on ").unwrap().to_owned();
         let address = url.split_once("//").unwrap().1.parse().unwrap();
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Self {
-            url,
-            address,
-            _child: child,
-        }
+        Self { url, address, child }
+    }
+
+    /// Ends it at once; says where it was.
+    pub async fn kill(mut self) -> String {
+        self.child.kill().await.unwrap();
+        self.address.to_string()
     }
 
     /// What it counted.
