@@ -35,11 +35,8 @@ fn faults(module: &str, text: &str) -> Vec<String> {
     if !text.starts_with("//!") && !text.starts_with("use ") {
         faults.push("opens without saying what it is for".to_owned());
     }
-    let code: String = text
-        .lines()
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .map(|line| format!("{line}\n"))
-        .collect();
+    let is_code = |line: &&str| !line.trim_start().starts_with("//");
+    let code = text.lines().filter(is_code).collect::<Vec<_>>().join("\n");
     for used in code.split("crate::").skip(1) {
         let name: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
         if name.is_empty() {
