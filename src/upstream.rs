@@ -348,6 +348,11 @@ pub struct Failed {
 }
 
 impl Ready {
+    /// Whether upstream has closed it since.
+    pub fn is_closed(&self) -> bool {
+        self.0.as_ref().is_none_or(|held| held.sender.is_closed())
+    }
+
     /// Asks upstream about a task: the only way to TaskInfo, and it costs the permit.
     ///
     /// Not cancel safe: dropped midway, the query is spent and the connection closed.
