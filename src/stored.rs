@@ -131,7 +131,7 @@ impl Answer {
             received,
             keeping: None,
             room: None,
-            read: AtomicBool::new(true),
+            read: AtomicBool::new(false),
             place: AtomicU64::new(0),
         }
     }
@@ -168,7 +168,7 @@ impl Answer {
         self.reading.class != Class::NotFound && self.is_kept(now) && (self.has_ended() || self.age(now) <= max_stale)
     }
 
-    /// What is left of the freshness lifetime at `now`, in whole seconds; negative once stale (RFC 9211 `ttl`). `live` is
+    /// What is left of the freshness lifetime at `now`, in whole seconds; 0 or less once stale (RFC 9211 `ttl`). `live` is
     /// the lifetime of live answers.
     pub fn ttl(&self, now: Instant, live: Duration) -> i64 {
         let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
@@ -211,5 +211,215 @@ impl Answer {
     /// Whether it was read since this was last asked.
     pub fn take_read(&self) -> bool {
         self.read.swap(false, Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::task::Timestamp;
+
+    const UNIX_NOW: u64 = 1_800_000_000;
+    /// The freshness lifetime of live answers.
+    const LIVE: Duration = Duration::from_secs(2);
+    const DAY: Duration = Duration::from_hours(24);
+
+    static SETTINGS: LazyLock<config::Cache> = LazyLock::new(|| config::Config::default().cache);
+
+    fn reading(stage: Stage) -> Reading {
+        Reading {
+            class: stage.class(),
+            stage: Some(stage),
+            effective_code: Some(200),
+            complete_at: Timestamp::Absent,
+            create_at: Timestamp::Absent,
+        }
+    }
+
+    fn answer(stage: Stage, before: Option<&Answer>, now: Instant) -> Answer {
+        let reading = reading(stage);
+        let mut answer = Answer::new(StatusCode::OK, Bytes::new(), reading, now, now);
+        answer.keeping = Keeping::of(&reading, before, now, UNIX_NOW, &SETTINGS);
+        answer
+    }
+
+    fn of(reading: &Reading, cache: &config::Cache) -> Option<Keeping> {
+        Keeping::of(reading, None, Instant::now(), UNIX_NOW, cache)
+    }
+
+    fn minutes(minutes: u64) -> Duration {
+        Duration::from_mins(minutes)
+    }
+
+    #[test]
+    fn a_live_answer_is_kept_for_max_stale_and_brings_no_lifetime() {
+        for stage in [Stage::Pending, Stage::Running] {
+            let kept = of(&reading(stage), &SETTINGS).unwrap();
+            assert_eq!((kept.lifetime, kept.keep), (None, SETTINGS.max_stale));
+            assert!(!kept.ended);
+        }
+    }
+
+    #[test]
+    fn what_is_fresh_is_kept_whatever_max_stale_says() {
+        let mut cache = SETTINGS.clone();
+        cache.max_stale = Duration::ZERO;
+        let kept = of(&reading(Stage::Running), &cache).unwrap();
+        assert_eq!((kept.lifetime, kept.keep), (None, cache.fresh.ceiling));
+    }
+
+    #[test]
+    fn an_ended_answer_is_fresh_as_long_as_it_is_kept() {
+        let kept = of(&reading(Stage::Ended), &SETTINGS).unwrap();
+        assert_eq!((kept.lifetime, kept.keep), (Some(SETTINGS.terminal), SETTINGS.terminal));
+        assert!(kept.ended);
+    }
+
+    #[test]
+    fn an_ended_answer_is_forgotten_a_day_before_its_media_die() {
+        let ended_ago = |ago: Duration| {
+            let mut reading = reading(Stage::Ended);
+            reading.complete_at = Timestamp::At(UNIX_NOW - ago.as_secs());
+            of(&reading, &SETTINGS).unwrap().keep
+        };
+        assert_eq!(ended_ago(DAY * 3), SETTINGS.terminal);
+        assert_eq!(ended_ago(DAY * 10), DAY * 3);
+        assert_eq!(ended_ago(DAY * 20), SETTINGS.fresh.ceiling, "dead already");
+    }
+
+    #[test]
+    fn a_not_found_is_kept_briefly() {
+        let kept = of(&reading(Stage::NotFound), &SETTINGS).unwrap();
+        assert_eq!(
+            (kept.lifetime, kept.keep),
+            (Some(SETTINGS.not_found), SETTINGS.not_found)
+        );
+        assert!(!kept.ended);
+    }
+
+    #[test]
+    fn nothing_else_is_kept() {
+        for class in [
+            Class::RateLimited,
+            Class::Refused,
+            Class::Unavailable,
+            Class::Failed,
+            Class::Unrecognised,
+            Class::Unreadable,
+        ] {
+            let mut reading = reading(Stage::Ended);
+            (reading.class, reading.stage) = (class, None);
+            assert_eq!(of(&reading, &SETTINGS), None, "{class:?}");
+            assert!(!class.is_stored());
+        }
+    }
+
+    #[test]
+    fn a_success_without_media_settles_for_ten_minutes_from_first_sight() {
+        let first_seen = Instant::now();
+        let mut kept = answer(Stage::Settling, None, first_seen);
+        for minute in 1..10 {
+            assert!(!kept.has_ended(), "minute {minute}");
+            assert!(kept.is_live());
+            kept = answer(Stage::Settling, Some(&kept), first_seen + minutes(minute));
+        }
+        let just_before = first_seen + minutes(10) - Duration::from_nanos(1);
+        assert!(!answer(Stage::Settling, Some(&kept), just_before).has_ended());
+        kept = answer(Stage::Settling, Some(&kept), first_seen + minutes(10));
+        assert!(kept.has_ended());
+        assert_eq!(kept.keeping.unwrap().keep, SETTINGS.terminal);
+        kept = answer(Stage::Settling, Some(&kept), first_seen + minutes(11));
+        assert!(kept.has_ended(), "it does not settle twice");
+    }
+
+    #[test]
+    fn the_time_before_success_is_no_time_of_settling() {
+        let start = Instant::now();
+        let running = answer(Stage::Running, None, start);
+        let settling = answer(Stage::Settling, Some(&running), start + minutes(60));
+        assert!(!settling.has_ended());
+        assert!(!answer(Stage::Settling, Some(&settling), start + minutes(69)).has_ended());
+    }
+
+    #[test]
+    fn media_that_land_end_the_settling() {
+        let start = Instant::now();
+        let settling = answer(Stage::Settling, None, start);
+        let ended = answer(Stage::Ended, Some(&settling), start + minutes(1));
+        assert!(ended.has_ended() && ended.replaces(&settling));
+    }
+
+    #[test]
+    fn an_answer_is_fresh_below_its_lifetime_and_kept_below_its_keep() {
+        let received = Instant::now();
+        let live = answer(Stage::Running, None, received);
+        let tick = Duration::from_nanos(1);
+        let (stale, gone) = (received + LIVE, received + SETTINGS.max_stale);
+        assert!(live.is_fresh(stale - tick, LIVE) && !live.is_fresh(stale, LIVE));
+        assert!(live.is_kept(gone - tick) && !live.is_kept(gone));
+        assert_eq!(live.age(received - tick), Duration::ZERO, "never younger than new");
+    }
+
+    #[test]
+    fn only_a_state_that_is_young_enough_or_ended_stands_in() {
+        let received = Instant::now();
+        let later = received + minutes(2);
+        let live = answer(Stage::Running, None, received);
+        assert!(live.may_stand_in(later, minutes(2)));
+        assert!(!live.may_stand_in(later, minutes(1)));
+        assert!(answer(Stage::Ended, None, received).may_stand_in(later, minutes(1)));
+        assert!(!answer(Stage::NotFound, None, received).may_stand_in(received, minutes(2)));
+        assert!(!answer(Stage::Ended, None, received).may_stand_in(received + DAY * 30, minutes(1)));
+    }
+
+    #[test]
+    fn what_is_not_kept_is_neither_fresh_nor_a_stand_in() {
+        let now = Instant::now();
+        let mut answer = answer(Stage::Running, None, now);
+        answer.keeping = None;
+        assert!(!answer.is_fresh(now, LIVE) && !answer.is_kept(now) && !answer.may_stand_in(now, DAY));
+        assert_eq!(answer.ttl(now, LIVE), 0);
+    }
+
+    #[test]
+    fn the_code_that_decides_is_the_effective_one() {
+        let mut answer = answer(Stage::Running, None, Instant::now());
+        answer.reading.effective_code = Some(429);
+        assert_eq!(answer.code(), 429);
+        for out_of_range in [None, Some(-1), Some(70_000)] {
+            answer.reading.effective_code = out_of_range;
+            assert_eq!(answer.code(), 200);
+        }
+    }
+
+    #[test]
+    fn a_read_is_noted_once() {
+        let answer = answer(Stage::Running, None, Instant::now());
+        assert!(!answer.take_read(), "nobody has read it yet");
+        answer.note_read();
+        assert!(answer.take_read());
+        assert!(!answer.take_read());
+    }
+
+    proptest! {
+        #[test]
+        fn the_time_to_live_is_what_is_left(lifetime in 0..100_000_u64, age in 0..200_000_u64) {
+            let received = Instant::now();
+            let mut answer = answer(Stage::Running, None, received);
+            answer.keeping = answer.keeping.map(|keeping| Keeping {
+                lifetime: Some(Duration::from_millis(lifetime)),
+                ..keeping
+            });
+            let now = received + Duration::from_millis(age);
+            let seconds = |ms: u64| i64::try_from(ms / 1000).unwrap();
+            let ttl = answer.ttl(now, LIVE);
+            prop_assert_eq!(ttl, seconds(lifetime) - seconds(age));
+            let tells_freshness = if answer.is_fresh(now, LIVE) { ttl >= 0 } else { ttl <= 0 };
+            prop_assert!(tells_freshness);
+        }
     }
 }

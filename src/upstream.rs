@@ -408,7 +408,9 @@ impl Ready {
         });
         Ok(Fetched {
             status: head.status,
-            content_type: head.headers.get(CONTENT_TYPE).cloned(),
+            // A copy of its own: hyper's is a slice of the connection's read buffer, which would be kept with it.
+            content_type: (head.headers.get(CONTENT_TYPE))
+                .and_then(|value| HeaderValue::from_bytes(value.as_bytes()).ok()),
             retry_after: head.headers.get(RETRY_AFTER).cloned(),
             body,
             asked,

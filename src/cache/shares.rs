@@ -102,6 +102,24 @@ impl Shares {
         }
     }
 
+    /// What all accounts hold, in bytes.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> u64 {
+        self.holdings().bytes
+    }
+
+    /// What an account holds, in bytes, and of which tasks.
+    #[cfg(test)]
+    pub(super) fn held_by(&self, account: AccountId) -> (u64, Vec<TaskId>) {
+        let holdings = self.holdings();
+        let Some(holding) = holdings.by_account.get(&account) else {
+            return (0, Vec::new());
+        };
+        let mut tasks: Vec<_> = holding.order.values().cloned().collect();
+        tasks.sort_unstable();
+        (holding.bytes, tasks)
+    }
+
     fn holdings(&self) -> MutexGuard<'_, Holdings> {
         self.holdings.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -41,7 +41,7 @@ pub(super) struct Account {
     others: ClientRequests,
     /// Its listed keys, in their order: what client tokens stand for.
     keys: Vec<ApiKey>,
-    /// Milliseconds from the directory's start to the last poll.
+    /// Milliseconds from the directory's start to the last poll, or to the last sweep that found it in use.
     asked_ms: AtomicU64,
 }
 
@@ -244,16 +244,18 @@ impl Accounts {
         self.unknown_keys == UnknownKeys::Forward
     }
 
-    /// Forgets unlisted accounts that nobody has asked for in a minute.
+    /// Forgets unlisted accounts that nobody has used in a minute.
     pub(super) fn sweep(&self, now: Instant) {
-        let oldest = self.ms(now.checked_sub(IDLE).unwrap_or(self.started));
+        let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
         let forgotten: Vec<_> = unlisted
             .extract_if(|_, account| {
-                // A poll or a flight under way holds the account, too.
-                account.asked_ms.load(Ordering::Relaxed) < oldest
-                    && Arc::strong_count(account) == 1
-                    && !account.budget.is_paused(now)
+                // A poll or a flight under way holds the account, too. It may ask upstream long after its poll came, and
+                // a budget formed anew knows nothing of that.
+                if Arc::strong_count(account) > 1 {
+                    account.asked_ms.store(now_ms, Ordering::Relaxed);
+                }
+                account.asked_ms.load(Ordering::Relaxed) < oldest && !account.budget.is_paused(now)
             })
             .collect();
         drop(unlisted);
@@ -310,5 +312,152 @@ impl Maker {
             keys: Vec::new(),
             asked_ms: AtomicU64::new(0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{self, Key, KeySource};
+    use crate::upstream::tcp;
+
+    const MUSIC: [&str; 2] = ["ak_music_1", "ak_music_2"];
+
+    fn key(key: &str) -> ApiKey {
+        ApiKey::new(key).unwrap()
+    }
+
+    fn directory(change: impl FnOnce(&mut Config)) -> Accounts {
+        let listed = |name: &str, keys: &[&str]| config::Account {
+            name: name.to_owned(),
+            keys: keys
+                .iter()
+                .map(|text| Key {
+                    key: key(text),
+                    source: KeySource::Env("KEY".to_owned()),
+                })
+                .collect(),
+            clients: Vec::new(),
+        };
+        let mut config = Config {
+            accounts: vec![listed("music", &MUSIC), listed("video", &["ak_video"])],
+            ..Config::default()
+        };
+        change(&mut config);
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let dial = tcp(config.upstream.url.clone());
+        let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
+        Accounts::new(&config, upstream, metrics, Instant::now())
+    }
+
+    impl Accounts {
+        /// The account of a key that was asked for `seconds` after the start.
+        fn asked_at(&self, seconds: u64, text: &str) -> Arc<Account> {
+            self.of(&key(text), self.at(seconds)).unwrap().account
+        }
+
+        fn at(&self, seconds: u64) -> Instant {
+            self.started + Duration::from_secs(seconds)
+        }
+
+        fn remembered(&self) -> usize {
+            self.unlisted.read().unwrap().len()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_keys_of_a_listed_account_share_it() {
+        let accounts = directory(|_| {});
+        let [one, other] = MUSIC.map(|key| accounts.asked_at(0, key));
+        assert!(Arc::ptr_eq(&one, &other));
+        assert_eq!(&*one.label, "music");
+        let video = accounts.asked_at(0, "ak_video");
+        assert_ne!(one.id, video.id);
+        assert_eq!(accounts.remembered(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unlisted_key_is_an_account_of_its_own() {
+        let accounts = directory(|_| {});
+        let one = accounts.asked_at(0, "ak_one");
+        assert!(Arc::ptr_eq(&one, &accounts.asked_at(1, "ak_one")));
+        assert_ne!(one.id, accounts.asked_at(0, "ak_other").id);
+        assert_ne!(one.id, accounts.asked_at(0, MUSIC[0]).id);
+        assert_eq!(&*one.label, OTHER, "a stranger's key makes no label");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unlisted_account_is_forgotten_after_an_idle_minute_and_keeps_its_id() {
+        let accounts = directory(|_| {});
+        let id = accounts.asked_at(0, "ak_one").id;
+        accounts.sweep(accounts.at(60));
+        assert_eq!(accounts.remembered(), 1);
+        accounts.asked_at(30, "ak_one");
+        accounts.sweep(accounts.at(61));
+        assert_eq!(accounts.remembered(), 1, "it was asked for 31 s ago");
+        accounts.sweep(accounts.at(91));
+        assert_eq!(accounts.remembered(), 0);
+        assert_eq!(
+            accounts.asked_at(100, "ak_one").id,
+            id,
+            "its cached answers are found again"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_account_is_not_forgotten_while_a_flight_holds_it() {
+        let accounts = directory(|_| {});
+        let flight = accounts.asked_at(0, "ak_one");
+        accounts.sweep(accounts.at(600));
+        assert!(Arc::ptr_eq(&flight, &accounts.asked_at(0, "ak_one")));
+        accounts.sweep(accounts.at(600));
+        drop(flight);
+        accounts.sweep(accounts.at(660));
+        assert_eq!(accounts.remembered(), 1, "what the flight asked for still counts");
+        accounts.sweep(accounts.at(661));
+        assert_eq!(accounts.remembered(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_account_is_not_forgotten_while_it_is_paused() {
+        let accounts = directory(|_| {});
+        let pause = Some(Duration::from_mins(5));
+        let budget = accounts.asked_at(0, "ak_one").budget.clone();
+        assert_eq!(budget.rate_limited(pause, accounts.at(0)), Duration::from_mins(5));
+        accounts.sweep(accounts.at(299));
+        assert_eq!(accounts.remembered(), 1);
+        accounts.sweep(accounts.at(300));
+        assert_eq!(accounts.remembered(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_listed_account_is_never_forgotten() {
+        let accounts = directory(|_| {});
+        let id = accounts.asked_at(0, MUSIC[0]).id;
+        accounts.sweep(accounts.at(6000));
+        assert_eq!(accounts.asked_at(6000, MUSIC[1]).id, id);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_more_strangers_than_max_accounts_are_remembered() {
+        let accounts = directory(|config| config.max_accounts = 2);
+        for known in ["ak_one", "ak_two", "ak_one", MUSIC[0]] {
+            accounts.asked_at(0, known);
+        }
+        let refused = accounts.of(&key("ak_three"), accounts.at(0));
+        assert_eq!(refused.unwrap_err(), Error::TooManyAccounts);
+        accounts.asked_at(50, "ak_two");
+        accounts.sweep(accounts.at(61));
+        accounts.asked_at(61, "ak_three");
+        assert_eq!(accounts.remembered(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unlisted_keys_may_be_rejected() {
+        let accounts = directory(|config| config.unknown_keys = UnknownKeys::Reject);
+        let refused = accounts.of(&key("ak_one"), accounts.at(0));
+        assert_eq!(refused.unwrap_err(), Error::UnknownKey);
+        accounts.asked_at(0, MUSIC[0]);
+        assert!(!accounts.forwards_unknown());
     }
 }
