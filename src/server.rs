@@ -13,7 +13,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{sleep, sleep_until, timeout};
@@ -76,11 +75,7 @@ pub async fn serve(
         () = until_closed => {}
         () = now.cancelled() => return,
     }
-    // Whoever is in the backlog has been let in; closing over them would reset them.
-    while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
-        server.admit(stream, peer.ip());
-    }
-    drop(listener);
+    server.admit_backlog(listener);
     server.tracker.close();
     tokio::select! {
         () = server.tracker.wait() => {}
@@ -110,6 +105,20 @@ impl Server {
                     tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
                     sleep(ACCEPT_BACKOFF).await;
                 }
+            }
+        }
+    }
+
+    /// Closes the listener. Whoever is in its backlog has been let in: closing over them would reset them. The kernel is
+    /// asked directly, since tokio may not have heard yet that somebody is there.
+    fn admit_backlog(&self, listener: TcpListener) {
+        let Ok(listener) = listener.into_std() else {
+            return;
+        };
+        while let Ok((stream, peer)) = listener.accept() {
+            let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+            if let Ok(stream) = stream {
+                self.admit(stream, peer.ip());
             }
         }
     }
