@@ -8,12 +8,14 @@
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `pace`: never more than 15 in any sliding second, never less than 14
+//! - `stop`: what SIGTERM costs nobody
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a test that cannot go on shall fail"
 )]
+#![allow(unreachable_pub, reason = "the harness is public to every file here")]
 
 mod coalescing;
 mod fidelity;
@@ -21,3 +23,4 @@ mod harness;
 mod isolation;
 mod pace;
 mod requests;
+mod stop;
