@@ -8,6 +8,7 @@
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `pace`: never more than 15 in any sliding second, never less than 14
+//! - `connections`: time-outs, limits, and who shares what
 //! - `stop`: what SIGTERM costs nobody
 
 #![allow(
@@ -18,6 +19,7 @@
 #![allow(unreachable_pub, reason = "the harness is public to every file here")]
 
 mod coalescing;
+mod connections;
 mod fidelity;
 mod harness;
 mod isolation;

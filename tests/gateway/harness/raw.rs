@@ -56,10 +56,27 @@ impl Raw {
     }
 
     pub async fn try_connect(address: SocketAddr) -> io::Result<Self> {
-        Ok(Self {
-            stream: TcpStream::connect(address).await?,
+        TcpStream::connect(address).await.map(Self::over)
+    }
+
+    /// The other side of a connection that was accepted.
+    pub fn over(stream: TcpStream) -> Self {
+        Self {
+            stream,
             buffer: Vec::new(),
-        })
+        }
+    }
+
+    /// The next request's head; `None` at the end, however it comes.
+    pub async fn head(&mut self) -> Option<String> {
+        loop {
+            if let Some(head) = self.take_head() {
+                return Some(head);
+            }
+            if self.fill().await.ok()? == 0 {
+                return None;
+            }
+        }
     }
 
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
@@ -119,9 +136,9 @@ impl Raw {
     }
 
     async fn next(&mut self) -> io::Result<Option<RawReply>> {
-        let end = loop {
-            if let Some(end) = self.buffer.windows(4).position(|window| window == b"\r\n\r\n") {
-                break end + 4;
+        let head = loop {
+            if let Some(head) = self.take_head() {
+                break head;
             }
             if self.fill().await? == 0 {
                 return if self.buffer.is_empty() {
@@ -131,7 +148,6 @@ impl Raw {
                 };
             }
         };
-        let head = String::from_utf8(self.buffer.drain(..end).collect()).unwrap();
         let length = header(&head, "content-length").map_or(0, |length| length.parse().unwrap());
         while self.buffer.len() < length {
             if self.fill().await? == 0 {
@@ -140,6 +156,11 @@ impl Raw {
         }
         let body = self.buffer.drain(..length).collect();
         Ok(Some(RawReply { head, body }))
+    }
+
+    fn take_head(&mut self) -> Option<String> {
+        let end = self.buffer.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
+        Some(String::from_utf8(self.buffer.drain(..end).collect()).unwrap())
     }
 
     async fn fill(&mut self) -> io::Result<usize> {
