@@ -9,6 +9,7 @@
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `pace`: never more than 15 in any sliding second, never less than 14
 //! - `connections`: time-outs, limits, and who shares what
+//! - `passthrough`: every other path, untouched
 //! - `stop`: what SIGTERM costs nobody
 
 #![allow(
@@ -24,5 +25,6 @@ mod fidelity;
 mod harness;
 mod isolation;
 mod pace;
+mod passthrough;
 mod requests;
 mod stop;
