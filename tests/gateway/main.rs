@@ -11,6 +11,7 @@
 //! - `connections`: time-outs, limits, and who shares what
 //! - `passthrough`: every other path, untouched
 //! - `stop`: what SIGTERM costs nobody
+//! - `tls`: upstream over TLS
 
 #![allow(
     clippy::unwrap_used,
@@ -28,3 +29,4 @@ mod pace;
 mod passthrough;
 mod requests;
 mod stop;
+mod tls;
