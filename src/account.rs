@@ -5,6 +5,8 @@
 
 use std::fmt;
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::net::IpAddr;
+use std::sync::Arc;
 
 use http::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
@@ -30,12 +32,11 @@ impl ApiKey {
 
     /// The value for the `x-api-key` header, marked sensitive so that no `Debug` of a header map prints it.
     pub fn header_value(&self) -> HeaderValue {
-        HeaderValue::from_str(self.0.expose_secret())
-            .map(|mut value| {
-                value.set_sensitive(true);
-                value
-            })
-            .unwrap_or_else(|_| HeaderValue::from_static(""))
+        // `new` let nothing else in.
+        let value = HeaderValue::from_str(self.0.expose_secret());
+        let mut value = value.unwrap_or_else(|_| HeaderValue::from_static(""));
+        value.set_sensitive(true);
+        value
     }
 
     /// How many characters the key has: what `check` may print of it.
@@ -94,6 +95,35 @@ impl AccountIds {
     fn id(&self, of: &impl Hash) -> AccountId {
         let half = |state: &RandomState| u128::from(state.hash_one(of));
         AccountId(half(&self.0) << 64 | half(&self.1))
+    }
+}
+
+/// Who stands behind a poll, as far as the gateway knows for sure.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Caller {
+    /// The client token's configured name.
+    Token(Arc<str>),
+    /// Without a token, the peer's address.
+    Address(IpAddr),
+}
+
+/// The unit of fairness: a caller, and within it the name that it gave itself.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Client {
+    /// Token or address.
+    pub caller: Caller,
+    /// Free text from `client_header`; anybody may claim any name, so it counts within the caller only.
+    pub name: Option<Arc<str>>,
+}
+
+impl Client {
+    /// The caller's client without a name, which the many share.
+    #[must_use]
+    pub fn nameless(&self) -> Self {
+        Self {
+            caller: self.caller.clone(),
+            name: None,
+        }
     }
 }
 

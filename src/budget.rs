@@ -1,26 +1,32 @@
-//! Each account's queries a second, paced: the only source of [`Permit`]s.
+//! Each account's queries a second, paced and shared out: the only source of [`Permit`]s.
 //!
-//! A flight takes a [`Place`] in its account's queue, is called forward ([`Turn`]), opens a connection of its own, and
-//! only then gets its [`Permit`]. Upstream can be asked only by giving a permit away, so whatever is added later (a retry,
-//! a refresh, a long poll) has paid, or does not compile.
+//! A flight has a [`Standing`] in its account's queue: a place under every client that waits for it. Its leader enters it,
+//! is called forward ([`Turn`]), opens a connection of its own, and only then gets its [`Permit`]. Upstream can be asked
+//! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
-//! One dispatcher task an account (`budget/dispatcher.rs`) holds the queue and the pace; `budget/ring.rs` holds the
-//! instants at which requests were really written, which is what the promise is about: never more than `limit` of them in
-//! any sliding second. What happens to the answers is none of this module's business.
+//! One dispatcher task an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
+//! `budget/backoff.rs` what an upstream 429 does to the pace, and `budget/ring.rs` holds the instants at which requests
+//! were really written, which is what the promise is about: never more than `limit` of them in any sliding second. What
+//! happens to the answers is none of this module's business.
 
+mod backoff;
 mod dispatcher;
+mod fair_queue;
 mod ring;
 
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use backoff::Backoff;
 use dispatcher::{Dispatcher, Message};
+use fair_queue::Flight;
 use ring::Stamp;
 
 /// How an account's queries are paced.
@@ -46,14 +52,9 @@ impl Pace {
     fn window(&self) -> Duration {
         Duration::from_secs(1) + self.margin / 3
     }
-
-    /// Permits a second.
-    fn rate(&self) -> f64 {
-        self.interval().as_secs_f64().recip()
-    }
 }
 
-/// One account's budget. Cheap to clone; the dispatcher ends when the last clone and the last place are gone.
+/// One account's budget. Cheap to clone; the dispatcher ends when the last clone and the last standing are gone.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Shared>);
 
@@ -61,27 +62,24 @@ pub struct Budget(Arc<Shared>);
 struct Shared {
     inbox: mpsc::UnboundedSender<Message>,
     pace: Pace,
-    max_queue: usize,
-    /// Flights that wait for a permit, called forward or not.
-    waiting: AtomicUsize,
-    /// Tickets count up for flights that queue, and down for those that go back to the head.
-    next_back: AtomicI64,
-    next_front: AtomicI64,
-    paused_until: Mutex<Option<Instant>>,
+    /// Flights that wait for a permit, called forward or not: the dispatcher's count.
+    waiting: Arc<AtomicUsize>,
+    next_flight: AtomicU64,
+    backoff: Arc<Mutex<Backoff>>,
     metrics: AccountMetrics,
 }
 
-/// The queue is as long as it may be.
+/// The queue is as long as it may be, and this flight had to give way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueFull;
+pub struct Shed;
 
-/// Where a flight enters the queue.
+/// How a flight enters the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// Behind everybody: first come, first served.
-    Back,
-    /// Before everybody, however long the queue: a second attempt, whose flight has had its turn.
-    Front,
+    /// When the turn of one of its clients comes.
+    InTurn,
+    /// Before everybody: a second attempt, whose flight has had its turn.
+    Again,
 }
 
 /// Proof that a connection is open: what a permit is granted for. A permit that then waits for a handshake would arrive
@@ -95,62 +93,55 @@ impl Budget {
     /// Outside a tokio runtime: the dispatcher is spawned here.
     pub fn new(pace: Pace, max_queue: usize, metrics: AccountMetrics) -> Self {
         let (inbox, messages) = mpsc::unbounded_channel();
-        metrics.rate.set(pace.rate());
-        tokio::spawn(Dispatcher::new(pace, metrics.paused.clone(), messages).run());
+        let backoff = Arc::new(Mutex::new(Backoff::new(pace.limit)));
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let dispatcher = Dispatcher::new(
+            pace,
+            max_queue,
+            Arc::clone(&backoff),
+            Arc::clone(&waiting),
+            metrics.clone(),
+            messages,
+        );
+        tokio::spawn(dispatcher.run());
         Self(Arc::new(Shared {
             inbox,
             pace,
-            max_queue,
-            waiting: AtomicUsize::new(0),
-            next_back: AtomicI64::new(0),
-            next_front: AtomicI64::new(-1),
-            paused_until: Mutex::new(None),
+            waiting,
+            next_flight: AtomicU64::new(0),
+            backoff,
             metrics,
         }))
     }
 
-    /// A place in the queue; dropping it leaves the queue unspent.
-    ///
-    /// # Errors
-    /// [`QueueFull`] when `max_queue` flights wait already and this one comes from behind.
-    pub fn enter(&self, entry: Entry) -> Result<Place, QueueFull> {
-        let shared = &self.0;
-        let order = match entry {
-            Entry::Back => {
-                let room = |waiting| (waiting < shared.max_queue).then_some(waiting + 1);
-                let entered = shared.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room);
-                entered.map_err(|_| QueueFull)?;
-                shared.next_back.fetch_add(1, Ordering::Relaxed)
-            }
-            Entry::Front => {
-                shared.waiting.fetch_add(1, Ordering::Relaxed);
-                shared.next_front.fetch_sub(1, Ordering::Relaxed)
-            }
-        };
-        shared.metrics.queue_length.inc();
-        let ticket = Ticket {
-            shared: Arc::clone(shared),
-            order,
-            entered: Instant::now(),
-        };
-        let (call, called) = oneshot::channel();
-        ticket.tell(Message::Enter { order, call });
-        Ok(Place { ticket, called })
+    /// A new flight's standing: of a task that has a snapshot (`is_refresh`), or of one never seen.
+    pub fn standing(&self, is_refresh: bool) -> Standing {
+        let shared = Arc::clone(&self.0);
+        let flight = shared.next_flight.fetch_add(1, Ordering::Relaxed);
+        shared.tell(Message::Open { flight, is_refresh });
+        Standing(Arc::new(Held {
+            shared,
+            flight,
+            is_kept: AtomicBool::new(false),
+        }))
     }
 
-    /// Grants nothing before `until`. A pause is only ever extended.
-    pub fn pause(&self, until: Instant) {
-        let mut paused = lock(&self.0.paused_until);
-        if paused.is_none_or(|before| before < until) {
-            *paused = Some(until);
-            // A dispatcher that is gone grants nothing either.
-            let _ = self.0.inbox.send(Message::Pause { until });
-        }
+    /// Upstream answered 429, and said for how long: nothing is granted until then, and the pace is cut for a while.
+    /// Gives how long the pause is; a pause is only ever extended.
+    pub fn rate_limited(&self, retry_after: Option<Duration>, now: Instant) -> Duration {
+        let pause = lock(&self.0.backoff).rate_limited(retry_after, now);
+        self.0.tell(Message::BackedOff);
+        pause
     }
 
     /// Whether the account is paused at `now`.
     pub fn is_paused(&self, now: Instant) -> bool {
-        lock(&self.0.paused_until).is_some_and(|until| until > now)
+        lock(&self.0.backoff).paused_until(now).is_some()
+    }
+
+    /// Queries a second that the pace allows at `now`.
+    pub fn rate(&self, now: Instant) -> f64 {
+        lock(&self.0.backoff).rate(now) / (Duration::from_secs(1) + self.0.pace.margin).as_secs_f64()
     }
 
     /// How many flights wait for a permit.
@@ -158,58 +149,115 @@ impl Budget {
         self.0.waiting.load(Ordering::Relaxed)
     }
 
-    /// How long a flight that entered at `now` would wait, if nobody left.
+    /// How long a flight that entered at `now`, behind everybody, would wait if nobody left.
     pub fn wait(&self, now: Instant) -> Duration {
-        let resume = lock(&self.0.paused_until).unwrap_or(now).max(self.0.pace.not_before);
+        let pause_ends = lock(&self.0.backoff).paused_until(now).unwrap_or(now);
+        let resume = pause_ends.max(self.0.pace.not_before);
         let ahead = u32::try_from(self.waiting()).unwrap_or(u32::MAX);
-        resume.saturating_duration_since(now) + self.0.pace.interval().saturating_mul(ahead)
+        let each = Duration::try_from_secs_f64(self.rate(now).recip()).unwrap_or(self.0.pace.interval());
+        resume.saturating_duration_since(now) + each.saturating_mul(ahead)
     }
 }
 
-/// A flight's standing in its account's queue, from entry to permit.
-#[derive(Debug)]
-struct Ticket {
-    shared: Arc<Shared>,
-    order: i64,
-    entered: Instant,
-}
-
-impl Ticket {
+impl Shared {
     fn tell(&self, message: Message) {
-        // The dispatcher lives as long as `shared` holds the sender; only a runtime that shuts down ends it before.
-        let _ = self.shared.inbox.send(message);
+        // The dispatcher lives as long as this sender does; only a runtime that shuts down ends it before.
+        let _ = self.inbox.send(message);
     }
 }
 
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.shared.metrics.queue_length.dec();
-        self.tell(Message::Leave { order: self.order });
-    }
-}
+/// A flight's standing in its account's queue. Cheap to clone; when the last clone is gone the flight is over.
+#[derive(Clone, Debug)]
+pub struct Standing(Arc<Held>);
 
-/// A place in the queue. Dropping it leaves the queue.
 #[derive(Debug)]
-pub struct Place {
-    ticket: Ticket,
-    called: oneshot::Receiver<()>,
+struct Held {
+    shared: Arc<Shared>,
+    flight: Flight,
+    is_kept: AtomicBool,
 }
 
-impl Place {
-    /// Waits to be called forward. `None` when the process is ending.
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.shared.tell(Message::Close { flight: self.flight });
+    }
+}
+
+impl Standing {
+    /// Stands in the queue of `client`, too, for as long as the result is held.
+    pub fn join(&self, client: Client, weight: u32) -> Waiting {
+        let (standing, flight) = (self.clone(), self.0.flight);
+        let joined = client.clone();
+        self.0.shared.tell(Message::Join {
+            flight,
+            client: joined,
+            weight,
+        });
+        Waiting { standing, client }
+    }
+
+    /// Lets the flight go on in the background when nobody waits for it any more. True for the first to say so.
+    pub fn keep(&self) -> bool {
+        let is_first = !self.0.is_kept.swap(true, Ordering::Relaxed);
+        if is_first {
+            self.0.shared.tell(Message::Keep { flight: self.0.flight });
+        }
+        is_first
+    }
+
+    /// Enters the queue and waits to be called forward.
     ///
     /// Cancel safe: dropping the future leaves the queue.
-    pub async fn called(self) -> Option<Turn> {
-        self.called.await.ok()?;
-        Some(Turn { ticket: self.ticket })
+    ///
+    /// # Errors
+    /// [`Shed`] when `max_queue` flights wait and this one has to give way: the youngest place of the client with most
+    /// places. Also when the process is ending.
+    pub async fn enter(&self, entry: Entry) -> Result<Turn, Shed> {
+        let (call, called) = oneshot::channel();
+        let flight = self.0.flight;
+        let turn = Turn {
+            standing: self.clone(),
+            entered: Instant::now(),
+        };
+        self.0.shared.tell(Message::Enter {
+            flight,
+            is_again: entry == Entry::Again,
+            call,
+        });
+        called.await.map_err(|_| Shed)?;
+        Ok(turn)
+    }
+}
+
+/// A client that waits for a flight. Dropping it takes the client's place away.
+#[derive(Debug)]
+pub struct Waiting {
+    standing: Standing,
+    client: Client,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let held = &self.standing.0;
+        held.shared.tell(Message::Leave {
+            flight: held.flight,
+            client: self.client.clone(),
+        });
     }
 }
 
 /// Called forward: the flight opens its connection now. Dropping it lets the next one come forward.
 #[derive(Debug)]
 pub struct Turn {
-    ticket: Ticket,
+    standing: Standing,
+    entered: Instant,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let held = &self.standing.0;
+        held.shared.tell(Message::Withdraw { flight: held.flight });
+    }
 }
 
 impl Turn {
@@ -218,17 +266,17 @@ impl Turn {
     /// Cancel safe: dropping the future costs nothing but, at worst, one emission interval.
     pub async fn permit(self, _connection: &impl Connected) -> Option<Permit> {
         let (grant, granted) = oneshot::channel();
-        self.ticket.tell(Message::Ready {
-            order: self.ticket.order,
+        let held = &self.standing.0;
+        held.shared.tell(Message::Ready {
+            flight: held.flight,
             since: Instant::now(),
             grant,
         });
         let stamp = granted.await.ok()?;
-        self.ticket
-            .shared
+        held.shared
             .metrics
             .budget_wait
-            .observe(self.ticket.entered.elapsed().as_secs_f64());
+            .observe(self.entered.elapsed().as_secs_f64());
         Some(Permit(stamp))
     }
 }

@@ -9,7 +9,7 @@ mod shares;
 
 use std::hash::RandomState;
 use std::sync::Arc;
-use std::time::{Duration, Instant as StdInstant};
+use std::time::Duration;
 
 use moka::Expiry;
 use moka::notification::RemovalCause;
@@ -76,17 +76,18 @@ impl Cache {
         }
     }
 
-    /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts.
-    pub fn get(&self, account: AccountId, task: &TaskId, now: Instant) -> Option<Arc<Answer>> {
+    /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts. `live` is
+    /// the freshness lifetime of live answers.
+    pub fn get(&self, account: AccountId, task: &TaskId, now: Instant, live: Duration) -> Option<Arc<Answer>> {
         let key = (account, task.clone());
         let state = self.tasks.get(&key).filter(|answer| answer.is_kept(now));
         if let Some(state) = &state {
             state.note_read();
-            if state.is_fresh(now) {
+            if state.is_fresh(now, live) {
                 return Some(Arc::clone(state));
             }
         }
-        let not_found = self.not_found.get(&key).filter(|answer| answer.is_fresh(now));
+        let not_found = self.not_found.get(&key).filter(|answer| answer.is_fresh(now, live));
         not_found.or(state)
     }
 
@@ -163,6 +164,9 @@ fn weight(key: &Key, answer: &Answer) -> u32 {
 
 /// moka forgets an answer when it is kept no longer.
 struct KeepsFor;
+
+#[allow(clippy::disallowed_types, reason = "moka's own clock; nothing here reads it")]
+type StdInstant = std::time::Instant;
 
 impl Expiry<Key, Arc<Answer>> for KeepsFor {
     fn expire_after_create(&self, _: &Key, answer: &Arc<Answer>, _: StdInstant) -> Option<Duration> {

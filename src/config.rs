@@ -121,6 +121,21 @@ pub struct Account {
     pub name: String,
     /// Its keys, which share one budget; the first is the one sent for client tokens.
     pub keys: Vec<Key>,
+    /// Clients with a token of their own, which stands for the account's keys.
+    pub clients: Vec<Client>,
+}
+
+/// A configured client.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Client {
+    /// Its metric label.
+    pub name: String,
+    /// What it presents in place of a key.
+    pub token: Key,
+    /// How many turns it gets for one of a client that has weight 1.
+    pub weight: u32,
+    /// Whether it may use the paths that are streamed through, which spends the account's money.
+    pub passthrough: bool,
 }
 
 /// What becomes of a key that is listed nowhere.

@@ -23,6 +23,9 @@ pub enum Error {
     /// `unknown_keys: reject`, and the key is listed nowhere.
     #[error("this API key is not configured here: ask the gateway's operator to list it under accounts")]
     UnknownKey,
+    /// A client token on a path that is streamed through, without `clients[].passthrough`.
+    #[error("this client token is for polling only: have the operator set passthrough for this client")]
+    TokenMayNotPass,
     /// More unlisted keys at once than `max_accounts`.
     #[error("too many different API keys at once: try again later, or have the operator raise max_accounts")]
     TooManyAccounts,
@@ -45,6 +48,12 @@ pub enum Error {
     #[error("this account's budget is spent: the turn did not come within budget.max_wait")]
     TurnNeverCame {
         /// When the queue is likely to be short enough.
+        retry_after: Duration,
+    },
+    /// The breaker is open: upstream was unavailable lately.
+    #[error("upstream is unavailable: it is probed until it answers again")]
+    UpstreamUnavailable {
+        /// When it is asked next.
         retry_after: Duration,
     },
     /// No connection could be opened (twice), or none was there by the deadline.
@@ -72,13 +81,14 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::MissingKey | Self::MalformedKey | Self::UnknownKey => StatusCode::UNAUTHORIZED,
+            Self::TokenMayNotPass => StatusCode::FORBIDDEN,
             Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
             }
-            Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamUnavailable { .. } | Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -91,12 +101,14 @@ impl Error {
             Self::MissingKey => "missing_key",
             Self::MalformedKey => "malformed_key",
             Self::UnknownKey => "unknown_key",
+            Self::TokenMayNotPass => "passthrough",
             Self::TooManyAccounts => "too_many_accounts",
             Self::TaskId(_) => "task_id",
             Self::MethodNotAllowed => "method",
             Self::NotFound => "path",
             Self::QueueFull { .. } => "queue_full",
             Self::TurnNeverCame { .. } => "budget",
+            Self::UpstreamUnavailable { .. } => "upstream_unavailable",
             Self::NoConnection => "no_connection",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamBroken => "upstream_broken",
@@ -112,11 +124,12 @@ impl Error {
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
+            | Self::TokenMayNotPass
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound => None,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => Some("http_request_denied"),
-            Self::NoConnection => Some("destination_unavailable"),
+            Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
             Self::UpstreamTooLarge => Some("http_response_body_size"),
@@ -128,12 +141,15 @@ impl Error {
     /// When asking again is worth while; `None` where waiting does not help.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::QueueFull { retry_after } | Self::TurnNeverCame { retry_after } => Some(*retry_after),
-            Self::TooManyAccounts => Some(Duration::from_secs(60)),
+            Self::QueueFull { retry_after }
+            | Self::TurnNeverCame { retry_after }
+            | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
+            Self::TooManyAccounts => Some(Duration::from_mins(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
+            | Self::TokenMayNotPass
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound
@@ -148,6 +164,7 @@ impl Error {
         match self {
             Self::QueueFull { .. }
             | Self::TurnNeverCame { .. }
+            | Self::UpstreamUnavailable { .. }
             | Self::NoConnection
             | Self::UpstreamTimeout
             | Self::UpstreamBroken
@@ -157,6 +174,7 @@ impl Error {
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
+            | Self::TokenMayNotPass
             | Self::TooManyAccounts
             | Self::TaskId(_)
             | Self::MethodNotAllowed

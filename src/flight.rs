@@ -28,17 +28,17 @@ impl<K, S> Default for Flights<K, S> {
 }
 
 impl<K: Eq + Hash + Clone, S> Flights<K, S> {
-    /// Joins the flight for `key`, or opens one at stage `first`: then the caller also gets its [`Leader`], and has to
+    /// Joins the flight for `key`, or opens one at the stage `first` gives: then the caller also gets its [`Leader`], and has to
     /// see to it that it lands.
     ///
     /// The receiver shows the flight's stage, now and whenever it changes; it closes when the leader was dropped without
     /// landing. Dropping it leaves the flight.
-    pub fn join(&self, key: K, first: S) -> (watch::Receiver<S>, Option<Leader<K, S>>) {
+    pub fn join(&self, key: K, first: impl FnOnce() -> S) -> (watch::Receiver<S>, Option<Leader<K, S>>) {
         let mut flights = self.map();
         if let Some(flight) = flights.get(&key) {
             return (flight.subscribe(), None);
         }
-        let (stage, follower) = watch::channel(first);
+        let (stage, follower) = watch::channel(first());
         flights.insert(key.clone(), stage.clone());
         (
             follower,
@@ -70,12 +70,12 @@ pub struct Leader<K: Eq + Hash + Clone, S> {
 }
 
 impl<K: Eq + Hash + Clone, S> Leader<K, S> {
-    /// Shows the followers how far the flight is.
-    pub fn report(&self, stage: S) {
-        self.stage.send_replace(stage);
+    /// The stage that the followers see.
+    pub fn stage(&self) -> watch::Ref<'_, S> {
+        self.stage.borrow()
     }
 
-    /// Changes the stage in place.
+    /// Shows the followers how far the flight is.
     pub fn update(&self, change: impl FnOnce(&mut S)) {
         self.stage.send_modify(change);
     }
@@ -96,11 +96,11 @@ impl<K: Eq + Hash + Clone, S> Leader<K, S> {
         }
     }
 
-    /// Ends the flight with its last stage. Whoever asks from now on opens a new one, so what may be shared later must be
+    /// Ends the flight with a last change of its stage. Whoever asks from now on opens a new one, so what may be shared later must be
     /// in the cache before.
-    pub fn land(self, last: S) {
+    pub fn land(self, last: impl FnOnce(&mut S)) {
         self.remove_from(&mut self.flights.map());
-        self.stage.send_replace(last);
+        self.stage.send_modify(last);
     }
 
     fn remove_from(&self, flights: &mut HashMap<K, watch::Sender<S>>) {
@@ -127,10 +127,10 @@ mod tests {
     #[tokio::test]
     async fn followers_share_the_leaders_landing() {
         let flights = Flights::<_, u32>::default();
-        let (mut first, leader) = flights.join("key", 0);
-        let (mut second, nobody) = flights.join("key", 0);
+        let (mut first, leader) = flights.join("key", || 0);
+        let (mut second, nobody) = flights.join("key", || 0);
         assert!(nobody.is_none());
-        leader.unwrap().land(7);
+        leader.unwrap().land(|stage| *stage = 7);
         assert_eq!(*first.wait_for(|stage| *stage == 7).await.unwrap(), 7);
         assert_eq!(*second.wait_for(|stage| *stage == 7).await.unwrap(), 7);
         assert_eq!(flights.count(), 0);
@@ -139,26 +139,29 @@ mod tests {
     #[tokio::test]
     async fn a_leader_that_dies_is_an_error_for_all_and_not_a_hang() {
         let flights = Flights::<_, u32>::default();
-        let (mut follower, leader) = flights.join("key", 0);
+        let (mut follower, leader) = flights.join("key", || 0);
         drop(leader);
         assert!(follower.wait_for(|stage| *stage == 7).await.is_err());
-        assert!(flights.join("key", 0).1.is_some());
+        assert!(flights.join("key", || 0).1.is_some());
     }
 
     #[tokio::test]
     async fn a_flight_is_deserted_when_the_last_follower_leaves() {
         let flights = Flights::<_, u32>::default();
-        let (first, leader) = flights.join("key", 0);
-        let (second, _) = flights.join("key", 0);
+        let (first, leader) = flights.join("key", || 0);
+        let (second, _) = flights.join("key", || 0);
         let leader = leader.unwrap();
         drop(first);
         let waiting = tokio::time::timeout(std::time::Duration::ZERO, leader.deserted());
         assert!(waiting.await.is_err(), "one still waits");
         drop(second);
         leader.deserted().await;
-        let (_third, successor) = flights.join("key", 0);
+        let (_third, successor) = flights.join("key", || 0);
         assert!(successor.is_some(), "a deserted flight cannot be joined");
         drop(leader);
-        assert!(flights.join("key", 0).1.is_none(), "its end leaves the successor alone");
+        assert!(
+            flights.join("key", || 0).1.is_none(),
+            "its end leaves the successor alone"
+        );
     }
 }

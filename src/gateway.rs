@@ -8,13 +8,17 @@
 //!                   cache again ─▶ budget: a turn ─▶ upstream: a connection ─▶ budget: a permit
 //!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
 //! ```
+//! While the breaker is open nobody flies: `gateway::outage`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
+mod max_age;
+mod outage;
 mod passthrough;
 mod response;
 
+use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -25,18 +29,19 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::account::{API_KEY_HEADER, AccountId, ApiKey};
-use crate::budget::Entry;
+use crate::account::{API_KEY_HEADER, AccountId, ApiKey, Client};
+use crate::budget::{Entry, Permit, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
 use crate::flight::{Flights, Leader};
-use crate::metrics::{AccountMetrics, Metrics, OTHER, Shed};
+use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER, Shed};
 use crate::outcome::{Outcome, Served};
 use crate::stored::{Answer, Keeping};
 use crate::task::{self, Class, TaskId};
-use crate::upstream::{Dial, Fetched, TASK_INFO_PATH, Upstream};
-use accounts::{Account, Accounts};
+use crate::upstream::{Breaker, Dial, Failed, Fetched, Ready, TASK_INFO_PATH, Upstream};
+use accounts::{Account, Accounts, Asker};
+use passthrough::bearer;
 pub use response::Body;
 use response::CacheStatus;
 
@@ -46,8 +51,8 @@ const MOST_ATTEMPTS: u32 = 2;
 /// How often a flight tries to open a connection: a failed one costs no permit.
 const MOST_CONNECTS: u32 = 2;
 
-/// How long an upstream 429 without a usable Retry-After pauses its account.
-const DEFAULT_PAUSE: Duration = Duration::from_secs(1);
+/// How long an attempt may take before a poll that has a snapshot is answered with it.
+const SLOW_ATTEMPT: Duration = Duration::from_secs(1);
 
 /// How often idle accounts and connections are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -62,29 +67,29 @@ pub struct Gateway {
     upstream: Upstream,
     metrics: Arc<Metrics>,
     /// The counters of polls that belong to no account.
-    strangers: AccountMetrics,
+    strangers: (AccountMetrics, ClientRequests),
 }
 
 type FlightKey = (AccountId, TaskId);
 
 /// How far a flight is, as its followers see it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Progress {
+    standing: Standing,
     phase: Phase,
     /// What upstream answered to the first attempt, while a second is under way.
     last_error: Option<Arc<Answer>>,
     landed: Option<Landed>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// For its turn, or for its permit.
-    #[default]
     Waiting,
-    /// Its turn came, and it has no connection yet.
-    Connecting,
-    /// Spent: it will be finished and kept, whoever waits.
-    Sent,
+    /// Its turn came at this instant, and it has no connection yet.
+    Connecting(Instant),
+    /// Spent at this instant: it will be finished and kept, whoever waits.
+    Sent(Instant),
 }
 
 #[derive(Clone, Debug)]
@@ -100,9 +105,11 @@ enum Landed {
 #[derive(Debug)]
 struct Poll {
     arrived: Instant,
-    account: Arc<Account>,
-    key: ApiKey,
+    asker: Asker,
+    client: Client,
     task: TaskId,
+    /// How old a live answer may be, if the client says so.
+    max_age: Option<Duration>,
 }
 
 /// How a poll is answered.
@@ -126,7 +133,7 @@ impl Gateway {
             cache: Cache::new(config.cache.max_bytes, Arc::clone(&metrics)),
             flights: Flights::default(),
             upstream,
-            strangers: metrics.account(OTHER),
+            strangers: (metrics.account(OTHER), metrics.client(OTHER, OTHER)),
             metrics,
             config,
         }))
@@ -135,14 +142,21 @@ impl Gateway {
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, peer: IpAddr) -> Response<Body> {
         let request_id = response::request_id(request.headers());
-        let mut response = if request.uri().path() == TASK_INFO_PATH {
-            self.poll(request.method(), request.uri(), request.headers(), &request_id)
-                .await
-        } else {
-            self.pass_through(request).await
+        let answering = async {
+            if request.uri().path() == TASK_INFO_PATH {
+                let (method, uri, headers) = (request.method(), request.uri(), request.headers());
+                self.poll(method, uri, headers, peer, &request_id).await
+            } else {
+                self.pass_through(request).await
+            }
         };
+        // Nothing that a request changes is left half done by a panic: locks here cover single steps.
+        let mut response = AssertUnwindSafe(answering).catch_unwind().await.unwrap_or_else(|_| {
+            self.metrics.panics.inc();
+            response::error(&Error::Internal)
+        });
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
@@ -153,6 +167,7 @@ impl Gateway {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
             self.accounts.sweep(now);
+            self.accounts.show_live(now);
             self.upstream.sweep(now);
             self.cache.maintain();
         }
@@ -165,6 +180,7 @@ impl Gateway {
 
     /// Brings the gauges up to date that are costly to keep so.
     pub fn refresh_metrics(&self) {
+        self.accounts.show_live(Instant::now());
         self.cache.maintain();
     }
 
@@ -173,63 +189,109 @@ impl Gateway {
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,
+        peer: IpAddr,
         request_id: &HeaderValue,
     ) -> Response<Body> {
         let arrived = Instant::now();
-        let poll = match self.read_poll(method, uri, headers, arrived) {
+        let poll = match self.read_poll(method, uri, headers, peer, arrived) {
             Ok(poll) => poll,
-            Err(error) => return refuse(&error, &self.strangers, OTHER, arrived, request_id),
+            Err(error) => {
+                let (metrics, requests) = &self.strangers;
+                metrics.answered(requests, Served::None, error.status().as_u16(), arrived.elapsed());
+                return refuse(&error, OTHER, request_id);
+            }
         };
+        let account = &poll.asker.account;
         match self.answer(&poll).await {
             Ok(Answered { served, cache, answer }) => {
                 let now = Instant::now();
                 let took = now.saturating_duration_since(arrived);
-                poll.account.metrics.answered(served, answer.code(), took);
+                account
+                    .metrics
+                    .answered(poll.asker.requests(), served, answer.code(), took);
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
-                    account = &*poll.account.label,
+                    account = &*account.label,
                     task = poll.task.as_str(),
                     cache = served.label(),
                     code = answer.code(),
                     took_s = took.as_secs_f64(),
                     "poll answered"
                 );
-                response::answer(&answer, cache, now)
+                response::answer(&answer, cache, now, poll.asker.account.lifetime(now))
             }
-            Err(error) => refuse(&error, &poll.account.metrics, &poll.account.label, arrived, request_id),
+            Err(error) => {
+                let (requests, code) = (poll.asker.requests(), error.status().as_u16());
+                account
+                    .metrics
+                    .answered(requests, Served::None, code, arrived.elapsed());
+                refuse(&error, &account.label, request_id)
+            }
         }
     }
 
-    fn read_poll(&self, method: &Method, uri: &Uri, headers: &HeaderMap, arrived: Instant) -> Result<Poll, Error> {
+    fn read_poll(
+        &self,
+        method: &Method,
+        uri: &Uri,
+        headers: &HeaderMap,
+        peer: IpAddr,
+        arrived: Instant,
+    ) -> Result<Poll, Error> {
         if method != Method::GET && method != Method::HEAD {
             return Err(Error::MethodNotAllowed);
         }
-        let key = presented_key(headers)?.ok_or(Error::MissingKey)?;
+        let key = self.credential(headers)?.ok_or(Error::MissingKey)?;
         let task = TaskId::from_query(uri.query())?;
-        let account = self.accounts.of(&key, arrived)?;
+        let asker = self.accounts.of(&key, arrived)?;
+        let client = asker.client(peer, headers.get(&self.config.client_header));
         Ok(Poll {
             arrived,
-            account,
-            key,
+            asker,
+            client,
             task,
+            max_age: max_age::wanted(headers),
         })
+    }
+
+    /// The key or client token that a request presents: `x-api-key`, or a Bearer that is a client token, once or several
+    /// times the same. Any other Bearer is no business of TaskInfo's.
+    fn credential(&self, headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
+        let token = bearer(headers).filter(|key| self.accounts.listed(key).is_some_and(Asker::has_token));
+        match (presented_key(headers)?, token) {
+            (Some(key), Some(token)) if key != token => Err(Error::MalformedKey),
+            (key, token) => Ok(key.or(token)),
+        }
     }
 
     /// The answer for one poll, by its deadline at the latest.
     async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
         let deadline = poll.arrived + self.config.budget.max_wait;
-        let kept = self.cache.get(poll.account.id, &poll.task, poll.arrived);
+        let account = &poll.asker.account;
+        account.watch.asked(&poll.task, poll.arrived);
+        let live = self.lifetime_for(poll);
+        let kept = self.cache.get(account.id, &poll.task, poll.arrived, live);
         let was_stale = match kept {
-            Some(answer) if answer.is_fresh(poll.arrived) => return Ok(hit(answer, None)),
+            Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
             kept => kept.is_some(),
         };
+        let mut asker = poll.asker.clone();
         loop {
-            let (mut progress, leader) = self
-                .flights
-                .join((poll.account.id, poll.task.clone()), Progress::default());
+            if self.upstream.breaker().is_open() {
+                let error = self.turn_away(&asker, &poll.task);
+                return self.stand_in(poll, error.detail()).ok_or(error);
+            }
+            let (mut progress, leader) = self.flights.join((account.id, poll.task.clone()), || {
+                Progress::new(account.budget.standing(was_stale))
+            });
+            let standing = progress.borrow().standing.clone();
+            let _place = standing.join(poll.client.clone(), asker.weight());
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
-                self.launch(leader, poll);
+                self.launch(leader, &asker, &poll.task, live);
+            }
+            if was_stale && let Some(answered) = self.stand_in_when_slow(poll, &mut progress, deadline).await {
+                return Ok(answered);
             }
             let landing = progress.wait_for(|progress| progress.landed.is_some());
             let landed = match timeout_at(deadline, landing).await {
@@ -239,11 +301,21 @@ impl Gateway {
                 Err(_) => None,
             };
             return match landed {
-                None => self.answer_at_deadline(poll, &progress, was_stale, collapsed),
-                Some(Landed::Kept(answer)) => Ok(hit(answer, None)),
+                None => self.answer_at_deadline(poll, progress, was_stale, collapsed),
+                Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
+                // Fresh enough for the client that opened the flight, but not for this one.
+                Some(Landed::Kept(_)) => continue,
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
                 // Another key's refusal says nothing about this one.
-                Some(Landed::Fetched(answer, key)) if is_refused_key(&answer) && key != poll.key => continue,
+                Some(Landed::Fetched(answer, key)) if is_refused_key(&answer) && key != asker.key => continue,
+                Some(Landed::Fetched(answer, _)) if is_refused_key(&answer) => {
+                    // A token stands for all of its account's keys.
+                    if let Some(next) = asker.with_next_key() {
+                        asker = next;
+                        continue;
+                    }
+                    Ok(forwarded(answer, was_stale, collapsed))
+                }
                 Some(Landed::Fetched(answer, _)) if answer.reading.class.yields_to_snapshot() => {
                     let detail = outcome(answer.reading.class).label();
                     Ok(self
@@ -255,49 +327,72 @@ impl Gateway {
         }
     }
 
+    /// How long live answers are fresh for this poll: a client may want it shorter, down to the floor, as long as that
+    /// takes no turn from anybody who waits.
+    fn lifetime_for(&self, poll: &Poll) -> Duration {
+        let lifetime = poll.asker.account.lifetime(poll.arrived);
+        match poll.max_age {
+            Some(max_age) if poll.asker.account.budget.waiting() == 0 => {
+                lifetime.min(max_age.max(self.config.cache.fresh.floor))
+            }
+            Some(_) | None => lifetime,
+        }
+    }
+
     /// A snapshot, else what upstream said last, else why the flight has not landed.
     fn answer_at_deadline(
         &self,
         poll: &Poll,
-        progress: &watch::Receiver<Progress>,
+        progress: watch::Receiver<Progress>,
         was_stale: bool,
         collapsed: bool,
     ) -> Result<Answered, Error> {
-        let Progress { phase, last_error, .. } = progress.borrow().clone();
+        let account = &poll.asker.account;
+        let (phase, last_error) = {
+            let progress = progress.borrow();
+            (progress.phase, progress.last_error.clone())
+        };
         let error = match phase {
             Phase::Waiting => Error::TurnNeverCame {
-                retry_after: poll.account.budget.wait(Instant::now()),
+                retry_after: account.budget.wait(Instant::now()),
             },
-            Phase::Connecting => Error::NoConnection,
-            Phase::Sent => Error::UpstreamTimeout,
+            Phase::Connecting(_) => Error::NoConnection,
+            Phase::Sent(_) => Error::UpstreamTimeout,
         };
         if phase == Phase::Waiting {
-            poll.account.metrics.shed(Shed::Deadline);
+            account.metrics.shed(Shed::Deadline);
         }
-        let stand_in = self.stand_in(poll, error.detail());
-        stand_in
-            .or_else(|| last_error.map(|answer| forwarded(answer, was_stale, collapsed)))
+        if let Some(snapshot) = self.stand_in(poll, error.detail()) {
+            leave_behind(progress);
+            return Ok(snapshot);
+        }
+        last_error
+            .map(|answer| forwarded(answer, was_stale, collapsed))
             .ok_or(error)
     }
 
     /// The snapshot that may be served instead of an error.
     fn stand_in(&self, poll: &Poll, detail: &'static str) -> Option<Answered> {
         let now = Instant::now();
-        let snapshot = self.cache.snapshot(poll.account.id, &poll.task, now)?;
+        let snapshot = self.cache.snapshot(poll.asker.account.id, &poll.task, now)?;
         let max_stale = self.config.cache.max_stale;
         snapshot
             .may_stand_in(now, max_stale)
-            .then(|| hit(snapshot, Some(detail)))
+            .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
     }
 
-    /// Sends the leader off, on nobody's behalf.
-    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, poll: &Poll) {
-        let (gateway, account) = (Arc::clone(self), Arc::clone(&poll.account));
-        let (key, task) = (poll.key.clone(), poll.task.clone());
+    /// Sends the leader off, on nobody's behalf. `live` is how long live answers are fresh for this poll.
+    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, asker: &Asker, task: &TaskId, live: Duration) {
+        let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
+        let (key, task) = (asker.key.clone(), task.clone());
+        self.spawn(gateway.fly(leader, account, key, task, live));
+    }
+
+    /// Runs `work` on nobody's behalf, and counts its panics.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let panics = self.metrics.panics.clone();
         tokio::spawn(async move {
-            let panics = gateway.metrics.panics.clone();
-            let flight = gateway.fly(leader, account, key, task);
-            if AssertUnwindSafe(flight).catch_unwind().await.is_err() {
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
                 panics.inc();
             }
         });
@@ -311,74 +406,106 @@ impl Gateway {
         account: Arc<Account>,
         key: ApiKey,
         task: TaskId,
+        live: Duration,
     ) {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let now = Instant::now();
         if let Some(answer) = self
             .cache
-            .get(account.id, &task, now)
-            .filter(|answer| answer.is_fresh(now))
+            .get(account.id, &task, now, live)
+            .filter(|answer| answer.is_fresh(now, live))
         {
-            return leader.land(Progress::landed(Landed::Kept(answer)));
+            return leader.land(Landed::Kept(answer).stage());
         }
+        let breaker = self.upstream.breaker();
+        let standing = leader.stage().standing.clone();
         let mut attempt = 1;
         loop {
-            let entry = if attempt == 1 { Entry::Back } else { Entry::Front };
-            let Ok(place) = account.budget.enter(entry) else {
-                account.metrics.shed(Shed::QueueFull);
-                let retry_after = account.budget.wait(Instant::now());
-                return leader.land(Progress::landed(Landed::Failed(Error::QueueFull { retry_after })));
+            let entry = if attempt == 1 { Entry::InTurn } else { Entry::Again };
+            let turn = match while_awaited(&leader, breaker, standing.enter(entry)).await {
+                None => return self.give_up(leader),
+                Some(Ok(turn)) => turn,
+                Some(Err(_)) => {
+                    account.metrics.shed(Shed::QueueFull);
+                    let retry_after = account.budget.wait(Instant::now());
+                    return leader.land(Landed::Failed(Error::QueueFull { retry_after }).stage());
+                }
             };
-            let Some(Some(turn)) = while_awaited(&leader, place.called()).await else {
-                return;
-            };
-            leader.update(|progress| progress.phase = Phase::Connecting);
+            leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             let mut connects = 1;
             let ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
-                match while_awaited(&leader, account.pool.connect(attempt > 1)).await {
-                    None => return,
+                match while_awaited(&leader, breaker, account.pool.connect(&task, attempt > 1)).await {
+                    None => return self.give_up(leader),
                     Some(Ok(ready)) => break ready,
                     Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
-                    Some(Err(error)) => return leader.land(Progress::landed(Landed::Failed(error))),
+                    Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
                 }
             };
             leader.update(|progress| progress.phase = Phase::Waiting);
-            let Some(Some(permit)) = while_awaited(&leader, turn.permit(&ready)).await else {
-                return;
+            let Some(Some(permit)) = while_awaited(&leader, breaker, turn.permit(&ready)).await else {
+                return self.give_up(leader);
             };
-            leader.update(|progress| progress.phase = Phase::Sent);
-            let sent = Instant::now();
-            let result = ready.send(permit, &key, &task).await;
-            let took = sent.elapsed();
-            match result {
-                Ok(fetched) => {
-                    let answer = self.keep(&account, &task, fetched);
-                    let outcome = outcome(answer.reading.class);
-                    account.metrics.attempted(outcome, took);
-                    log_attempt(&account, &task, attempt, outcome.label(), Some(&answer), took);
-                    if outcome == Outcome::RateLimited {
-                        self.pause(&account, &answer);
-                        if attempt < MOST_ATTEMPTS {
-                            leader.report(Progress {
-                                last_error: Some(answer),
-                                ..Progress::default()
-                            });
-                            attempt += 1;
-                            continue;
-                        }
-                    }
-                    return leader.land(Progress::landed(Landed::Fetched(answer, key)));
+            leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
+            match self.ask(&account, &key, &task, attempt, ready, permit).await {
+                Ok(answer) if answer.reading.class == Class::RateLimited && attempt < MOST_ATTEMPTS => {
+                    leader.update(|progress| {
+                        progress.phase = Phase::Waiting;
+                        progress.last_error = Some(answer);
+                    });
                 }
-                Err(failed) => {
-                    account.metrics.attempted(failure(&failed.error), took);
-                    log_attempt(&account, &task, attempt, failed.error.detail(), None, took);
-                    if !failed.unanswered || attempt >= MOST_ATTEMPTS {
-                        return leader.land(Progress::landed(Landed::Failed(failed.error)));
-                    }
-                    leader.report(Progress::default());
-                    attempt += 1;
+                Ok(answer) => return leader.land(Landed::Fetched(answer, key).stage()),
+                Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
+                    return leader.land(Landed::Failed(failed.error).stage());
                 }
+                Err(_) => leader.update(|progress| progress.phase = Phase::Waiting),
+            }
+            attempt += 1;
+        }
+    }
+
+    /// One attempt, and all that follows from it: what is kept, counted, logged, and learnt of upstream and the account.
+    async fn ask(
+        &self,
+        account: &Account,
+        key: &ApiKey,
+        task: &TaskId,
+        attempt: u32,
+        ready: Ready,
+        permit: Permit,
+    ) -> Result<Arc<Answer>, Failed> {
+        let sent = Instant::now();
+        let result = ready.send(permit, key, task).await;
+        let took = sent.elapsed();
+        let breaker = self.upstream.breaker();
+        match result {
+            Ok(fetched) => {
+                let answer = self.keep(account, task, fetched);
+                let outcome = outcome(answer.reading.class);
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);
+                if outcome == Outcome::RateLimited {
+                    pause(account, &answer);
+                }
+                // Closed only now: whoever asks from here on finds the answer kept and the account paused.
+                if outcome == Outcome::Unavailable {
+                    breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
+                } else {
+                    breaker.answered(sent);
+                }
+                Ok(answer)
+            }
+            Err(failed) => {
+                let (outcome, detail) = (failure(&failed.error), failed.error.detail());
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, detail, None, took);
+                if outcome != Outcome::Unavailable {
+                    breaker.answered(sent);
+                } else if !failed.unanswered || attempt >= MOST_ATTEMPTS {
+                    // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
+                    breaker.failed(task, sent, detail);
+                }
+                Err(failed)
             }
         }
     }
@@ -405,50 +532,78 @@ impl Gateway {
         answer.room = room.filter(|_| keeping.is_none());
         let answer = Arc::new(answer);
         self.cache.put(account.id, task, &answer, received);
+        // A late `running` says nothing about a task that is known to have ended.
+        if answer.has_ended() {
+            account.watch.ended(task);
+        } else if answer.is_live() && !before.is_some_and(|before| before.has_ended()) {
+            account.watch.goes_on(task, received);
+        }
         answer
-    }
-
-    fn pause(&self, account: &Account, answer: &Answer) {
-        let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
-        let pause = asked
-            .and_then(|value| task::retry_after(value, SystemTime::now()))
-            .unwrap_or(DEFAULT_PAUSE);
-        account.budget.pause(Instant::now() + pause);
-        tracing::warn!(
-            account = &*account.label,
-            pause_s = pause.as_secs_f64(),
-            "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
-        );
     }
 }
 
 impl Progress {
-    fn landed(landed: Landed) -> Self {
+    fn new(standing: Standing) -> Self {
         Self {
-            landed: Some(landed),
-            ..Self::default()
+            standing,
+            phase: Phase::Waiting,
+            last_error: None,
+            landed: None,
         }
     }
 }
 
-/// What `future` gives, or `None` once nobody waits for the flight.
-async fn while_awaited<T>(leader: &Leader<FlightKey, Progress>, future: impl Future<Output = T>) -> Option<T> {
+impl Landed {
+    /// The change that shows it to the followers.
+    fn stage(self) -> impl FnOnce(&mut Progress) {
+        move |progress| progress.landed = Some(self)
+    }
+}
+
+/// What `future` gives, or `None` once nobody waits for the flight or the breaker has opened.
+async fn while_awaited<T>(
+    leader: &Leader<FlightKey, Progress>,
+    breaker: &Breaker,
+    future: impl Future<Output = T>,
+) -> Option<T> {
     tokio::select! {
         biased;
+        () = breaker.opened() => None,
         value = future => Some(value),
         () = leader.deserted() => None,
     }
 }
 
-fn hit(answer: Arc<Answer>, detail: Option<&'static str>) -> Answered {
-    let served = if detail.is_none() || answer.is_fresh(Instant::now()) {
+/// Leaves a flight of which a poll has been answered with a snapshot. What was asked for is still wanted, or nobody would
+/// ever see it fresher: it goes on in the background, and somebody waits for it there, on nobody's behalf.
+fn leave_behind(mut progress: watch::Receiver<Progress>) {
+    let goes_on = {
+        let progress = progress.borrow();
+        !matches!(progress.phase, Phase::Sent(_)) && progress.standing.keep()
+    };
+    if goes_on {
+        tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
+    }
+}
+
+fn hit(answer: Arc<Answer>) -> Answered {
+    Answered {
+        served: Served::Hit,
+        cache: CacheStatus::Hit(None),
+        answer,
+    }
+}
+
+/// `live` is the freshness lifetime of live answers at `now`.
+fn stand_in(answer: Arc<Answer>, detail: &'static str, now: Instant, live: Duration) -> Answered {
+    let served = if answer.is_fresh(now, live) {
         Served::Hit
     } else {
         Served::Stale
     };
     Answered {
         served,
-        cache: CacheStatus::Hit(detail),
+        cache: CacheStatus::Hit(Some(detail)),
         answer,
     }
 }
@@ -462,26 +617,29 @@ fn forwarded(answer: Arc<Answer>, was_stale: bool, collapsed: bool) -> Answered 
     }
 }
 
-/// The one place where an error becomes a response, is counted and is logged.
-fn refuse(
-    error: &Error,
-    metrics: &AccountMetrics,
-    account: &str,
-    arrived: Instant,
-    request_id: &HeaderValue,
-) -> Response<Body> {
-    let took = arrived.elapsed();
-    metrics.answered(Served::None, error.status().as_u16(), took);
+/// The one place where an error of a poll becomes a response and is logged.
+fn refuse(error: &Error, account: &str, request_id: &HeaderValue) -> Response<Body> {
     tracing::debug!(
         request_id = request_id.to_str().unwrap_or_default(),
         account,
         cache = Served::None.label(),
         code = error.status().as_u16(),
         detail = error.detail(),
-        took_s = took.as_secs_f64(),
         "poll refused"
     );
     response::error(error)
+}
+
+/// Lets upstream's 429 slow the account down.
+fn pause(account: &Account, answer: &Answer) {
+    let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
+    let asked = asked.and_then(|value| task::retry_after(value, SystemTime::now()));
+    let pause = account.budget.rate_limited(asked, Instant::now());
+    tracing::warn!(
+        account = &*account.label,
+        pause_s = pause.as_secs_f64(),
+        "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
+    );
 }
 
 fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {

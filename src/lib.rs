@@ -6,7 +6,7 @@
 //! simulator                                the simulated upstream and the demo fleet
 //! server  admin                            edges: accept and drain · metrics and health
 //! gateway                                  the life of a request: knows all the parts
-//! cache  flight  upstream                  the parts: know nothing of each other
+//! cache  flight  upstream  watch           the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when
 //! stored  config  error  metrics           what is kept · checked config · one enum · one struct
 //! task  account  outcome                   words: pure, no I/O
@@ -27,6 +27,7 @@ pub mod simulator;
 pub mod stored;
 pub mod task;
 pub mod upstream;
+pub mod watch;
 
 use std::sync::Arc;
 

@@ -15,8 +15,8 @@ use crate::outcome::{Outcome, Served};
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
 
-/// The lane label: flights that somebody waits for.
-const FOREGROUND: &str = "foreground";
+/// The lane labels: flights that somebody waits for, and flights whose answer is wanted all the same.
+const LANES: [&str; 2] = ["foreground", "background"];
 
 /// From a hit's tens of microseconds to the longest that a poll may wait.
 const REQUEST_BUCKETS: &[f64] = &[
@@ -100,6 +100,10 @@ pub struct Metrics {
     budget_rate: prometheus::GaugeVec,
     budget_shed: IntCounterVec,
     upstream_paused: IntGaugeVec,
+    /// 1 while the breaker is open or half-open.
+    pub upstream_breaker_open: IntGauge,
+    live_tasks: IntGaugeVec,
+    freshness: prometheus::GaugeVec,
     /// Answers kept.
     pub cache_entries: IntGauge,
     /// What they weigh.
@@ -119,6 +123,7 @@ impl Metrics {
     ///
     /// # Errors
     /// Only for a bug: a name that Prometheus refuses or that is registered twice.
+    #[allow(clippy::too_many_lines, reason = "one entry a family, and nothing else")]
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
@@ -227,6 +232,30 @@ impl Metrics {
                     &["account"],
                 )?,
             )?,
+            upstream_breaker_open: register(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "upstream_breaker_open",
+                    "1 while upstream is taken to be unavailable and only probed, else 0.",
+                ))?,
+            )?,
+            live_tasks: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts("live_tasks", "Tasks that go on and that somebody has lately asked for."),
+                    &["account"],
+                )?,
+            )?,
+            freshness: register(
+                &registry,
+                prometheus::GaugeVec::new(
+                    opts(
+                        "freshness_seconds",
+                        "How long a live task's answer is fresh; the longest where accounts share a label.",
+                    ),
+                    &["account"],
+                )?,
+            )?,
             cache_entries: register(&registry, IntGauge::with_opts(opts("cache_entries", "Answers kept."))?)?,
             cache_bytes: register(
                 &registry,
@@ -266,15 +295,6 @@ impl Metrics {
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.
     pub fn account(&self, account: &str) -> AccountMetrics {
         AccountMetrics {
-            requests: Served::ALL
-                .iter()
-                .map(|served| {
-                    CODE_CLASSES.map(|class| {
-                        self.requests
-                            .with_label_values(&[account, OTHER, served.label(), class])
-                    })
-                })
-                .collect(),
             request_duration: self.request_duration.clone(),
             upstream_requests: Outcome::ALL
                 .iter()
@@ -283,12 +303,25 @@ impl Metrics {
             upstream_request_duration: self.upstream_request_duration.clone(),
             saved: [Served::Hit, Served::Stale, Served::Collapsed]
                 .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
-            budget_wait: self.budget_wait.with_label_values(&[account, FOREGROUND]),
-            queue_length: self.budget_queue_length.with_label_values(&[account, FOREGROUND]),
+            budget_wait: self.budget_wait.with_label_values(&[account, LANES[0]]),
+            queue_length: LANES.map(|lane| self.budget_queue_length.with_label_values(&[account, lane])),
             rate: self.budget_rate.with_label_values(&[account]),
             shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
             paused: self.upstream_paused.with_label_values(&[account]),
+            live_tasks: self.live_tasks.with_label_values(&[account]),
+            freshness: self.freshness.with_label_values(&[account]),
         }
+    }
+
+    /// The handles of one client of an account, those that configuration does not name under `other`.
+    pub fn client(&self, account: &str, client: &str) -> ClientRequests {
+        let of = |served: &Served| {
+            CODE_CLASSES.map(|class| {
+                let labels = [account, client, served.label(), class];
+                self.requests.with_label_values(&labels)
+            })
+        };
+        ClientRequests(Served::ALL.iter().map(of).collect())
     }
 
     /// Counts an answer that left the cache.
@@ -315,29 +348,34 @@ impl Metrics {
     pub const CONTENT_TYPE: &'static str = prometheus::TEXT_FORMAT;
 }
 
+/// One client's polls: by how they were served, then by class of the code.
+#[derive(Clone, Debug)]
+pub struct ClientRequests(Vec<[IntCounter; CODE_CLASSES.len()]>);
+
 /// One account's handles.
 #[derive(Clone, Debug)]
 pub struct AccountMetrics {
-    requests: Vec<[IntCounter; CODE_CLASSES.len()]>,
     request_duration: Vec<Histogram>,
     upstream_requests: Vec<IntCounter>,
     upstream_request_duration: Histogram,
     saved: [IntCounter; 3],
     /// How long flights waited for a permit.
     pub budget_wait: Histogram,
-    /// Flights that wait for a permit.
-    pub queue_length: IntGauge,
+    /// Flights that wait for a permit: in the foreground, in the background.
+    pub queue_length: [IntGauge; 2],
     /// Permits a second that the pace allows.
     pub rate: prometheus::Gauge,
     shed: [IntCounter; 2],
     /// Accounts under this label that an upstream 429 has paused.
     pub paused: IntGauge,
+    live_tasks: IntGauge,
+    freshness: prometheus::Gauge,
 }
 
 impl AccountMetrics {
-    /// Counts a poll that was answered `served` with `code`, `after` its arrival.
-    pub fn answered(&self, served: Served, code: u16, after: Duration) {
-        self.requests[served as usize][code_class(code)].inc();
+    /// Counts a poll of `client` that was answered `served` with `code`, `after` its arrival.
+    pub fn answered(&self, client: &ClientRequests, served: Served, code: u16, after: Duration) {
+        client.0[served as usize][code_class(code)].inc();
         self.request_duration[served as usize].observe(after.as_secs_f64());
         match served {
             Served::Hit => self.saved[0].inc(),
@@ -351,6 +389,12 @@ impl AccountMetrics {
     pub fn attempted(&self, outcome: Outcome, took: Duration) {
         self.upstream_requests[outcome as usize].inc();
         self.upstream_request_duration.observe(took.as_secs_f64());
+    }
+
+    /// Shows how many tasks are live, and how long their answers are fresh.
+    pub fn live(&self, tasks: usize, freshness: Duration) {
+        self.live_tasks.set(i64::try_from(tasks).unwrap_or(i64::MAX));
+        self.freshness.set(freshness.as_secs_f64());
     }
 
     /// Counts a poll that the budget turned away.

@@ -137,7 +137,7 @@ impl Server {
         let draining = self.draining.clone();
         self.tracker.spawn(async move {
             let _place = place;
-            serve_connection(stream, gateway, &limits, draining).await;
+            serve_connection(stream, peer, gateway, &limits, draining).await;
         });
     }
 

@@ -1,7 +1,8 @@
 //! What is kept of an answer, and for how long it is fresh: data and arithmetic, no map and no clock.
 //!
 //! Terms as in RFC 9111 §4.2: an answer is fresh while its age is below its freshness lifetime, and stale after that.
-//! Ages are taken from the monotonic clock; `complete_at` and the like are compared with the wall clock.
+//! A live answer's lifetime is its account's at the moment, since it depends on how many tasks are live: whoever asks
+//! brings it along. Ages are taken from the monotonic clock; `complete_at` and the like are compared with the wall clock.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::config;
 use crate::task::{Class, Reading, Stage, media_lifetime};
 
 /// How long a success without media is kept like a live answer, from first sight: the media may land after the flip.
-const SETTLING: Duration = Duration::from_secs(10 * 60);
+const SETTLING: Duration = Duration::from_mins(10);
 
 /// An answer of upstream's: its bytes as they came, and what they mean.
 #[derive(Debug)]
@@ -47,8 +48,8 @@ pub struct Answer {
 /// For how long an answer is kept and fresh, counted from when it was received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keeping {
-    /// The freshness lifetime.
-    pub lifetime: Duration,
+    /// The freshness lifetime; `None` while the task goes on: then it is what the account's live answers have.
+    pub lifetime: Option<Duration>,
     /// When it is forgotten: the same for ended tasks, later for live ones, whose snapshot may still stand in.
     pub keep: Duration,
     /// Whether the task has ended, so that nothing is to be asked any more.
@@ -68,8 +69,8 @@ impl Keeping {
         cache: &config::Cache,
     ) -> Option<Self> {
         let live = |settling_since| Self {
-            lifetime: cache.fresh.floor,
-            keep: cache.max_stale.max(cache.fresh.floor),
+            lifetime: None,
+            keep: cache.max_stale.max(cache.fresh.ceiling),
             ended: false,
             settling_since,
         };
@@ -77,7 +78,7 @@ impl Keeping {
             let dead = cache.fresh.ceiling;
             let keep = media_lifetime(reading.complete_at, reading.create_at, unix_now, cache.terminal, dead);
             Self {
-                lifetime: keep,
+                lifetime: Some(keep),
                 keep,
                 ended: true,
                 settling_since: None,
@@ -101,7 +102,7 @@ impl Keeping {
             Class::NotFound => {
                 let keep = cache.not_found;
                 Some(Self {
-                    lifetime: keep,
+                    lifetime: Some(keep),
                     keep,
                     ended: false,
                     settling_since: None,
@@ -140,9 +141,15 @@ impl Answer {
         now.saturating_duration_since(self.received)
     }
 
-    /// Whether it is within its freshness lifetime at `now`.
-    pub fn is_fresh(&self, now: Instant) -> bool {
-        self.keeping.is_some_and(|keeping| self.age(now) < keeping.lifetime)
+    /// Whether it is within its freshness lifetime at `now`; `live` is that of live answers.
+    pub fn is_fresh(&self, now: Instant, live: Duration) -> bool {
+        self.keeping
+            .is_some_and(|keeping| self.age(now) < keeping.lifetime.unwrap_or(live))
+    }
+
+    /// Whether it tells that the task goes on.
+    pub fn is_live(&self) -> bool {
+        self.keeping.is_some_and(|keeping| keeping.lifetime.is_none())
     }
 
     /// Whether it is still kept at `now`.
@@ -161,11 +168,13 @@ impl Answer {
         self.reading.class != Class::NotFound && self.is_kept(now) && (self.has_ended() || self.age(now) <= max_stale)
     }
 
-    /// What is left of the freshness lifetime at `now`, in whole seconds; negative once stale (RFC 9211 `ttl`).
-    pub fn ttl(&self, now: Instant) -> i64 {
+    /// What is left of the freshness lifetime at `now`, in whole seconds; negative once stale (RFC 9211 `ttl`). `live` is
+    /// the lifetime of live answers.
+    pub fn ttl(&self, now: Instant, live: Duration) -> i64 {
         let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-        self.keeping
-            .map_or(0, |keeping| seconds(keeping.lifetime) - seconds(self.age(now)))
+        self.keeping.map_or(0, |keeping| {
+            seconds(keeping.lifetime.unwrap_or(live)) - seconds(self.age(now))
+        })
     }
 
     /// Whether it should take the place of `kept`: a state only moves forward, and of two answers that tell of the same

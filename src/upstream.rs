@@ -9,6 +9,7 @@
 //! `task`'s business.
 
 mod body;
+mod breaker;
 mod wire;
 
 use std::collections::{HashMap, VecDeque};
@@ -38,6 +39,7 @@ use crate::config;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::task::TaskId;
+pub use breaker::{Breaker, Probe};
 use wire::Wire;
 pub use wire::{Dial, Dialing, Stream, tcp};
 
@@ -47,6 +49,9 @@ pub const TASK_INFO_PATH: &str = "/api/v1/client/job/TaskInfo";
 /// Connections idle for longer are closed by us: most servers close theirs after 60 s or more, and one that closes just as
 /// a request is written costs a second permit.
 const IDLE_LIFETIME: Duration = Duration::from_secs(30);
+
+/// How long a probe waits for its connection: an upstream that is back is found out soon, and so is one that is not.
+const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// The upstream, and every connection to it.
 #[derive(Clone, Debug)]
@@ -63,6 +68,7 @@ struct Inner {
     /// A connection was closed or became idle.
     freed: Notify,
     room: body::Room,
+    breaker: Arc<Breaker>,
     metrics: Arc<Metrics>,
 }
 
@@ -135,6 +141,7 @@ impl Upstream {
             connections: Mutex::default(),
             freed: Notify::new(),
             room: body::Room::new(limits.body_bytes, settings.max_body),
+            breaker: Arc::new(Breaker::new(metrics.upstream_breaker_open.clone())),
             metrics,
         })))
     }
@@ -167,6 +174,11 @@ impl Upstream {
             .map_err(|_| Error::NoConnection)?;
         let (mut sender, _) = self.0.open(slot).await?;
         sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)
+    }
+
+    /// Whether upstream may be asked at all.
+    pub fn breaker(&self) -> &Arc<Breaker> {
+        &self.0.breaker
     }
 
     /// The value of the Host header.
@@ -203,14 +215,14 @@ impl Drop for PoolHandle {
 }
 
 impl Pool {
-    /// A connection of one's own: an idle one, else a new one; with `fresh`, always a new one. Waits while the account or
-    /// the process has as many as it may.
+    /// A connection of one's own, to ask for `task`: an idle one, else a new one; with `fresh`, always a new one. Waits
+    /// while the account or the process has as many as it may.
     ///
     /// Cancel safe.
     ///
     /// # Errors
     /// [`Error::NoConnection`] when DNS, TCP or TLS fail or take longer than `upstream.connect_timeout` together.
-    pub async fn connect(&self, fresh: bool) -> Result<Ready, Error> {
+    pub async fn connect(&self, task: &TaskId, fresh: bool) -> Result<Ready, Error> {
         let upstream = &self.0.upstream;
         loop {
             let freed = upstream.freed.notified();
@@ -232,7 +244,7 @@ impl Pool {
                 }
                 Admission::Open(slot) => {
                     let id = slot.id;
-                    let (sender, wire) = upstream.open(slot).await?;
+                    let (sender, wire) = upstream.breaker.watch(task, upstream.open(slot)).await?;
                     return Ok(Ready(Some(Held {
                         pool: self.clone(),
                         id,
@@ -242,6 +254,21 @@ impl Pool {
                 }
                 Admission::Full => freed.await,
             }
+        }
+    }
+
+    /// A connection to probe upstream with, within 400 ms. One that takes longer is finished all the same, within
+    /// `upstream.connect_timeout`, and then idle: so an upstream that is slow to connect to is found out by the next probe.
+    ///
+    /// # Errors
+    /// [`Error::NoConnection`] when there is none by then.
+    pub async fn connect_to_probe(&self, task: &TaskId) -> Result<Ready, Error> {
+        let (pool, task) = (self.clone(), task.clone());
+        let patience = self.0.upstream.settings.connect_timeout;
+        let connecting = tokio::spawn(async move { timeout(patience, pool.connect(&task, false)).await });
+        match timeout(PROBE_CONNECT_TIMEOUT, connecting).await {
+            Ok(Ok(Ok(connected))) => connected,
+            Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Error::NoConnection),
         }
     }
 
@@ -435,18 +462,19 @@ impl Inner {
             });
             anyhow::Ok((sender, wire))
         };
-        match timeout(self.settings.connect_timeout, connecting).await {
-            Ok(Ok(opened)) => Ok(opened),
-            Ok(Err(error)) => {
-                tracing::warn!(error = format!("{error:#}"), "upstream connection failed");
-                Err(Error::NoConnection)
-            }
-            Err(_) => {
-                let waited_s = self.settings.connect_timeout.as_secs_f64();
-                tracing::warn!(waited_s, "upstream connection timed out");
-                Err(Error::NoConnection)
-            }
+        let error = match timeout(self.settings.connect_timeout, connecting).await {
+            Ok(Ok(opened)) => return Ok(opened),
+            Ok(Err(error)) => error,
+            Err(_) => anyhow::anyhow!("not open within upstream.connect_timeout"),
+        };
+        let error = format!("{error:#}");
+        if self.breaker.is_open() {
+            // The breaker has said so, once; that its probes fail is no news.
+            tracing::debug!(error, "upstream connection failed");
+        } else {
+            tracing::warn!(error, "upstream connection failed");
         }
+        Err(Error::NoConnection)
     }
 }
 
@@ -458,7 +486,8 @@ impl Connections {
         };
         if !fresh {
             while let Some(idle) = pool.idle.pop_back() {
-                if !idle.sender.is_closed() && idle.since + IDLE_LIFETIME > now {
+                let is_young = idle.since + IDLE_LIFETIME > now && upstream.breaker.trusts(idle.since);
+                if is_young && !idle.sender.is_closed() {
                     return Admission::Idle(idle);
                 }
             }

@@ -281,11 +281,6 @@ fn what_a_later_version_may_read_is_refused_clearly() {
         "shared: { url: 'redis://x' }",
         "shared: replicas that share a budget are not supported by this version: set it to null and run one replica",
     );
-    refuses(
-        &format!("accounts: [{{ name: a, keys: [{{ env: MUSIC }}], clients: [{{ name: x, token: {SECRET} }}] }}]"),
-        "accounts[0].clients: client tokens are not supported by this version: \
-         remove it and let clients send the account's key",
-    );
     accepts("{ shared: null, accounts: [{ name: a, keys: [{ env: MUSIC }], clients: [] }] }");
 }
 

@@ -3,12 +3,13 @@
 //! Permits follow the GCRA schedule of a governor quota with burst 1 (`Quota::per_second(15)` would let 29 through in one
 //! second). governor is asked with the instant at which the permit was *due*: where a flight with a connection was waiting
 //! then, a late wake-up does not move the next one, or 1.3 ms of lateness a wake-up would cost 0.3/s. Evenly spaced
-//! queries are safe whatever limiter upstream runs.
+//! queries are safe whatever limiter upstream runs. The quota is the full rate's and outlives every change of it: a lower
+//! rate is a longer wait on top.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU32;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use governor::clock::Clock;
@@ -16,12 +17,15 @@ use governor::middleware::NoOpMiddleware;
 use governor::nanos::Nanos;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
-use prometheus::IntGauge;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::Pace;
+use super::backoff::Backoff;
+use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::ring::{Ring, Room, Stamp};
+use super::{Pace, lock};
+use crate::account::Client;
+use crate::metrics::AccountMetrics;
 
 /// How far behind now the schedule may be, where an emission interval is shorter than a wake-up is late.
 const LATEST_WAKE_UP: Duration = Duration::from_millis(3);
@@ -33,88 +37,141 @@ const READY_AHEAD: usize = 2;
 /// What flights tell the dispatcher.
 #[derive(Debug)]
 pub(super) enum Message {
-    /// A flight waits for its turn.
-    Enter { order: i64, call: oneshot::Sender<()> },
-    /// A flight called forward has its connection, `since`.
+    /// A flight may come to wait.
+    Open { flight: Flight, is_refresh: bool },
+    /// A client's poll waits for it.
+    Join {
+        flight: Flight,
+        client: Client,
+        weight: u32,
+    },
+    /// A client's poll waits no longer.
+    Leave { flight: Flight, client: Client },
+    /// Its answer is wanted though nobody may wait for it.
+    Keep { flight: Flight },
+    /// It waits for its turn, from now on.
+    Enter {
+        flight: Flight,
+        is_again: bool,
+        call: oneshot::Sender<()>,
+    },
+    /// Called forward, it has its connection, `since`.
     Ready {
-        order: i64,
+        flight: Flight,
         since: Instant,
         grant: oneshot::Sender<Stamp>,
     },
-    /// A flight is done, or gave up.
-    Leave { order: i64 },
-    /// Nothing before `until`.
-    Pause { until: Instant },
+    /// It has its permit, or gave its turn up.
+    Withdraw { flight: Flight },
+    /// It is over.
+    Close { flight: Flight },
+    /// The backoff has changed.
+    BackedOff,
 }
 
-/// A flight called forward that has a connection.
+/// A flight called forward.
 #[derive(Debug)]
-struct Ready {
-    since: Instant,
-    grant: oneshot::Sender<Stamp>,
+struct Called {
+    flight: Flight,
+    at: Instant,
+    /// Once it has its connection.
+    grant: Option<oneshot::Sender<Stamp>>,
 }
 
-/// When the next permit can be granted.
-enum Next {
-    /// Nobody could use it.
-    Never,
-    At(Instant),
-    WhenWritten,
+/// What the dispatcher waits for, beside messages: by default for nothing, since nobody could use a permit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wake {
+    pub(super) at: Option<Instant>,
+    /// When a permit is written or dropped.
+    pub(super) when_changed: bool,
+}
+
+impl Wake {
+    fn at(at: Instant) -> Self {
+        Self {
+            at: Some(at),
+            when_changed: false,
+        }
+    }
+
+    fn or_at(self, at: Option<Instant>) -> Self {
+        Self {
+            at: self.at.into_iter().chain(at).min(),
+            ..self
+        }
+    }
 }
 
 pub(super) struct Dispatcher {
     pace: Pace,
+    max_queue: usize,
     inbox: mpsc::UnboundedReceiver<Message>,
-    /// By order of entry.
-    queue: BTreeMap<i64, oneshot::Sender<()>>,
-    called: BTreeMap<i64, Option<Ready>>,
+    queue: FairQueue,
+    /// How to call each flight that waits in the queue.
+    calls: HashMap<Flight, oneshot::Sender<()>>,
+    /// In the order in which they were called forward.
+    called: BTreeMap<u64, Called>,
+    /// Where each of them stands in that order.
+    call_of: HashMap<Flight, u64>,
+    next_call: u64,
     ready: usize,
+    /// Since when there has always been a flight with a connection, while there is one.
+    ready_since: Instant,
     limiter: RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>,
     clock: DueClock,
-    /// The instant from which governor would let the next cell through.
+    /// The instant from which the next permit would be on schedule.
     due: Instant,
-    /// The end of the pause, while there is one.
-    paused_until: Option<Instant>,
-    /// When granting began or was last resumed: no permit was due before.
-    resumed: Instant,
-    paused: IntGauge,
+    backoff: Arc<Mutex<Backoff>>,
+    is_paused: bool,
     ring: Arc<Ring>,
+    waiting: Arc<AtomicUsize>,
+    metrics: AccountMetrics,
+    /// What the gauges show of this account: foreground and background.
+    shown: (i64, i64),
 }
 
 impl Dispatcher {
-    pub(super) fn new(pace: Pace, paused: IntGauge, inbox: mpsc::UnboundedReceiver<Message>) -> Self {
+    pub(super) fn new(
+        pace: Pace,
+        max_queue: usize,
+        backoff: Arc<Mutex<Backoff>>,
+        waiting: Arc<AtomicUsize>,
+        metrics: AccountMetrics,
+        inbox: mpsc::UnboundedReceiver<Message>,
+    ) -> Self {
         let clock = DueClock::new();
         // An interval below a nanosecond is beyond `budget.limit`'s range; a minimum keeps the quota defined.
         let quota = Quota::with_period(pace.interval().max(Duration::from_nanos(1)))
             .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
             .allow_burst(NonZeroU32::MIN);
+        metrics.rate.set(pace.interval().as_secs_f64().recip());
         Self {
             pace,
+            max_queue,
             inbox,
-            queue: BTreeMap::new(),
+            queue: FairQueue::default(),
+            calls: HashMap::new(),
             called: BTreeMap::new(),
+            call_of: HashMap::new(),
+            next_call: 0,
             ready: 0,
+            ready_since: pace.not_before,
             limiter: RateLimiter::direct_with_clock(quota, clock.clone()),
             due: clock.start,
             clock,
-            paused_until: None,
-            resumed: pace.not_before,
-            paused,
+            backoff,
+            is_paused: false,
             ring: Arc::new(Ring::default()),
+            waiting,
+            metrics,
+            shown: (0, 0),
         }
     }
 
     /// Runs until the account's last handle is gone.
     pub(super) async fn run(mut self) {
         loop {
-            let now = Instant::now();
-            self.end_pause(now);
-            let next = self.grant_due(now);
-            let (wake, when_written) = match next {
-                Next::Never => (self.paused_until, false),
-                Next::At(due) => (Some(self.paused_until.map_or(due, |until| until.min(due))), false),
-                Next::WhenWritten => (self.paused_until, true),
-            };
+            let Wake { at, when_changed } = self.look(Instant::now());
             let ring = Arc::clone(&self.ring);
             tokio::select! {
                 message = self.inbox.recv() => {
@@ -124,128 +181,209 @@ impl Dispatcher {
                         self.take(message);
                     }
                 }
-                () = sleep_until(wake.unwrap_or(now)), if wake.is_some() => {}
-                () = ring.changed.notified(), if when_written => {}
+                () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
+                () = ring.changed.notified(), if when_changed => {}
             }
         }
-        if self.paused_until.is_some() {
-            self.paused.dec();
-        }
+        self.queue = FairQueue::default();
+        self.called.clear();
+        self.show();
+        self.metrics.paused.sub(i64::from(self.is_paused));
     }
 
-    fn take(&mut self, message: Message) {
+    /// Does what is due at `now`.
+    pub(super) fn look(&mut self, now: Instant) -> Wake {
+        let pause_ends = self.watch_pause(now);
+        let wake = self.grant_due(now).or_at(pause_ends);
+        self.show();
+        wake
+    }
+
+    pub(super) fn take(&mut self, message: Message) {
         match message {
-            Message::Enter { order, call } => {
-                self.queue.insert(order, call);
+            Message::Open { flight, is_refresh } => self.queue.open(flight, is_refresh),
+            Message::Join { flight, client, weight } => self.queue.join(flight, &client, weight),
+            Message::Leave { flight, client } => self.queue.leave(flight, &client),
+            Message::Keep { flight } => self.queue.keep(flight),
+            Message::Enter { flight, is_again, call } => {
+                self.calls.insert(flight, call);
+                self.queue.enter(flight, is_again);
+                while !is_again && self.waiting() > self.max_queue {
+                    match self.queue.shed() {
+                        // Its leader learns from the call that never comes.
+                        Shedding::Flight(shed) => drop(self.calls.remove(&shed)),
+                        Shedding::Place => {}
+                        Shedding::Nothing => break,
+                    }
+                }
             }
-            Message::Ready { order, since, grant } => {
-                if let Some(called) = self.called.get_mut(&order) {
-                    *called = Some(Ready { since, grant });
+            Message::Ready { flight, since, grant } => {
+                let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
+                if let Some(called) = call {
+                    called.grant = Some(grant);
+                    if self.ready == 0 {
+                        self.ready_since = since;
+                    }
                     self.ready += 1;
                 }
             }
-            Message::Leave { order } => {
-                self.queue.remove(&order);
-                self.forget(order);
+            Message::Withdraw { flight } => {
+                self.calls.remove(&flight);
+                self.queue.withdraw(flight);
+                self.forget(flight);
             }
-            Message::Pause { until } => {
-                if self.paused_until.is_none() {
-                    self.paused.inc();
-                }
-                self.paused_until = self.paused_until.max(Some(until));
+            Message::Close { flight } => {
+                self.calls.remove(&flight);
+                self.queue.close(flight);
+                self.forget(flight);
             }
+            Message::BackedOff => {}
         }
     }
 
-    fn forget(&mut self, order: i64) -> Option<Ready> {
-        let ready = self.called.remove(&order)?;
-        self.ready -= usize::from(ready.is_some());
-        ready
+    /// Flights that wait for a permit.
+    fn waiting(&self) -> usize {
+        self.queue.waiting() + self.called.len()
     }
 
-    fn end_pause(&mut self, now: Instant) {
-        if let Some(until) = self.paused_until.take_if(|until| *until <= now) {
-            self.resumed = self.resumed.max(until);
-            self.paused.dec();
+    fn forget(&mut self, flight: Flight) -> Option<oneshot::Sender<Stamp>> {
+        let call = self.call_of.remove(&flight)?;
+        let grant = self.called.remove(&call)?.grant;
+        self.ready -= usize::from(grant.is_some());
+        grant
+    }
+
+    /// Shows whether the account is paused; gives when the pause ends.
+    fn watch_pause(&mut self, now: Instant) -> Option<Instant> {
+        let (pause_ends, rate) = {
+            let backoff = lock(&self.backoff);
+            (backoff.paused_until(now), backoff.rate(now))
+        };
+        if pause_ends.is_some() != self.is_paused {
+            self.is_paused = pause_ends.is_some();
+            self.metrics.paused.add(if self.is_paused { 1 } else { -1 });
         }
+        self.metrics
+            .rate
+            .set(rate / (Duration::from_secs(1) + self.pace.margin).as_secs_f64());
+        pause_ends
     }
 
-    /// Calls flights forward while too few of those called have a connection.
-    fn call_forward(&mut self) {
+    /// Brings the queue's length up to date where others see it. Accounts that are not configured share one gauge, so
+    /// that each adds what has changed.
+    fn show(&mut self) {
+        self.waiting.store(self.waiting(), Ordering::Relaxed);
+        let count = |flights: usize| i64::try_from(flights).unwrap_or(i64::MAX);
+        let background = count(self.queue.background());
+        let foreground = count(self.waiting()) - background;
+        self.metrics.queue_length[0].add(foreground - self.shown.0);
+        self.metrics.queue_length[1].add(background - self.shown.1);
+        self.shown = (foreground, background);
+    }
+
+    /// Calls flights forward while too few of those called have a connection. Of those that have none as many may be
+    /// called as could have been served since the first of them was: so connections that open slowly are opened in
+    /// parallel, and where they open at once nobody is called early. Gives when one more may come.
+    fn call_forward(&mut self, now: Instant) -> Option<Instant> {
         let limit = self.limit();
         let ahead = (limit / 8).clamp(READY_AHEAD, 64);
         let most = (limit + 1).clamp(4, 256);
         while self.ready < ahead && self.called.len() < most {
-            let Some((order, call)) = self.queue.pop_first() else {
-                break;
-            };
-            // Nobody listens when the flight has just given up; its `Leave` is on the way.
-            if call.send(()).is_ok() {
-                self.called.insert(order, None);
+            let slowest = self.called.values().find(|called| called.grant.is_none());
+            if let Some(Called { at, .. }) = slowest {
+                let extra = (self.called.len() - self.ready).saturating_sub(ahead - 1);
+                let extra = u32::try_from(extra).unwrap_or(u32::MAX);
+                let may_come = *at + self.pace.interval().saturating_mul(extra);
+                if may_come > now {
+                    return (self.queue.waiting() > 0).then_some(may_come);
+                }
+            }
+            let flight = self.queue.pop()?;
+            // Nobody listens when the flight has just given up; its end is on the way.
+            if self.calls.remove(&flight).is_some_and(|call| call.send(()).is_ok()) {
+                self.next_call += 1;
+                let (at, grant) = (now, None);
+                self.called.insert(self.next_call, Called { flight, at, grant });
+                self.call_of.insert(flight, self.next_call);
             }
         }
+        None
     }
 
-    /// Grants every permit that is due, to the earliest flights that have a connection.
-    fn grant_due(&mut self, now: Instant) -> Next {
+    /// Grants every permit that is due.
+    fn grant_due(&mut self, now: Instant) -> Wake {
         loop {
-            self.call_forward();
-            let first = self
-                .called
-                .iter()
-                .find_map(|(order, ready)| Some((*order, ready.as_ref()?.since)));
-            let Some((order, since)) = first else {
-                return Next::Never;
-            };
-            let hold = self.resumed.max(self.paused_until.unwrap_or(now));
-            if hold > now {
-                return Next::At(hold);
-            }
-            match self.ring.room(now, self.limit(), self.pace.window()) {
-                Room::Free => {}
-                Room::At(free) => return Next::At(free),
-                Room::WhenWritten => return Next::WhenWritten,
-            }
-            if self.due > now {
-                return Next::At(self.due);
-            }
-            let behind = self.pace.interval().max(LATEST_WAKE_UP);
-            let latest = now.checked_sub(behind).unwrap_or(now);
-            let at = self.due.max(since).max(self.resumed).max(latest).min(now);
-            if !self.conforms(at) {
-                continue;
-            }
-            if let Some(ready) = self.forget(order) {
-                self.hand_over(ready);
+            let may_come = self.call_forward(now);
+            let wake = self.grant_next(now);
+            if let Some(wake) = wake {
+                return wake.or_at(may_come);
             }
         }
     }
 
-    /// Spends a cell at the instant `at`, and learns when the next one conforms.
-    fn conforms(&mut self, at: Instant) -> bool {
+    /// Grants the next permit, or says what it waits for.
+    fn grant_next(&mut self, now: Instant) -> Option<Wake> {
+        if self.ready == 0 {
+            return Some(Wake::default());
+        }
+        let (resumed, rate) = {
+            let backoff = lock(&self.backoff);
+            (backoff.resumed(), backoff.rate(now))
+        };
+        let resumed = resumed.map_or(self.pace.not_before, |resumed| resumed.max(self.pace.not_before));
+        if resumed > now {
+            return Some(Wake::at(resumed));
+        }
+        match self.ring.room(now, self.limit(), self.pace.window()) {
+            Room::Free => {}
+            Room::Taken { until } => {
+                return Some(Wake {
+                    at: until,
+                    when_changed: true,
+                });
+            }
+        }
+        if self.due > now {
+            return Some(Wake::at(self.due));
+        }
+        let behind = self.pace.interval().max(LATEST_WAKE_UP);
+        let latest = now.checked_sub(behind).unwrap_or(now);
+        let at = self.due.max(self.ready_since).max(resumed).max(latest).min(now);
+        if self.conforms(at, rate) {
+            self.hand_over();
+        }
+        None
+    }
+
+    /// Spends a cell at the instant `at`, and learns when the next one is due: when it conforms, and at a lower `rate`
+    /// later.
+    fn conforms(&mut self, at: Instant, rate: f64) -> bool {
         self.clock.set(at);
         let conforms = self.limiter.check().is_ok();
         if let Err(not_until) = self.limiter.check() {
             self.due = self.clock.instant(not_until.earliest_possible());
         }
+        if conforms && rate < f64::from(self.pace.limit.get()) {
+            let interval = (Duration::from_secs(1) + self.pace.margin).div_f64(rate);
+            self.due = self.due.max(at + interval);
+        }
         conforms
     }
 
-    fn hand_over(&mut self, to: Ready) {
+    /// Gives a permit to the earliest flight that has a connection and is still there.
+    fn hand_over(&mut self) {
         let mut stamp = self.ring.take();
-        let mut to = Some(to);
-        // A flight may have given up since it said that it was ready: the next ready one takes its permit.
-        while let Some(ready) = to.take() {
-            match ready.grant.send(stamp) {
-                Ok(()) => return,
-                Err(back) => stamp = back,
+        while let Some(flight) = self.first_ready() {
+            match self.forget(flight).map(|grant| grant.send(stamp)) {
+                Some(Err(back)) => stamp = back,
+                Some(Ok(())) | None => return,
             }
-            let next = self
-                .called
-                .iter()
-                .find_map(|(order, ready)| ready.is_some().then_some(*order));
-            to = next.and_then(|order| self.forget(order));
         }
+    }
+
+    fn first_ready(&self) -> Option<Flight> {
+        let mut called = self.called.values();
+        called.find_map(|called| called.grant.is_some().then_some(called.flight))
     }
 
     fn limit(&self) -> usize {

@@ -33,10 +33,9 @@ struct Slots {
 pub(super) enum Room {
     /// Now.
     Free,
-    /// When the oldest that stands in the way leaves the window.
-    At(Instant),
-    /// Not before a permit that was granted is written or dropped.
-    WhenWritten,
+    /// Not before a permit that was granted is written or dropped, or the oldest written query that stands in the way
+    /// leaves the window.
+    Taken { until: Option<Instant> },
 }
 
 impl Ring {
@@ -50,10 +49,10 @@ impl Ring {
         if taken < limit {
             return Room::Free;
         }
-        slots
-            .written
-            .get(taken - limit)
-            .map_or(Room::WhenWritten, |in_the_way| Room::At(*in_the_way + window))
+        let in_the_way = slots.written.get(taken - limit);
+        Room::Taken {
+            until: in_the_way.map(|written| *written + window),
+        }
     }
 
     /// Takes a slot, from now until it is written and a window has passed, or until it is dropped unused.

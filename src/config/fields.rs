@@ -19,7 +19,7 @@ use tracing::Level;
 use super::problem::{Wrong, wrong};
 use super::reader::Reader;
 use super::values::{self, written_duration, written_size};
-use super::{Account, Budget, Cache, Config, Fresh, Limits, Log, LogFormat, UnknownKeys, Upstream, secret};
+use super::{Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, UnknownKeys, Upstream, secret};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = secs(86_400);
@@ -87,10 +87,32 @@ fn account(r: &mut Reader<'_>) -> Account {
         r.problem("name", "is missing", fix);
     }
     let keys = secret::keys(r, "keys");
-    let fix = "remove it and let clients send the account's key";
-    r.unsupported("clients", "client tokens", fix);
+    let clients: Vec<_> = r.each("clients", client).into_iter().flatten().collect();
+    for (index, Client { name, .. }) in clients.iter().enumerate() {
+        if clients[..index].iter().any(|other| other.name == *name) {
+            let what = "is also the name of another client of this account";
+            r.problem(&format!("clients[{index}].name"), what, "choose another");
+        }
+    }
     let name = name.unwrap_or_default();
-    Account { name, keys }
+    Account { name, keys, clients }
+}
+
+fn client(r: &mut Reader<'_>) -> Option<Client> {
+    let name = r.nullable("name", values::name);
+    if name.is_none() && r.sound(&["", "name"]) {
+        let fix = "give the client a name, which labels its metrics";
+        r.problem("name", "is missing", fix);
+    }
+    let token = secret::one(r, "token");
+    let weight = r.count("weight", 1, 1..=1000);
+    let passthrough = r.value("passthrough", false, values::boolean);
+    Some(Client {
+        name: name?,
+        token: token?,
+        weight,
+        passthrough,
+    })
 }
 
 fn accounts(r: &mut Reader<'_>) -> Vec<Account> {
@@ -279,7 +301,7 @@ mod tests {
             .map_while(|line| line.strip_prefix("# "))
             .collect();
         let example = example.join("\n");
-        let problems = Config::parse(&example, &|_| Some("key".to_owned())).unwrap_err();
+        let problems = Config::parse(&example, &|name| Some(format!("value-of-{name}"))).unwrap_err();
         let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
         assert_eq!(fields, ["accounts[0].keys[0].file"], "{problems}\n{example}");
     }

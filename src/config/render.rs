@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::fields::{LOG_FORMATS, LOG_LEVELS, UNKNOWN_KEYS};
 use super::values::{written_duration as time, written_size};
-use super::{Account, Config, Key, KeySource};
+use super::{Account, Client, Config, Key, KeySource};
 
 /// Every field, in the order of the shipped `config.yaml`.
 pub(super) fn yaml(config: &Config) -> String {
@@ -78,13 +78,31 @@ fn accounts_yaml(accounts: &[Account]) -> String {
     if accounts.is_empty() {
         return "accounts: []".to_owned();
     }
-    let account = |Account { name, keys }: &Account| {
-        let keys: Vec<_> = keys.iter().map(key_yaml).collect();
+    let account = |Account { name, keys, clients }: &Account| {
+        let keys: Vec<_> = keys.iter().map(|key| format!("      - {}", key_yaml(key))).collect();
         let name = quoted(name);
-        format!("  - name: {name}\n    keys:\n{}\n    clients: []", keys.join("\n"))
+        let clients = if clients.is_empty() {
+            " []".to_owned()
+        } else {
+            clients.iter().map(client_yaml).collect()
+        };
+        format!(
+            "  - name: {name}\n    keys:\n{}\n    clients:{clients}",
+            keys.join("\n")
+        )
     };
     let accounts: Vec<_> = accounts.iter().map(account).collect();
     format!("accounts:\n{}", accounts.join("\n"))
+}
+
+fn client_yaml(client: &Client) -> String {
+    format!(
+        "\n      - name: {}\n        token: {}\n        weight: {}\n        passthrough: {}",
+        quoted(&client.name),
+        key_yaml(&client.token),
+        client.weight,
+        client.passthrough
+    )
 }
 
 fn key_yaml(Key { key, source }: &Key) -> String {
@@ -92,7 +110,7 @@ fn key_yaml(Key { key, source }: &Key) -> String {
         KeySource::File(file) => format!("file: {}", path(file)),
         KeySource::Env(name) => format!("env: {}", quoted(name)),
     };
-    format!("      - {{ {source} }}  # read, {} characters", key.length())
+    format!("{{ {source} }}  # read, {} characters", key.length())
 }
 
 /// A JSON string, which is a YAML string in double quotes.

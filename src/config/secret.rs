@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use super::problem::{Wrong, wrong};
 use super::reader::{Reader, list};
 use super::values;
@@ -42,17 +44,31 @@ pub(super) fn keys(reader: &mut Reader<'_>, name: &'static str) -> Vec<Key> {
         reader.problem(name, "has no key", fix);
     }
     let path = reader.path(name);
-    let keys = items.iter().enumerate().map(|(index, item)| {
-        let path = format!("{path}[{index}]");
-        if item.is_string() || item.is_number() {
-            const WHAT: &str = "a key as plain text: keys are never written into the config";
-            const FIX: &str = "put it in a file or an environment variable and write { file: PATH } or { env: NAME }";
-            reader.within(path, None, |reader| reader.problem("", WHAT, FIX));
-            return None;
-        }
-        reader.within(path, Some(item), key)
-    });
+    let keys = items
+        .iter()
+        .enumerate()
+        .map(|(index, item)| secret(reader, format!("{path}[{index}]"), item));
     keys.flatten().collect()
+}
+
+/// Reads the one secret `name`, which has to be there.
+pub(super) fn one(reader: &mut Reader<'_>, name: &'static str) -> Option<Key> {
+    let item = reader.nullable(name, Ok);
+    if item.is_none() && reader.sound(&["", name]) {
+        reader.problem(name, "is missing", "write { file: PATH } or { env: NAME }");
+    }
+    let path = reader.path(name);
+    secret(reader, path, item?)
+}
+
+fn secret<'a>(reader: &mut Reader<'a>, path: String, item: &'a Value) -> Option<Key> {
+    if item.is_string() || item.is_number() {
+        const WHAT: &str = "a key as plain text: keys are never written into the config";
+        const FIX: &str = "put it in a file or an environment variable and write { file: PATH } or { env: NAME }";
+        reader.within(path, None, |reader| reader.problem("", WHAT, FIX));
+        return None;
+    }
+    reader.within(path, Some(item), key)
 }
 
 /// Reads one key: `{ file: PATH }` or `{ env: NAME }`.

@@ -171,7 +171,12 @@ pub(super) fn header(value: &Value) -> Result<HeaderName, Wrong> {
     Ok(name)
 }
 
-/// An account's name, fit for a metric label.
+/// True or false; YAML 1.2 knows no other words for them.
+pub(super) fn boolean(value: &Value) -> Result<bool, Wrong> {
+    value.as_bool().ok_or_else(|| is_not(value, "true or false", "true"))
+}
+
+/// An account's or a client's name, fit for a metric label.
 pub(super) fn name(value: &Value) -> Result<String, Wrong> {
     let name = text(value, "music")?;
     let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));

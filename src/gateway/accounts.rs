@@ -1,25 +1,31 @@
-//! Which account a key belongs to, and what each account has: its budget, its connections, its counters.
+//! Which account a key belongs to, and what each account has: its budget, its connections, its live tasks, its counters.
 //!
 //! Listed keys are looked up without a lock. A key that is listed nowhere is an account of its own; at most `max_accounts`
 //! of these are remembered, and one that was idle for a minute is forgotten, never while upstream has it paused. Its id
 //! follows from the key, so its cached answers outlive that.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use http::HeaderValue;
 use tokio::time::Instant;
 
-use crate::account::{AccountId, AccountIds, ApiKey};
+use crate::account::{AccountId, AccountIds, ApiKey, Caller, Client};
 use crate::budget::{Budget, Pace};
-use crate::config::{Config, UnknownKeys};
+use crate::config::{Config, Fresh, UnknownKeys};
 use crate::error::Error;
-use crate::metrics::{AccountMetrics, Metrics, OTHER};
+use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::upstream::{Pool, Upstream};
+use crate::watch::Watch;
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
+
+/// Of a client's own name for itself, so many characters count.
+const LONGEST_NAME: usize = 64;
 
 /// An account, from here on without its keys.
 #[derive(Debug)]
@@ -29,9 +35,86 @@ pub(super) struct Account {
     pub(super) label: Arc<str>,
     pub(super) budget: Budget,
     pub(super) pool: Pool,
+    pub(super) watch: Watch,
     pub(super) metrics: AccountMetrics,
+    /// The counters of clients that are not configured.
+    others: ClientRequests,
+    /// Its listed keys, in their order: what client tokens stand for.
+    keys: Vec<ApiKey>,
     /// Milliseconds from the directory's start to the last poll.
     asked_ms: AtomicU64,
+}
+
+impl Account {
+    /// The freshness lifetime of its live answers at `now`.
+    pub(super) fn lifetime(&self, now: Instant) -> Duration {
+        self.watch.lifetime(self.budget.rate(now), now)
+    }
+}
+
+/// A configured client: its token stands for its account's keys.
+#[derive(Debug)]
+struct Token {
+    name: Arc<str>,
+    weight: u32,
+    passthrough: bool,
+    requests: ClientRequests,
+}
+
+/// Who asks: on which account, with which key, and as which client.
+#[derive(Clone, Debug)]
+pub(super) struct Asker {
+    pub(super) account: Arc<Account>,
+    /// The key that goes upstream.
+    pub(super) key: ApiKey,
+    token: Option<Arc<Token>>,
+}
+
+impl Asker {
+    /// The client, for fairness: its token or, without one, its address; within that the name that it gave itself.
+    pub(super) fn client(&self, peer: IpAddr, name: Option<&HeaderValue>) -> Client {
+        let caller = match &self.token {
+            Some(token) => Caller::Token(Arc::clone(&token.name)),
+            None => Caller::Address(peer.to_canonical()),
+        };
+        let name = name.and_then(|name| name.to_str().ok()).map(|name| {
+            let end = name.char_indices().nth(LONGEST_NAME).map_or(name.len(), |(end, _)| end);
+            Arc::from(&name[..end])
+        });
+        Client { caller, name }
+    }
+
+    /// How many turns the client gets for one of an address's.
+    pub(super) fn weight(&self) -> u32 {
+        self.token.as_ref().map_or(1, |token| token.weight)
+    }
+
+    /// The client's counters.
+    pub(super) fn requests(&self) -> &ClientRequests {
+        self.token
+            .as_ref()
+            .map_or(&self.account.others, |token| &token.requests)
+    }
+
+    /// Whether it may use the paths that are streamed through: a token only where configuration says so, since that
+    /// spends money.
+    pub(super) fn may_pass_through(&self) -> bool {
+        self.token.as_ref().is_none_or(|token| token.passthrough)
+    }
+
+    /// Whether it presented a token, and the key is one that it stands for.
+    pub(super) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    /// The same asker with the account's next key, after upstream refused the one before. A client that presented a key
+    /// of its own has no other.
+    pub(super) fn with_next_key(&self) -> Option<Self> {
+        self.token.as_ref()?;
+        let mut keys = self.account.keys.iter().skip_while(|key| **key != self.key);
+        let key = keys.nth(1)?.clone();
+        Some(Self { key, ..self.clone() })
+    }
 }
 
 /// What a new account is made of.
@@ -42,14 +125,17 @@ struct Maker {
     metrics: Arc<Metrics>,
     /// The handles that all unlisted accounts share.
     other: AccountMetrics,
+    others: ClientRequests,
     pace: Pace,
     max_queue: usize,
+    fresh: Fresh,
 }
 
 /// The directory of accounts.
 #[derive(Debug)]
 pub(super) struct Accounts {
-    listed: HashMap<ApiKey, Arc<Account>>,
+    /// By key and by client token.
+    listed: HashMap<ApiKey, Asker>,
     unlisted: RwLock<HashMap<ApiKey, Arc<Account>>>,
     unknown_keys: UnknownKeys,
     max_unlisted: usize,
@@ -62,10 +148,11 @@ impl Accounts {
     /// `started` plus 1 s plus `budget.margin`.
     pub(super) fn new(config: &Config, upstream: Upstream, metrics: Arc<Metrics>, started: Instant) -> Self {
         let margin = config.budget.margin;
-        let make = Maker {
+        let maker = Maker {
             ids: AccountIds::default(),
             upstream,
             other: metrics.account(OTHER),
+            others: metrics.client(OTHER, OTHER),
             metrics,
             pace: Pace {
                 limit: config.budget.limit,
@@ -73,16 +160,28 @@ impl Accounts {
                 not_before: started + Duration::from_secs(1) + margin,
             },
             max_queue: config.budget.max_queue,
+            fresh: config.cache.fresh,
         };
         let mut listed = HashMap::new();
-        for account in &config.accounts {
-            let made = Arc::new(make.listed(&account.name));
-            listed.extend(
-                account
-                    .keys
-                    .iter()
-                    .map(|listed| (listed.key.clone(), Arc::clone(&made))),
-            );
+        for configured in &config.accounts {
+            let keys: Vec<_> = configured.keys.iter().map(|listed| listed.key.clone()).collect();
+            let account = Arc::new(maker.listed(&configured.name, keys.clone()));
+            for client in &configured.clients {
+                let token = Arc::new(Token {
+                    name: client.name.as_str().into(),
+                    weight: client.weight,
+                    passthrough: client.passthrough,
+                    requests: maker.metrics.client(&configured.name, &client.name),
+                });
+                // An account without a key is refused by `config`.
+                let Some(key) = keys.first().cloned() else { continue };
+                let (account, token) = (Arc::clone(&account), Some(token));
+                listed.insert(client.token.key.clone(), Asker { account, key, token });
+            }
+            for key in keys {
+                let (account, token) = (Arc::clone(&account), None);
+                listed.insert(key.clone(), Asker { account, key, token });
+            }
         }
         Self {
             listed,
@@ -90,18 +189,24 @@ impl Accounts {
             unknown_keys: config.unknown_keys,
             max_unlisted: config.max_accounts,
             started,
-            make,
+            make: maker,
         }
     }
 
-    /// The account that `key` belongs to.
+    /// Who presents `key`, an account's or a client token.
     ///
     /// # Errors
     /// [`Error::UnknownKey`] when unlisted keys are rejected, [`Error::TooManyAccounts`] when too many are remembered.
-    pub(super) fn of(&self, key: &ApiKey, now: Instant) -> Result<Arc<Account>, Error> {
-        if let Some(account) = self.listed.get(key) {
-            return Ok(Arc::clone(account));
+    pub(super) fn of(&self, key: &ApiKey, now: Instant) -> Result<Asker, Error> {
+        if let Some(asker) = self.listed.get(key) {
+            return Ok(asker.clone());
         }
+        let account = self.unlisted(key, now)?;
+        let (key, token) = (key.clone(), None);
+        Ok(Asker { account, key, token })
+    }
+
+    fn unlisted(&self, key: &ApiKey, now: Instant) -> Result<Arc<Account>, Error> {
         if self.unknown_keys == UnknownKeys::Reject {
             return Err(Error::UnknownKey);
         }
@@ -129,9 +234,14 @@ impl Accounts {
         Ok(account)
     }
 
-    /// Whether `key` may spend money upstream: it is listed, or unlisted ones are forwarded.
-    pub(super) fn admits(&self, key: Option<&ApiKey>) -> bool {
-        self.unknown_keys == UnknownKeys::Forward || key.is_some_and(|key| self.listed.contains_key(key))
+    /// Who presents `key`, if configuration lists it.
+    pub(super) fn listed(&self, key: &ApiKey) -> Option<&Asker> {
+        self.listed.get(key)
+    }
+
+    /// Whether a key that is listed nowhere may go upstream.
+    pub(super) fn forwards_unknown(&self) -> bool {
+        self.unknown_keys == UnknownKeys::Forward
     }
 
     /// Forgets unlisted accounts that nobody has asked for in a minute.
@@ -150,28 +260,55 @@ impl Accounts {
         drop(forgotten);
     }
 
+    /// Shows each account's live tasks and their freshness lifetime at `now`; of the unlisted ones, which share a label,
+    /// all live tasks and the longest lifetime.
+    pub(super) fn show_live(&self, now: Instant) {
+        for asker in self.listed.values() {
+            let account = &asker.account;
+            account.metrics.live(account.watch.live(now), account.lifetime(now));
+        }
+        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        let nobody = (0, self.make.fresh.floor);
+        let (tasks, lifetime) = unlisted.values().fold(nobody, |(tasks, longest), account| {
+            (tasks + account.watch.live(now), longest.max(account.lifetime(now)))
+        });
+        self.make.other.live(tasks, lifetime);
+    }
+
     fn ms(&self, now: Instant) -> u64 {
         u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
     }
 }
 
 impl Maker {
-    fn listed(&self, name: &str) -> Account {
-        self.account(self.ids.listed(name), name.into(), self.metrics.account(name), 0)
+    fn listed(&self, name: &str, keys: Vec<ApiKey>) -> Account {
+        let (id, metrics) = (self.ids.listed(name), self.metrics.account(name));
+        let others = self.metrics.client(name, OTHER);
+        Account {
+            keys,
+            ..self.account(id, name.into(), metrics, others)
+        }
     }
 
     fn unlisted(&self, key: &ApiKey, asked_ms: u64) -> Account {
-        self.account(self.ids.unlisted(key), OTHER.into(), self.other.clone(), asked_ms)
+        let id = self.ids.unlisted(key);
+        Account {
+            asked_ms: AtomicU64::new(asked_ms),
+            ..self.account(id, OTHER.into(), self.other.clone(), self.others.clone())
+        }
     }
 
-    fn account(&self, id: AccountId, label: Arc<str>, metrics: AccountMetrics, asked_ms: u64) -> Account {
+    fn account(&self, id: AccountId, label: Arc<str>, metrics: AccountMetrics, others: ClientRequests) -> Account {
         Account {
             id,
             label,
             budget: Budget::new(self.pace, self.max_queue, metrics.clone()),
             pool: self.upstream.pool(),
+            watch: Watch::new(self.fresh),
             metrics,
-            asked_ms: AtomicU64::new(asked_ms),
+            others,
+            keys: Vec::new(),
+            asked_ms: AtomicU64::new(0),
         }
     }
 }

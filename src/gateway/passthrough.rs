@@ -10,9 +10,10 @@ use http::{HeaderMap, HeaderValue, Request, Response, Uri};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
+use super::Gateway;
+use super::accounts::Asker;
 use super::response::{self, Body};
-use super::{Gateway, presented_key};
-use crate::account::ApiKey;
+use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
 
 /// Headers by which some servers let a request stand for another path or method: with one, an innocent path could be a
@@ -26,6 +27,12 @@ const REWRITING_HEADERS: [&str; 6] = [
     "x-method-override",
 ];
 
+/// What may pass: where to, and the key in place of a client token.
+struct Admitted {
+    path: PathAndQuery,
+    key: Option<ApiKey>,
+}
+
 /// More decodings than any chain of servers makes.
 const MOST_DECODINGS: usize = 8;
 
@@ -33,7 +40,7 @@ impl Gateway {
     /// Streams a request through, or says why not.
     pub(super) async fn pass_through(&self, request: Request<Incoming>) -> Response<Body> {
         let result = match self.admit(&request) {
-            Ok(path) => self.upstream.stream(self.rewritten(request, path)).await,
+            Ok(admitted) => self.upstream.stream(self.rewritten(request, admitted)).await,
             Err(error) => Err(error),
         };
         let response = match result {
@@ -51,7 +58,7 @@ impl Gateway {
         response
     }
 
-    fn admit(&self, request: &Request<Incoming>) -> Result<PathAndQuery, Error> {
+    fn admit(&self, request: &Request<Incoming>) -> Result<Admitted, Error> {
         let path = request.uri().path();
         let is_open = self
             .config
@@ -61,14 +68,22 @@ impl Gateway {
         if !is_open || !is_innocent(path) {
             return Err(Error::NotFound);
         }
-        let key = presented_key(request.headers())?;
-        if !self.accounts.admits(key.or_else(|| bearer(request.headers())).as_ref()) {
-            return Err(Error::UnknownKey);
-        }
-        request.uri().path_and_query().cloned().ok_or(Error::NotFound)
+        let path = request.uri().path_and_query().cloned().ok_or(Error::NotFound)?;
+        let headers = request.headers();
+        let credential = self.credential(headers)?;
+        let bearer = bearer(headers);
+        let listed = credential.or(bearer).and_then(|key| self.accounts.listed(&key));
+        let key = match listed {
+            Some(asker) if !asker.may_pass_through() => return Err(Error::TokenMayNotPass),
+            Some(asker) => asker.has_token().then(|| asker.key.clone()),
+            None if self.accounts.forwards_unknown() => None,
+            None => return Err(Error::UnknownKey),
+        };
+        Ok(Admitted { path, key })
     }
 
-    fn rewritten(&self, request: Request<Incoming>, path: PathAndQuery) -> Request<Incoming> {
+    fn rewritten(&self, request: Request<Incoming>, admitted: Admitted) -> Request<Incoming> {
+        let Admitted { path, key } = admitted;
         let (mut head, body) = request.into_parts();
         // Origin form: a client may have sent an absolute one, naming us.
         head.uri = Uri::from(path);
@@ -76,6 +91,13 @@ impl Gateway {
         response::strip_hop_by_hop(&mut head.headers);
         for name in REWRITING_HEADERS {
             head.headers.remove(name);
+        }
+        if let Some(key) = key {
+            // A token is ours and goes nowhere: what it stands for goes in its place.
+            if bearer(&head.headers).is_some_and(|bearer| self.accounts.listed(&bearer).is_some_and(Asker::has_token)) {
+                head.headers.remove(AUTHORIZATION);
+            }
+            head.headers.insert(API_KEY_HEADER, key.header_value());
         }
         // hyper has answered, or will answer, `100-continue` itself.
         head.headers.remove(EXPECT);
@@ -87,7 +109,7 @@ impl Gateway {
 }
 
 /// The key in `Authorization: Bearer`, which the vendor's LLM paths take.
-fn bearer(headers: &HeaderMap) -> Option<ApiKey> {
+pub(super) fn bearer(headers: &HeaderMap) -> Option<ApiKey> {
     let (scheme, key) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     scheme
         .eq_ignore_ascii_case("bearer")

@@ -73,30 +73,28 @@ pub(super) enum CacheStatus {
 }
 
 impl CacheStatus {
-    fn value(self, answer: &Answer, now: Instant) -> String {
-        let ttl = answer.ttl(now);
+    fn value(self, answer: &Answer, ttl: i64) -> String {
         match self {
             Self::Hit(None) => format!("crun-gateway; hit; ttl={ttl}"),
             Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
             Self::Forwarded { was_stale, collapsed } => {
-                let mut value = String::from("crun-gateway");
-                value.push_str(if was_stale { "; fwd=stale" } else { "; fwd=uri-miss" });
-                value.push_str(&format!("; fwd-status={}", answer.status.as_u16()));
-                if collapsed {
-                    value.push_str("; collapsed");
-                }
-                if answer.keeping.is_some() {
-                    value.push_str(&format!("; stored; ttl={ttl}"));
-                }
-                value
+                let fwd = if was_stale { "stale" } else { "uri-miss" };
+                let status = answer.status.as_u16();
+                let collapsed = if collapsed { "; collapsed" } else { "" };
+                let stored = if answer.keeping.is_some() {
+                    format!("; stored; ttl={ttl}")
+                } else {
+                    String::new()
+                };
+                format!("crun-gateway; fwd={fwd}; fwd-status={status}{collapsed}{stored}")
             }
         }
     }
 }
 
 /// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
-/// connection or a moment that is not this client's.
-pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant) -> Response<Body> {
+/// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
+pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
     let mut response = Response::new(Body::Whole(Full::new(answer.body.clone())));
     *response.status_mut() = answer.status;
     let headers = response.headers_mut();
@@ -106,7 +104,7 @@ pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant) -> Respo
     if let Some(retry_after) = &answer.retry_after {
         headers.insert(RETRY_AFTER, retry_after.clone());
     }
-    if let Ok(value) = HeaderValue::try_from(cache.value(answer, now)) {
+    if let Ok(value) = HeaderValue::try_from(cache.value(answer, answer.ttl(now, live))) {
         headers.insert(CACHE_STATUS, value);
     }
     headers.insert(AGE, HeaderValue::from(answer.age(now).as_secs()));

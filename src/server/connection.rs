@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -32,8 +33,13 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves one connection until the client closes it, a time-out does, or, once `draining` is cancelled, its grace is over
 /// and its last answer is given.
-pub async fn serve_connection<S>(stream: S, gateway: Arc<Gateway>, limits: &Limits, draining: CancellationToken)
-where
+pub async fn serve_connection<S>(
+    stream: S,
+    peer: IpAddr,
+    gateway: Arc<Gateway>,
+    limits: &Limits,
+    draining: CancellationToken,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let phase = Phases::new(limits);
@@ -42,7 +48,7 @@ where
         move |request: Request<Incoming>| {
             let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
             async move {
-                let mut response = gateway.handle(request).await;
+                let mut response = gateway.handle(request, peer).await;
                 if draining.is_cancelled() {
                     response
                         .headers_mut()
@@ -68,10 +74,10 @@ where
     let mut give_up = None;
     loop {
         let event = {
-            let mut given_up = pin!(sleep_until_some(give_up));
+            let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
                 // However it ends, there is nobody left to tell.
-                if connection.as_mut().poll(cx).is_ready() || given_up.as_mut().poll(cx).is_ready() {
+                if connection.as_mut().poll(cx).is_ready() || patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
                 if !is_closing && drained.as_mut().poll(cx).is_ready() {

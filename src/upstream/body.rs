@@ -93,7 +93,7 @@ pub(super) async fn read(
     if announced.is_some_and(|length| length > most) {
         return Err(Error::UpstreamTooLarge);
     }
-    let mut decoder = Decoder::of(
+    let mut decoding = Decoder::of(
         headers,
         Bounded {
             bytes: Vec::new(),
@@ -105,10 +105,10 @@ pub(super) async fn read(
         let Ok(data) = frame.map_err(|_| Error::UpstreamBroken)?.into_data() else {
             continue;
         };
-        decoder.push(&data)?;
-        share.grow(decoder.bounded().bytes.len()).await?;
+        decoding.push(&data)?;
+        share.grow(decoding.bounded().bytes.len()).await?;
     }
-    let decoded = decoder.finish()?;
+    let decoded = decoding.finish()?;
     share.grow(decoded.len()).await?;
     Ok((Bytes::from(decoded.into_boxed_slice()), share.permit))
 }

@@ -150,7 +150,8 @@ async fn what_may_be_kept_is_kept_and_nothing_else() {
 async fn both_forms_of_an_error_come_through_in_their_own_form() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(&upstream.url, "budget: { limit: 1000 }").await;
-    for code in [401, 402, 403, 404, 422, 455, 500, 501, 502, 503, 504, 505] {
+    // Never five in a row that say that upstream is unavailable.
+    for code in [401, 455, 402, 502, 403, 503, 404, 504, 422, 500, 501, 505] {
         let http = poll(gateway.address, &format!("http-{code}.a")).await;
         let body = poll(gateway.address, &format!("body-{code}.a")).await;
         assert_eq!((http.status.as_u16(), body.status.as_u16()), (code, 200));
@@ -235,6 +236,7 @@ async fn a_body_that_cannot_be_had_is_a_bounded_and_honest_error() {
     ] {
         poll(gateway.address, task).await.assert_is_our_error(status);
         // Nothing of it is left to disturb the next.
-        assert_eq!(poll(gateway.address, "ended.b").await.status, 200, "after {task}");
+        let next = format!("ended.after-{task}");
+        assert_eq!(poll(gateway.address, &next).await.status, 200, "after {task}");
     }
 }

@@ -5,12 +5,16 @@
 //!
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
+//! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
+//! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `requests`: what a poll may look like, and how bad ones are refused
+//! - `fairness`: clients share the budget, and what a client token stands for
+//! - `stop`: a stop loses nothing
+//! - `passthrough`: what is streamed through
+//! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
 //! - `connections`: time-outs, limits, and who shares what
-//! - `passthrough`: every other path, untouched
-//! - `stop`: what SIGTERM costs nobody
 //! - `tls`: upstream over TLS
 
 #![allow(
@@ -18,13 +22,18 @@
     clippy::expect_used,
     reason = "a test that cannot go on shall fail"
 )]
-#![allow(unreachable_pub, reason = "the harness is public to every file here")]
+#![allow(unreachable_pub, reason = "`pub` says what the harness offers, crate or not")]
+#![allow(clippy::cast_precision_loss, reason = "the counts of a test are small")]
 
 mod coalescing;
+mod commands;
 mod connections;
+mod fairness;
 mod fidelity;
+mod freshness;
 mod harness;
 mod isolation;
+mod outage;
 mod pace;
 mod passthrough;
 mod requests;

@@ -12,7 +12,7 @@ use crate::harness::{Gateway, KEY, Simulator, poll};
 /// 300 different tasks at once: everybody is answered, upstream sees each once.
 async fn three_hundred_tasks(behaviour: Behaviour) -> Arc<Paused> {
     let gateway = Arc::new(Paused::start(behaviour, |config| {
-        config.budget.max_wait = Duration::from_secs(45)
+        config.budget.max_wait = Duration::from_secs(45);
     }));
     let mut polls = JoinSet::new();
     for task in 0..300 {
@@ -102,7 +102,7 @@ async fn nothing_is_asked_in_the_first_second_of_a_process() {
 #[tokio::test(start_paused = true)]
 async fn accounts_do_not_wait_for_each_other() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
-        config.budget.max_wait = Duration::from_secs(45)
+        config.budget.max_wait = Duration::from_secs(45);
     }));
     let mut polls = JoinSet::new();
     for task in 0..150 {
@@ -243,7 +243,7 @@ async fn a_live_snapshot_beats_an_error() {
         422,
         "what is said about the request goes through"
     );
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    tokio::time::sleep(Duration::from_mins(10)).await;
     assert_eq!(gateway.arrivals().len(), 4);
 }
 

@@ -183,6 +183,21 @@ async fn a_request_sent_as_the_connection_closes_is_answered_or_sees_its_end_and
     assert_eq!(gateway.exit().await.code(), Some(0));
 }
 
+#[tokio::test]
+async fn requests_pipelined_behind_the_last_one_do_not_take_its_answer_away() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    let mut connection = Raw::connect(gateway.address).await;
+    gateway.terminate();
+    draining(&gateway).await;
+    connection.send(raw::poll("ended.a").repeat(50)).await.unwrap();
+    let last = connection.reply().await;
+    assert!(last.is(200) && last.says_close(), "{last:?}");
+    connection.assert_ends().await;
+    drop(connection);
+    assert_eq!(gateway.exit().await.code(), Some(0));
+}
+
 /// One client that polls on a connection for as long as it may and reconnects, until nobody listens any more. Gives how
 /// many answers it got.
 async fn poll_until_refused(address: SocketAddr, number: usize) -> usize {

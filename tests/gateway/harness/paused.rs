@@ -1,6 +1,8 @@
 //! Paused time: the gateway over in-memory connections, upstream and clients alike, so that a promise about time is
 //! tested exactly and at once. Everything but the sockets is what runs in production.
 
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,7 +12,7 @@ use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
 use crun_gateway::upstream::{Dial, Stream};
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1 as client;
@@ -38,6 +40,21 @@ pub struct Behaviour {
     pub idle: Option<Duration>,
     /// The answer to the n-th query (from 0) of a task.
     pub answer: fn(usize, &str) -> Response<Full<Bytes>>,
+    /// From when until when, since the start, upstream is away, and how.
+    pub outage: Option<(Range<Duration>, Away)>,
+}
+
+/// How an upstream is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Away {
+    /// Connections are refused, and those that are open are cut at the next query.
+    Refuses,
+    /// Connections are never opened, and queries never answered.
+    Silent,
+    /// Every query is answered with this code, as HTTP status.
+    Status(u16),
+    /// Every query is answered with HTTP 200 and this code in the body.
+    Code(u16),
 }
 
 impl Default for Behaviour {
@@ -47,6 +64,7 @@ impl Default for Behaviour {
             latency: Duration::from_millis(100),
             idle: None,
             answer: |_, task| success(task),
+            outage: None,
         }
     }
 }
@@ -55,7 +73,9 @@ impl Default for Behaviour {
 pub struct Paused {
     gateway: Arc<Gateway>,
     config: Config,
+    metrics: Arc<Metrics>,
     arrivals: Arc<Mutex<Vec<Instant>>>,
+    dials: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Paused {
@@ -64,30 +84,66 @@ impl Paused {
         config.upstream.url = "http://upstream".parse().unwrap();
         configure(&mut config);
         let arrivals = Arc::new(Mutex::new(Vec::new()));
-        let dial = dial(behaviour, Arc::clone(&arrivals));
-        let gateway = Gateway::new(config.clone(), dial, Arc::new(Metrics::new().unwrap())).unwrap();
+        let dials = Arc::new(Mutex::new(Vec::new()));
+        let dial = dial(behaviour, Arc::clone(&arrivals), Arc::clone(&dials));
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics)).unwrap();
         Self {
             gateway,
             config,
+            metrics,
             arrivals,
+            dials,
         }
     }
 
     /// Polls over a connection of its own.
     pub async fn poll(&self, key: &str, task: &str) -> Reply {
+        self.ask(poll_request(key, task)).await
+    }
+
+    /// The same from a peer at another address.
+    pub async fn poll_from(&self, peer: IpAddr, key: &str, task: &str) -> Reply {
+        self.ask_from(peer, poll_request(key, task)).await
+    }
+
+    /// Sends any request over a connection of its own.
+    pub async fn ask(&self, request: Request<Full<Bytes>>) -> Reply {
+        self.ask_from(Ipv4Addr::LOCALHOST.into(), request).await
+    }
+
+    async fn ask_from(&self, peer: IpAddr, request: Request<Full<Bytes>>) -> Reply {
         let (near, far) = duplex(PIPE);
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
-        tokio::spawn(async move { serve_connection(far, gateway, &limits, CancellationToken::new()).await });
+        tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await });
         let (mut sender, connection) = client::handshake(TokioIo::new(near)).await.unwrap();
         tokio::spawn(connection);
-        let (head, body) = sender.send_request(poll_request(key, task)).await.unwrap().into_parts();
+        let (head, body) = sender.send_request(request).await.unwrap().into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         Reply {
             status: head.status,
             headers: head.headers,
             body,
         }
+    }
+
+    /// When each connection to upstream began to be opened, in order.
+    pub fn dials(&self) -> Vec<Instant> {
+        self.dials.lock().unwrap().clone()
+    }
+
+    /// The value of one series, named as in `/metrics`.
+    pub fn metric(&self, series: &str) -> f64 {
+        self.gateway.refresh_metrics();
+        let text = String::from_utf8(self.metrics.render().unwrap()).unwrap();
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value
+            .unwrap_or_else(|| panic!("no series {series} in\n{text}"))
+            .parse()
+            .unwrap()
     }
 
     /// When each query arrived upstream, in order.
@@ -128,7 +184,29 @@ pub fn json(body: &serde_json::Value) -> Response<Full<Bytes>> {
     Response::new(Full::new(Bytes::from(body.to_string())))
 }
 
-fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
+/// A task that goes on.
+pub fn running(task: &str) -> Response<Full<Bytes>> {
+    json(&serde_json::json!({
+        "code": 200, "message": "success", "data": { "task_id": task, "status": "running" },
+    }))
+}
+
+impl Behaviour {
+    /// How upstream is away, so long after the start.
+    fn away(&self, after: Duration) -> Option<Away> {
+        let (when, away) = self.outage.as_ref()?;
+        when.contains(&after).then_some(*away)
+    }
+}
+
+fn error(status: u16, code: u16) -> Response<Full<Bytes>> {
+    let mut response = json(&serde_json::json!({ "code": code, "message": "upstream is away", "data": null }));
+    *response.status_mut() = StatusCode::from_u16(status).unwrap();
+    response
+}
+
+fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>, dials: Arc<Mutex<Vec<Instant>>>) -> Dial {
+    let start = Instant::now();
     let opened = Arc::new(Mutex::new(0));
     let queries = Arc::new(Mutex::new(std::collections::HashMap::<String, usize>::new()));
     Arc::new(move || {
@@ -138,7 +216,13 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
             *opened - 1
         };
         let (behaviour, arrivals, queries) = (behaviour.clone(), Arc::clone(&arrivals), Arc::clone(&queries));
+        dials.lock().unwrap().push(Instant::now());
         Box::pin(async move {
+            match behaviour.away(start.elapsed()) {
+                Some(Away::Refuses) => return Err(std::io::ErrorKind::ConnectionRefused.into()),
+                Some(Away::Silent) => std::future::pending().await,
+                Some(Away::Status(_) | Away::Code(_)) | None => {}
+            }
             sleep((behaviour.opening)(number)).await;
             let (near, far) = duplex(PIPE);
             let idle = behaviour.idle;
@@ -162,9 +246,19 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>) -> Dial {
                 let (behaviour, busy) = (behaviour.clone(), Arc::clone(&busy));
                 busy.send_replace(true);
                 async move {
+                    match behaviour.away(start.elapsed()) {
+                        Some(Away::Refuses) => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset)),
+                        Some(Away::Silent) => std::future::pending().await,
+                        Some(Away::Status(_) | Away::Code(_)) | None => {}
+                    }
+                    let away = behaviour.away(start.elapsed());
                     sleep(behaviour.latency).await;
                     busy.send_replace(false);
-                    Ok::<_, std::convert::Infallible>((behaviour.answer)(count, &task))
+                    Ok(match away {
+                        Some(Away::Status(status)) => error(status, status),
+                        Some(Away::Code(code)) => error(200, code),
+                        Some(Away::Refuses | Away::Silent) | None => (behaviour.answer)(count, &task),
+                    })
                 }
             });
             tokio::spawn(async move {

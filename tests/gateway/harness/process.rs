@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::client::{bare, request};
 
 /// Longer than anything here takes: a test that hangs shall say where.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The path of the binary.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_crun-gateway");
@@ -92,13 +92,23 @@ impl Gateway {
             .expect("the gateway starts in time")
             .unwrap();
         let serving = serving.unwrap_or_else(|| panic!("the gateway did not start: {}", log.lock().unwrap()));
+        let json: Option<Value> = serde_json::from_str(&serving).ok();
         let field = |name: &str| {
-            let rest = serving.split_once(&format!("{name}=")).unwrap().1;
-            rest.split_whitespace().next().unwrap().parse().unwrap()
+            let text = match &json {
+                Some(line) => line[name].as_str().unwrap(),
+                None => serving
+                    .split_once(&format!(" {name}="))
+                    .unwrap()
+                    .1
+                    .split_whitespace()
+                    .next()
+                    .unwrap(),
+            };
+            text.parse().unwrap()
         };
         Self {
-            address: field(" listen"),
-            admin: field(" admin"),
+            address: field("listen"),
+            admin: field("admin"),
             child,
             log,
             _config: file,
@@ -151,8 +161,8 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
         let mut found = Some(found);
         let mut lines = BufReader::new(output).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            log.lock().unwrap().push_str(&format!("{line}\n"));
-            if line.contains(" serving ")
+            *log.lock().unwrap() += &(line.clone() + "\n");
+            if (line.contains(" serving ") || line.contains("\"serving\""))
                 && let Some(found) = found.take()
             {
                 let _ = found.send(Some(line));
@@ -167,13 +177,18 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
 pub struct Simulator {
     pub url: String,
     address: SocketAddr,
-    _child: Child,
+    child: Child,
 }
 
 impl Simulator {
     pub async fn start(options: &[&str]) -> Self {
+        Self::start_at("127.0.0.1:0", options).await
+    }
+
+    /// Starts it where another has been.
+    pub async fn start_at(listen: &str, options: &[&str]) -> Self {
         let mut command = Command::new(BINARY);
-        command.args(["upstream", "--listen", "127.0.0.1:0"]).args(options);
+        command.args(["upstream", "--listen", listen]).args(options);
         let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let first = timeout(PATIENCE, lines.next_line())
@@ -184,11 +199,13 @@ impl Simulator {
         let url = first.strip_prefix("listening on ").unwrap().to_owned();
         let address = url.split_once("//").unwrap().1.parse().unwrap();
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Self {
-            url,
-            address,
-            _child: child,
-        }
+        Self { url, address, child }
+    }
+
+    /// Ends it at once; says where it was.
+    pub async fn kill(mut self) -> String {
+        self.child.kill().await.unwrap();
+        self.address.to_string()
     }
 
     /// What it counted.

@@ -1,0 +1,134 @@
+//! What upstream's 429 does to an account's pace: a pause, and a lower rate for a while. Pure: `now` is passed in.
+//!
+//! Others spend the account, too (the web playground, other hosts), so the rate is cut by half once a pause and recovers
+//! by a thirtieth of the limit each second: additive increase, multiplicative decrease (Chiu and Jain, 1989), under which
+//! spenders that cannot see each other come to share.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// The longest that upstream can pause an account.
+const LONGEST_ASKED: Duration = Duration::from_mins(5);
+
+/// Where upstream does not say how long: the first pause, and the longest that doubling leads to.
+const FIRST: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// Seconds from a standstill to the full rate.
+const RECOVERY_S: f64 = 30.0;
+
+#[derive(Debug)]
+pub(super) struct Backoff {
+    limit: f64,
+    paused_until: Option<Instant>,
+    /// The rate when the last pause ended, from which it recovers.
+    cut: Option<(f64, Instant)>,
+    /// The last pause of our own choosing, doubled while the rate has not recovered.
+    chosen: Duration,
+}
+
+impl Backoff {
+    pub(super) fn new(limit: NonZeroU32) -> Self {
+        Self {
+            limit: f64::from(limit.get()),
+            paused_until: None,
+            cut: None,
+            chosen: Duration::ZERO,
+        }
+    }
+
+    /// Notes a 429, gives how long the pause is from `now` on.
+    pub(super) fn rate_limited(&mut self, retry_after: Option<Duration>, now: Instant) -> Duration {
+        let in_pause = self.paused_until(now);
+        if in_pause.is_none() {
+            let rate = self.rate(now);
+            self.chosen = if rate < self.limit {
+                (self.chosen * 2).clamp(FIRST, LONGEST)
+            } else {
+                FIRST
+            };
+            self.cut = Some(((rate / 2.0).max(1.0), now));
+        }
+        let pause = retry_after.map_or(self.chosen.max(FIRST), |asked| asked.min(LONGEST_ASKED));
+        let until = in_pause.map_or(now + pause, |before| before.max(now + pause));
+        self.paused_until = Some(until);
+        if let Some((_, since)) = &mut self.cut {
+            *since = until;
+        }
+        until.saturating_duration_since(now)
+    }
+
+    /// The end of the pause, while there is one.
+    pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
+        self.paused_until.filter(|until| *until > now)
+    }
+
+    /// When the last pause ends or ended.
+    pub(super) fn resumed(&self) -> Option<Instant> {
+        self.paused_until
+    }
+
+    /// Queries a second, of `limit`, that may be asked at `now`; the margin is the pace's own.
+    pub(super) fn rate(&self, now: Instant) -> f64 {
+        self.cut.map_or(self.limit, |(rate, since)| {
+            let recovered = now.saturating_duration_since(since).as_secs_f64() * self.limit / RECOVERY_S;
+            (rate + recovered).min(self.limit)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn backoff() -> (Backoff, Instant) {
+        let limit = NonZeroU32::new(15).unwrap();
+        (Backoff::new(limit), Instant::now())
+    }
+
+    #[track_caller]
+    fn assert_rate(backoff: &Backoff, at: Instant, expected: f64) {
+        let rate = backoff.rate(at);
+        assert!((rate - expected).abs() < 1e-6, "{rate} is not {expected}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_429_halves_the_rate_once_a_pause_and_it_recovers() {
+        let (mut backoff, now) = backoff();
+        assert_rate(&backoff, now, 15.0);
+        assert_eq!(backoff.rate_limited(Some(2 * SECOND), now), 2 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(2 * SECOND), now), 2 * SECOND);
+        assert_rate(&backoff, now + 2 * SECOND, 7.5);
+        assert_rate(&backoff, now + 6 * SECOND, 9.5);
+        assert_rate(&backoff, now + 17 * SECOND, 15.0);
+        assert_rate(&backoff, now + 100 * SECOND, 15.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_is_only_ever_extended_and_capped() {
+        let (mut backoff, now) = backoff();
+        assert_eq!(backoff.rate_limited(Some(20 * SECOND), now), 20 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(SECOND), now + SECOND), 19 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(9000 * SECOND), now), 300 * SECOND);
+        assert_eq!(backoff.paused_until(now + 299 * SECOND), Some(now + 300 * SECOND));
+        assert_eq!(backoff.paused_until(now + 300 * SECOND), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_of_our_own_choosing_double_up_to_thirty_seconds_and_the_rate_never_falls_below_one() {
+        let (mut backoff, mut now) = backoff();
+        for expected in [1, 2, 4, 8, 16, 30, 30] {
+            let pause = backoff.rate_limited(None, now);
+            assert_eq!(pause, expected * SECOND);
+            now += pause;
+            assert!(backoff.rate(now) >= 1.0);
+        }
+        assert_rate(&backoff, now, 1.0);
+        now += 60 * SECOND;
+        assert_eq!(backoff.rate_limited(None, now), SECOND);
+    }
+}

@@ -1,0 +1,375 @@
+//! Whose turn it is: a pure structure without a clock.
+//!
+//! A flight stands in the queue of every client that waits for it, and goes when the first of these places comes up,
+//! charged to that client. Clients are served by deficit round robin (Shreedhar and Varghese, 1995) on two levels: callers
+//! by weight, and within a caller its names by turns; since every query costs the same, a quantum is a number of flights.
+//! Within a client, tasks never seen before go ahead of refreshes, then by arrival. Flights that nobody waits for but whose
+//! answer is wanted form the background lane: it gets what foreground leaves, and at least one turn in ten.
+//!
+//! Every step is O(log n).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::account::{Caller, Client};
+
+/// A flight, by the number it was given.
+pub(super) type Flight = u64;
+
+/// Of so many turns, one is the background's if it has anybody waiting.
+const BACKGROUND_SHARE: u32 = 10;
+
+/// Names within a caller are free text: beyond so many waiting at once in an account, the rest share one.
+const MOST_NAMES: usize = 256;
+
+/// What gave way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shedding {
+    /// A flight: it waits no longer.
+    Flight(Flight),
+    /// One client's place, of a flight that other clients wait for, too.
+    Place,
+    /// Nothing could.
+    Nothing,
+}
+
+/// Where a place stands in its client's queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Order {
+    /// Later than every task that was never seen.
+    is_refresh: bool,
+    arrival: u64,
+}
+
+/// A position in a round; whoever was served gets a new one, behind all others.
+type Turn = u64;
+
+#[derive(Debug, Default)]
+pub(super) struct FairQueue {
+    flights: HashMap<Flight, Standing>,
+    callers: HashMap<Caller, CallerQueue>,
+    /// Callers with places, the one whose turn it is first.
+    turns: BTreeMap<Turn, Caller>,
+    next_turn: Turn,
+    /// Flights that had their turn and need another: before everybody.
+    again: BTreeSet<(u64, Flight)>,
+    background: BTreeSet<(u64, Flight)>,
+    /// Turns of others since the background had one.
+    since_background: u32,
+    /// Clients by how many places they have.
+    by_places: BTreeSet<(usize, Client)>,
+    names: usize,
+    arrivals: u64,
+    /// Flights that wait for a turn.
+    waiting: usize,
+}
+
+#[derive(Debug)]
+struct Standing {
+    is_refresh: bool,
+    /// Its arrival, once it waits for a turn.
+    arrival: Option<u64>,
+    /// Whether it waits before everybody.
+    is_again: bool,
+    /// Who waits for it: the client under whose name its place stands, and how many of that client's polls.
+    clients: HashMap<Client, Waiters>,
+    is_kept: bool,
+}
+
+#[derive(Debug)]
+struct Waiters {
+    polls: usize,
+    weight: u32,
+    /// The client in whose queue the place stands, and where: another than the poll's own once names are many.
+    place: Option<(Client, Order)>,
+}
+
+#[derive(Debug)]
+struct CallerQueue {
+    weight: u32,
+    /// Flights that this caller may still send in this round.
+    deficit: u32,
+    turn: Turn,
+    names: HashMap<Client, NameQueue>,
+    turns: BTreeMap<Turn, Client>,
+}
+
+#[derive(Debug)]
+struct NameQueue {
+    turn: Turn,
+    places: BTreeMap<Order, Flight>,
+}
+
+impl FairQueue {
+    /// A flight that will wait for turns; of a task that has a snapshot, or of one never seen.
+    pub(super) fn open(&mut self, flight: Flight, is_refresh: bool) {
+        let standing = Standing {
+            is_refresh,
+            arrival: None,
+            is_again: false,
+            clients: HashMap::new(),
+            is_kept: false,
+        };
+        self.flights.insert(flight, standing);
+    }
+
+    /// One more poll of `client` waits for `flight`.
+    pub(super) fn join(&mut self, flight: Flight, client: &Client, weight: u32) {
+        let Some(standing) = self.flights.get_mut(&flight) else {
+            return;
+        };
+        if let Some(waiters) = standing.clients.get_mut(client) {
+            waiters.polls += 1;
+            return;
+        }
+        standing.clients.insert(
+            client.clone(),
+            Waiters {
+                polls: 1,
+                weight,
+                place: None,
+            },
+        );
+        if let Some(arrival) = standing.arrival {
+            self.background.remove(&(arrival, flight));
+            if !standing.is_again {
+                self.place(flight, client);
+            }
+        }
+    }
+
+    /// One poll of `client` waits no longer.
+    pub(super) fn leave(&mut self, flight: Flight, client: &Client) {
+        let Some(standing) = self.flights.get_mut(&flight) else {
+            return;
+        };
+        let Some(waiters) = standing.clients.get_mut(client) else {
+            return;
+        };
+        waiters.polls -= 1;
+        if waiters.polls > 0 {
+            return;
+        }
+        let place = standing.clients.remove(client).and_then(|waiters| waiters.place);
+        self.unplace(place);
+        self.rest(flight);
+    }
+
+    /// Whether nobody waits or not: the flight's answer is wanted.
+    pub(super) fn keep(&mut self, flight: Flight) {
+        if let Some(standing) = self.flights.get_mut(&flight) {
+            standing.is_kept = true;
+            self.rest(flight);
+        }
+    }
+
+    /// The flight waits for a turn from now on; `again`: it had one, and goes before everybody.
+    pub(super) fn enter(&mut self, flight: Flight, again: bool) {
+        self.arrivals += 1;
+        let Some(standing) = self.flights.get_mut(&flight) else {
+            return;
+        };
+        if standing.arrival.replace(self.arrivals).is_none() {
+            self.waiting += 1;
+        }
+        standing.is_again = again;
+        if again {
+            self.again.insert((self.arrivals, flight));
+            return;
+        }
+        let clients: Vec<_> = standing.clients.keys().cloned().collect();
+        for client in clients {
+            self.place(flight, &client);
+        }
+        self.rest(flight);
+    }
+
+    /// The next flight in turn; it waits no longer, until it enters again.
+    pub(super) fn pop(&mut self) -> Option<Flight> {
+        let flight = self.next()?;
+        self.withdraw(flight);
+        Some(flight)
+    }
+
+    /// The flight is over.
+    pub(super) fn close(&mut self, flight: Flight) {
+        self.withdraw(flight);
+        self.flights.remove(&flight);
+    }
+
+    /// Makes one flight give way: the background's youngest, else the youngest place of the client with most places.
+    pub(super) fn shed(&mut self) -> Shedding {
+        if let Some((_, flight)) = self.background.last().copied() {
+            self.withdraw(flight);
+            return Shedding::Flight(flight);
+        }
+        let Some((flight, place)) = self.youngest_of_the_largest() else {
+            return Shedding::Nothing;
+        };
+        self.unplace(Some(place));
+        let standing = self.flights.get(&flight);
+        let has_place =
+            standing.is_some_and(|standing| standing.clients.values().any(|waiters| waiters.place.is_some()));
+        if has_place {
+            return Shedding::Place;
+        }
+        self.withdraw(flight);
+        Shedding::Flight(flight)
+    }
+
+    fn youngest_of_the_largest(&mut self) -> Option<(Flight, (Client, Order))> {
+        let (_, largest) = self.by_places.last()?;
+        let name = self.callers.get(&largest.caller)?.names.get(largest)?;
+        let (order, flight) = name.places.last_key_value()?;
+        let clients = &mut self.flights.get_mut(flight)?.clients;
+        let stands = |waiters: &&mut Waiters| waiters.place.as_ref().is_some_and(|(_, place)| place == order);
+        let place = clients.values_mut().find(stands)?.place.take()?;
+        Some((*flight, place))
+    }
+
+    /// Flights that wait for a turn.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Flights that wait and that nobody waits for.
+    pub(super) fn background(&self) -> usize {
+        self.background.len()
+    }
+
+    fn next(&mut self) -> Option<Flight> {
+        if let Some((_, flight)) = self.again.first() {
+            return Some(*flight);
+        }
+        let background = self.background.first().map(|(_, flight)| *flight);
+        let is_backgrounds_turn = self.turns.is_empty() || self.since_background + 1 >= BACKGROUND_SHARE;
+        if let Some(flight) = background.filter(|_| is_backgrounds_turn) {
+            self.since_background = 0;
+            return Some(flight);
+        }
+        self.since_background = if background.is_some() {
+            self.since_background + 1
+        } else {
+            0
+        };
+        let (_, caller) = self.turns.first_key_value()?;
+        let queue = self.callers.get_mut(caller)?;
+        if queue.deficit == 0 {
+            queue.deficit = queue.weight;
+        }
+        queue.deficit -= 1;
+        if queue.deficit == 0 {
+            self.next_turn += 1;
+            let (_, caller) = self.turns.pop_first()?;
+            queue.turn = self.next_turn;
+            self.turns.insert(queue.turn, caller);
+        }
+        self.next_turn += 1;
+        let (_, name) = queue.turns.pop_first()?;
+        let served = queue.names.get_mut(&name)?;
+        served.turn = self.next_turn;
+        queue.turns.insert(served.turn, name);
+        served.places.first_key_value().map(|(_, flight)| *flight)
+    }
+
+    /// Takes a flight out of every queue.
+    pub(super) fn withdraw(&mut self, flight: Flight) {
+        let Some(standing) = self.flights.get_mut(&flight) else {
+            return;
+        };
+        let Some(arrival) = standing.arrival.take() else { return };
+        let places: Vec<_> = standing
+            .clients
+            .values_mut()
+            .map(|waiters| waiters.place.take())
+            .collect();
+        for place in places {
+            self.unplace(place);
+        }
+        self.background.remove(&(arrival, flight));
+        self.again.remove(&(arrival, flight));
+        self.waiting -= 1;
+    }
+
+    /// Puts a waiting flight that no client waits for into the background, if it is to be kept.
+    fn rest(&mut self, flight: Flight) {
+        if let Some(standing) = self.flights.get(&flight)
+            && let Some(arrival) = standing.arrival
+            && standing.clients.is_empty()
+            && standing.is_kept
+            && !standing.is_again
+        {
+            self.background.insert((arrival, flight));
+        }
+    }
+
+    fn place(&mut self, flight: Flight, client: &Client) {
+        let Some(standing) = self.flights.get_mut(&flight) else {
+            return;
+        };
+        let Some(waiters) = standing.clients.get_mut(client) else {
+            return;
+        };
+        self.arrivals += 1;
+        let order = Order {
+            is_refresh: standing.is_refresh,
+            arrival: self.arrivals,
+        };
+        let queue = self.callers.entry(client.caller.clone()).or_insert_with(|| {
+            self.next_turn += 1;
+            self.turns.insert(self.next_turn, client.caller.clone());
+            CallerQueue {
+                weight: 1,
+                deficit: 0,
+                turn: self.next_turn,
+                names: HashMap::new(),
+                turns: BTreeMap::new(),
+            }
+        });
+        queue.weight = waiters.weight.max(1);
+        let is_known = queue.names.contains_key(client);
+        let client = if is_known || self.names < MOST_NAMES {
+            client.clone()
+        } else {
+            client.nameless()
+        };
+        let name = queue.names.entry(client.clone()).or_insert_with(|| {
+            self.next_turn += 1;
+            queue.turns.insert(self.next_turn, client.clone());
+            self.names += 1;
+            NameQueue {
+                turn: self.next_turn,
+                places: BTreeMap::new(),
+            }
+        });
+        self.by_places.remove(&(name.places.len(), client.clone()));
+        name.places.insert(order, flight);
+        self.by_places.insert((name.places.len(), client.clone()));
+        waiters.place = Some((client, order));
+    }
+
+    fn unplace(&mut self, place: Option<(Client, Order)>) {
+        let Some((client, order)) = place else { return };
+        let Some(queue) = self.callers.get_mut(&client.caller) else {
+            return;
+        };
+        let Some(name) = queue.names.get_mut(&client) else {
+            return;
+        };
+        self.by_places.remove(&(name.places.len(), client.clone()));
+        name.places.remove(&order);
+        if !name.places.is_empty() {
+            self.by_places.insert((name.places.len(), client));
+            return;
+        }
+        queue.turns.remove(&name.turn);
+        queue.names.remove(&client);
+        self.names -= 1;
+        if queue.names.is_empty() {
+            self.turns.remove(&queue.turn);
+            self.callers.remove(&client.caller);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,303 @@
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn client(number: u8) -> Client {
+    Client {
+        caller: Caller::Address(IpAddr::V4(Ipv4Addr::new(10, 0, 0, number))),
+        name: None,
+    }
+}
+
+fn named(number: u8, name: &str) -> Client {
+    Client {
+        name: Some(Arc::from(name)),
+        ..client(number)
+    }
+}
+
+/// A queue in which flights `flights` of one client wait.
+fn wait_for(queue: &mut FairQueue, flights: std::ops::Range<Flight>, client: &Client, weight: u32) {
+    for flight in flights {
+        queue.open(flight, false);
+        queue.join(flight, client, weight);
+        queue.enter(flight, false);
+    }
+}
+
+fn pops(queue: &mut FairQueue, most: usize) -> Vec<Flight> {
+    std::iter::from_fn(|| queue.pop()).take(most).collect()
+}
+
+#[test]
+fn one_client_is_served_in_the_order_of_arrival() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..5, &client(1), 1);
+    assert_eq!(pops(&mut queue, 9), [0, 1, 2, 3, 4]);
+    assert_eq!(queue.waiting(), 0);
+}
+
+#[test]
+fn two_clients_take_turns_however_many_flights_one_has() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..1000, &client(1), 1);
+    wait_for(&mut queue, 1000..1005, &client(2), 1);
+    let served = pops(&mut queue, 11);
+    assert_eq!(served.iter().filter(|flight| **flight >= 1000).count(), 5, "{served:?}");
+}
+
+#[test]
+fn weights_are_shares() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..1000, &client(1), 2);
+    wait_for(&mut queue, 1000..2000, &client(2), 1);
+    let served = pops(&mut queue, 300);
+    assert_eq!(served.iter().filter(|flight| **flight < 1000).count(), 200);
+}
+
+#[test]
+fn names_share_their_callers_turns() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..100, &named(1, "a"), 1);
+    wait_for(&mut queue, 100..200, &named(1, "b"), 1);
+    wait_for(&mut queue, 200..300, &client(2), 1);
+    let served = pops(&mut queue, 40);
+    let of = |range: std::ops::Range<Flight>| served.iter().filter(|flight| range.contains(flight)).count();
+    assert_eq!((of(0..100), of(100..200), of(200..300)), (10, 10, 20));
+}
+
+#[test]
+fn beyond_256_names_the_rest_share_one() {
+    let mut queue = FairQueue::default();
+    for number in 0..1000 {
+        wait_for(&mut queue, number..number + 1, &named(1, &number.to_string()), 1);
+    }
+    assert_eq!(queue.names, 257, "256, and the one that the rest share");
+    assert_eq!(pops(&mut queue, 2000).len(), 1000);
+    assert_eq!(queue.names, 0);
+}
+
+#[test]
+fn a_flight_goes_with_the_first_of_its_places_and_is_charged_to_that_client() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..1000, &client(1), 1);
+    // A modest client joins the flight that stands 900th in the greedy one's queue.
+    queue.join(900, &client(2), 1);
+    let served = pops(&mut queue, 2);
+    assert!(served.contains(&900), "{served:?}");
+    assert_eq!(pops(&mut queue, 2000).len(), 998, "and goes but once");
+}
+
+#[test]
+fn tasks_never_seen_go_ahead_of_refreshes() {
+    let mut queue = FairQueue::default();
+    for (flight, is_refresh) in [(0, true), (1, false), (2, true), (3, false)] {
+        queue.open(flight, is_refresh);
+        queue.join(flight, &client(1), 1);
+        queue.enter(flight, false);
+    }
+    assert_eq!(pops(&mut queue, 9), [1, 3, 0, 2]);
+}
+
+#[test]
+fn background_gets_what_foreground_leaves_and_one_turn_in_ten() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..100, &client(1), 1);
+    for flight in 100..200 {
+        queue.open(flight, true);
+        queue.keep(flight);
+        queue.enter(flight, false);
+    }
+    let served = pops(&mut queue, 100);
+    assert_eq!(served.iter().filter(|flight| **flight >= 100).count(), 10);
+    assert_eq!(pops(&mut queue, 1000).len(), 100);
+}
+
+#[test]
+fn a_poll_lifts_a_background_flight_and_the_last_to_leave_lets_it_sink_back() {
+    let mut queue = FairQueue::default();
+    queue.open(1, true);
+    queue.keep(1);
+    queue.enter(1, false);
+    assert_eq!(queue.background(), 1);
+    queue.join(1, &client(1), 1);
+    assert_eq!((queue.background(), queue.waiting()), (0, 1));
+    queue.leave(1, &client(1));
+    assert_eq!((queue.background(), queue.waiting()), (1, 1));
+    assert_eq!(queue.pop(), Some(1));
+}
+
+#[test]
+fn a_flight_that_nobody_waits_for_is_not_served() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..2, &client(1), 1);
+    queue.leave(0, &client(1));
+    assert_eq!(pops(&mut queue, 9), [1]);
+}
+
+#[test]
+fn a_second_attempt_goes_before_everybody() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..3, &client(1), 1);
+    assert_eq!(queue.pop(), Some(0));
+    queue.enter(0, true);
+    queue.join(0, &client(2), 1);
+    assert_eq!(pops(&mut queue, 9), [0, 1, 2]);
+}
+
+#[test]
+fn the_youngest_place_of_the_client_with_most_gives_way() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..5, &client(1), 1);
+    wait_for(&mut queue, 5..7, &client(2), 1);
+    assert_eq!(queue.shed(), Shedding::Flight(4));
+    // One that somebody else waits for, too, stays for that one.
+    queue.join(3, &client(2), 1);
+    assert_eq!(queue.shed(), Shedding::Place);
+    assert_eq!(queue.waiting(), 6);
+    assert_eq!(pops(&mut queue, 9).len(), 6);
+    assert_eq!(queue.shed(), Shedding::Nothing);
+}
+
+#[test]
+fn the_background_gives_way_first() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..5, &client(1), 1);
+    queue.open(9, true);
+    queue.keep(9);
+    queue.enter(9, false);
+    assert_eq!(queue.shed(), Shedding::Flight(9));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Open { is_refresh: bool, client: u8, weight: u32 },
+    Join { flight: usize, client: u8 },
+    Leave { flight: usize },
+    Keep { flight: usize },
+    Pop,
+    Again { flight: usize },
+    Shed,
+    Close { flight: usize },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (any::<bool>(), 0..6_u8, 1..4_u32).prop_map(|(is_refresh, client, weight)| Step::Open { is_refresh, client, weight }),
+        2 => (any::<usize>(), 0..6_u8).prop_map(|(flight, client)| Step::Join { flight, client }),
+        1 => any::<usize>().prop_map(|flight| Step::Leave { flight }),
+        1 => any::<usize>().prop_map(|flight| Step::Keep { flight }),
+        3 => Just(Step::Pop),
+        1 => any::<usize>().prop_map(|flight| Step::Again { flight }),
+        1 => Just(Step::Shed),
+        1 => any::<usize>().prop_map(|flight| Step::Close { flight }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Nothing is lost and nothing served twice: a flight waits exactly from its entry to its turn, its shedding or its
+    /// end, and whatever waits and is wanted is served in the end.
+    #[test]
+    fn nothing_is_lost_and_nothing_served_twice(steps in prop::collection::vec(step(), 1..200)) {
+        let mut queue = FairQueue::default();
+        let mut waiting = HashSet::new();
+        let mut joined: HashMap<Flight, Vec<u8>> = HashMap::new();
+        let mut kept = HashSet::new();
+        let mut closed = HashSet::new();
+        let mut opened = 0;
+        let pick = |index: usize, opened: u64| (opened > 0).then(|| index as u64 % opened);
+        for step in steps {
+            match step {
+                Step::Open { is_refresh, client: number, weight } => {
+                    queue.open(opened, is_refresh);
+                    queue.join(opened, &client(number), weight);
+                    queue.enter(opened, false);
+                    joined.entry(opened).or_default().push(number);
+                    waiting.insert(opened);
+                    opened += 1;
+                }
+                Step::Join { flight, client: number } => if let Some(flight) = pick(flight, opened).filter(|flight| !closed.contains(flight)) {
+                    queue.join(flight, &client(number), 1);
+                    joined.entry(flight).or_default().push(number);
+                },
+                Step::Leave { flight } => if let Some(flight) = pick(flight, opened)
+                    && let Some(number) = joined.get_mut(&flight).and_then(Vec::pop) {
+                    queue.leave(flight, &client(number));
+                },
+                Step::Keep { flight } => if let Some(flight) = pick(flight, opened).filter(|flight| !closed.contains(flight)) {
+                    queue.keep(flight);
+                    kept.insert(flight);
+                },
+                Step::Pop => if let Some(flight) = queue.pop() {
+                    prop_assert!(waiting.remove(&flight), "{} served and not waiting", flight);
+                },
+                Step::Again { flight } => if let Some(flight) = pick(flight, opened)
+                    .filter(|flight| !closed.contains(flight) && !waiting.contains(flight)) {
+                    queue.enter(flight, true);
+                    waiting.insert(flight);
+                },
+                Step::Shed => if let Shedding::Flight(flight) = queue.shed() {
+                    prop_assert!(waiting.remove(&flight), "{} shed and not waiting", flight);
+                },
+                Step::Close { flight } => if let Some(flight) = pick(flight, opened) {
+                    queue.close(flight);
+                    closed.insert(flight);
+                    waiting.remove(&flight);
+                    joined.remove(&flight);
+                },
+            }
+            prop_assert_eq!(queue.waiting(), waiting.len());
+        }
+        while let Some(flight) = queue.pop() {
+            prop_assert!(waiting.remove(&flight), "{} served and not waiting", flight);
+        }
+        for flight in 0..opened {
+            queue.close(flight);
+        }
+        prop_assert_eq!(queue.waiting(), 0);
+        prop_assert!(queue.turns.is_empty() && queue.callers.is_empty() && queue.by_places.is_empty());
+        prop_assert!(queue.again.is_empty() && queue.background.is_empty() && queue.flights.is_empty());
+        prop_assert_eq!(queue.names, 0);
+    }
+
+    /// While all are backlogged, each has had its share by weight, give or take one quantum.
+    #[test]
+    fn shares_are_within_one_quantum_of_the_weights(weights in prop::collection::vec(1..9_u32, 2..8), turns in 1..400_usize) {
+        let mut queue = FairQueue::default();
+        for (number, weight) in (0_u8..).zip(&weights) {
+            let first = u64::from(number) * 1000;
+            wait_for(&mut queue, first..first + 500, &client(number), *weight);
+        }
+        let mut served = vec![0_u32; weights.len()];
+        for flight in pops(&mut queue, turns) {
+            served[usize::try_from(flight / 1000).unwrap()] += 1;
+        }
+        let rounds = f64::from(served.iter().sum::<u32>()) / f64::from(weights.iter().sum::<u32>());
+        for (served, weight) in served.iter().zip(&weights) {
+            let share = rounds * f64::from(*weight);
+            prop_assert!((f64::from(*served) - share).abs() <= f64::from(*weight), "{} of {}", served, share);
+        }
+    }
+}
+
+/// Not a time, but a count of work would not be seen from outside: ten thousand waiting flights, each joined by two more
+/// clients, go through in a moment or this test takes minutes.
+#[test]
+fn ten_thousand_waiting_flights_of_as_many_clients() {
+    let mut queue = FairQueue::default();
+    for flight in 0..10_000_u64 {
+        let name = flight.to_string();
+        let caller = Caller::Token(Arc::from(name.as_str()));
+        let own = Client { caller, name: None };
+        wait_for(&mut queue, flight..flight + 1, &own, 1);
+        queue.join(flight, &client(1), 1);
+        queue.join(flight, &client(2), 1);
+    }
+    assert_eq!(pops(&mut queue, 20_000).len(), 10_000);
+}

@@ -1,0 +1,106 @@
+//! What a poll gets while upstream is slow or away, and the probes that find out when it is back.
+//!
+//! While the breaker is open, snapshots are served, polls without one are refused at once, and nothing is spent but on
+//! probes: a probe is paid for like every query, its answer is kept like any other, and no client waits for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::accounts::Asker;
+use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT, leave_behind};
+use crate::budget::Entry;
+use crate::error::Error;
+use crate::flight::Leader;
+use crate::task::TaskId;
+use crate::upstream::Probe;
+
+/// How long a probe waits for connection and permit before another account's may go: its own may have been paused.
+const PROBE_PATIENCE: Duration = Duration::from_millis(1500);
+
+/// The first attempt, and a probe's only one.
+const FIRST: u32 = 1;
+
+impl Gateway {
+    /// Why a poll is not let through while the breaker is open. A probe goes in its place, if one is due.
+    pub(super) fn turn_away(self: &Arc<Self>, asker: &Asker, task: &TaskId) -> Error {
+        let now = Instant::now();
+        // A paused account's probe would hold up the others'.
+        if !asker.account.budget.is_paused(now)
+            && let Some(probe) = self.upstream.breaker().probe(task, now)
+        {
+            self.spawn(Arc::clone(self).probe(probe, asker.clone(), task.clone()));
+        }
+        self.unavailable()
+    }
+
+    /// Lands a flight that may go no further, unspent: the breaker is open, or nobody is there to hear it.
+    pub(super) fn give_up(&self, leader: Leader<FlightKey, Progress>) {
+        leader.land(Landed::Failed(self.unavailable()).stage());
+    }
+
+    fn unavailable(&self) -> Error {
+        Error::UpstreamUnavailable {
+            retry_after: self.upstream.breaker().until_probe(Instant::now()),
+        }
+    }
+
+    /// Asks for a task in the background, to learn whether upstream is back. Without an answer that says so, dropping
+    /// `probe` lets the next one start.
+    async fn probe(self: Arc<Self>, probe: Probe, asker: Asker, task: TaskId) {
+        let account = &asker.account;
+        let standing = account.budget.standing(true);
+        // In the background lane: nobody stands in the queue for it.
+        standing.keep();
+        let approach = async {
+            let turn = standing.enter(Entry::InTurn).await.ok()?;
+            let ready = account.pool.connect_to_probe(&task).await.ok()?;
+            let permit = turn.permit(&ready).await?;
+            Some((ready, permit))
+        };
+        if let Ok(Some((ready, permit))) = timeout(PROBE_PATIENCE, approach).await {
+            // What comes of it, `ask` tells the breaker.
+            let _ = self.ask(account, &asker.key, &task, FIRST, ready, permit).await;
+        }
+        drop(probe);
+    }
+
+    /// The snapshot, once an attempt takes long or the breaker opens; `None` once the flight has landed, at the deadline,
+    /// or when there is no snapshot any more.
+    pub(super) async fn stand_in_when_slow(
+        &self,
+        poll: &Poll,
+        progress: &mut watch::Receiver<Progress>,
+        deadline: Instant,
+    ) -> Option<Answered> {
+        loop {
+            let (has_landed, phase) = {
+                let progress = progress.borrow_and_update();
+                (progress.landed.is_some(), progress.phase)
+            };
+            if has_landed {
+                return None;
+            }
+            let slow = match phase {
+                Phase::Waiting => None,
+                Phase::Connecting(since) | Phase::Sent(since) => Some(since + SLOW_ATTEMPT),
+            };
+            tokio::select! {
+                biased;
+                changed = progress.changed() => changed.ok()?,
+                () = self.upstream.breaker().opened() => return self.stand_in(poll, self.unavailable().detail()),
+                () = sleep_until(slow.unwrap_or(deadline)), if slow.is_none_or(|slow| slow <= deadline) => {
+                    slow?;
+                    let answered = self.stand_in(poll, "upstream_slow");
+                    if answered.is_some() {
+                        leave_behind(progress.clone());
+                    }
+                    return answered;
+                }
+                () = sleep_until(deadline) => return None,
+            }
+        }
+    }
+}

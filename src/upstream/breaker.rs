@@ -1,0 +1,178 @@
+//! One breaker for the upstream: while upstream is away, nobody waits for it and next to nothing is spent on it.
+//!
+//! Here is what everybody shares of it: the lock, the log, the metric, and a watch for whoever waits. When it opens and
+//! closes is `breaker/state.rs`'s business, what is answered meanwhile `gateway/outage.rs`'s.
+
+mod state;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use prometheus::IntGauge;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+
+use crate::error::Error;
+use crate::task::TaskId;
+use state::{Change, State};
+
+/// What the upstream's health allows. Its changes are logged once each, here.
+#[derive(Debug)]
+pub struct Breaker {
+    state: Mutex<State>,
+    is_open: watch::Sender<bool>,
+    gauge: IntGauge,
+}
+
+impl Breaker {
+    pub(super) fn new(gauge: IntGauge) -> Self {
+        Self {
+            state: Mutex::new(State::new()),
+            is_open: watch::Sender::new(false),
+            gauge,
+        }
+    }
+
+    /// Whether nobody but a probe may ask upstream: open, or half-open.
+    pub fn is_open(&self) -> bool {
+        *self.is_open.borrow()
+    }
+
+    /// Resolves once it is open.
+    ///
+    /// Cancel safe.
+    pub async fn opened(&self) {
+        // The sender is ours, so it is there.
+        let _ = self.is_open.subscribe().wait_for(|is_open| *is_open).await;
+    }
+
+    /// How long it takes, from `now`, until the next probe may start.
+    pub fn until_probe(&self, now: Instant) -> Duration {
+        self.state().until_probe(now)
+    }
+
+    /// Whether a connection that is idle since `since` may still be one to a healthy upstream: one from before an outage
+    /// may be dead, and nothing would tell.
+    pub(super) fn trusts(&self, since: Instant) -> bool {
+        self.state().last_opened().is_none_or(|opened| opened <= since)
+    }
+
+    /// The right to ask for `task` although it is open, if a probe is due at `now`: one at a time.
+    pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
+        let number = self.state().probe(task, now)?;
+        Some(Probe {
+            breaker: Arc::clone(self),
+            number,
+        })
+    }
+
+    /// An attempt that was begun at `asked` got an answer that says that upstream is there.
+    pub fn answered(&self, asked: Instant) {
+        let now = Instant::now();
+        let mut state = self.state();
+        if state.answered(asked, now) == Some(Change::Closed) {
+            self.show(false);
+            tracing::info!("upstream is back: the breaker is closed");
+        }
+    }
+
+    /// An attempt for `task`, begun at `asked`, got an answer that says that upstream is unavailable.
+    pub fn answered_unavailable(&self, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
+        self.state().reached(Instant::now());
+        self.failed(task, asked, cause);
+    }
+
+    /// An attempt for `task`, or the opening of a connection for it, begun at `asked`, failed.
+    pub fn failed(&self, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
+        let now = Instant::now();
+        let mut state = self.state();
+        let change = state.failed(task, asked, now);
+        self.note(change, cause);
+    }
+
+    /// Watches a connection being opened for `task`.
+    ///
+    /// Cancel safe, as far as `opening` is.
+    pub(super) async fn watch<T>(
+        &self,
+        task: &TaskId,
+        opening: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let began = Instant::now();
+        let connecting = Connecting::new(self, began);
+        tokio::pin!(opening);
+        let result = loop {
+            let look = self.state().next_look();
+            tokio::select! {
+                biased;
+                result = &mut opening => break result,
+                () = sleep_until(look.unwrap_or(began)), if look.is_some() => self.look(),
+            }
+        };
+        drop(connecting);
+        match &result {
+            Ok(_) => self.state().reached(Instant::now()),
+            Err(error) => {
+                self.failed(task, began, error.detail());
+                self.look();
+            }
+        }
+        result
+    }
+
+    fn look(&self) {
+        let mut state = self.state();
+        let change = state.look(Instant::now());
+        self.note(change, "no connection for 2 s");
+    }
+
+    /// Called under the lock, so that changes are shown in their order.
+    fn note(&self, change: Option<Change>, cause: impl fmt::Display) {
+        if change == Some(Change::Opened) {
+            self.show(true);
+            tracing::warn!(
+                %cause,
+                "upstream is unavailable: the breaker is open, snapshots are served and upstream is only probed"
+            );
+        }
+    }
+
+    fn show(&self, is_open: bool) {
+        self.gauge.set(i64::from(is_open));
+        self.is_open.send_replace(is_open);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection that is being opened, or was given up when this is dropped.
+struct Connecting<'a>(&'a Breaker);
+
+impl<'a> Connecting<'a> {
+    fn new(breaker: &'a Breaker, now: Instant) -> Self {
+        breaker.state().connecting(now);
+        Self(breaker)
+    }
+}
+
+impl Drop for Connecting<'_> {
+    fn drop(&mut self) {
+        self.0.state().no_longer_connecting(Instant::now());
+    }
+}
+
+/// The one probe under way. Dropped without an answer, be it for want of a permit, it lets the next one start.
+#[derive(Debug)]
+pub struct Probe {
+    breaker: Arc<Breaker>,
+    number: u64,
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.breaker.state().probe_ended(self.number);
+    }
+}

@@ -1,0 +1,542 @@
+//! The breaker's state machine: closed, open, half-open. Pure: `now` is passed in, nothing is logged or awaited.
+//!
+//! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream; or
+//! when no connection came about for 2 s while somebody wanted one. Evidence is weighed by when it was *asked for*: a
+//! time-out that comes in after upstream has recovered tells of the outage, and an answer that was on its way when the
+//! breaker opened does not close it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::task::TaskId;
+
+/// So many failures in a row, over at least two tasks, open it.
+pub(super) const MOST_FAILURES: u32 = 5;
+
+/// So long without a connection, while somebody wants one, opens it.
+pub(super) const LONGEST_WITHOUT: Duration = Duration::from_secs(2);
+
+/// From the start of one probe to that of the next, at least.
+pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(1500);
+
+/// The breaker became another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    Opened,
+    Closed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Closed,
+    Open,
+    /// Open, while a probe is under way.
+    HalfOpen,
+}
+
+/// What is known of upstream's health.
+#[derive(Debug)]
+pub(super) struct State {
+    phase: Phase,
+    /// When it opened last.
+    opened: Option<Instant>,
+    /// Failures since the last answer that was none.
+    failures: u32,
+    /// The task of the first of them.
+    failing: Option<TaskId>,
+    /// Whether another task is among them.
+    several_fail: bool,
+    /// When the latest attempt that got an answer was begun: of those begun before, nothing is news.
+    answered: Option<Instant>,
+    /// Connections that are being opened.
+    wanted: usize,
+    /// When a connection was last wanted.
+    last_wanted: Option<Instant>,
+    /// Since when connections are wanted and none came about.
+    without_since: Option<Instant>,
+    /// Probes so far.
+    probes: u64,
+    /// When the next probe may start.
+    next_probe: Option<Instant>,
+    /// The task that was probed last.
+    probed: Option<TaskId>,
+    /// Whether another task was asked for since.
+    others_ask: bool,
+}
+
+impl State {
+    /// Closed: nothing is known yet.
+    pub(super) fn new() -> Self {
+        Self {
+            phase: Phase::Closed,
+            opened: None,
+            failures: 0,
+            failing: None,
+            several_fail: false,
+            answered: None,
+            wanted: 0,
+            last_wanted: None,
+            without_since: None,
+            probes: 0,
+            next_probe: None,
+            probed: None,
+            others_ask: false,
+        }
+    }
+
+    /// Whether nobody but a probe may ask upstream.
+    pub(super) fn is_open(&self) -> bool {
+        self.phase != Phase::Closed
+    }
+
+    /// When it opened last, however it is now.
+    pub(super) fn last_opened(&self) -> Option<Instant> {
+        self.opened
+    }
+
+    /// How long it takes, from `now`, until the next probe may start.
+    pub(super) fn until_probe(&self, now: Instant) -> Duration {
+        let next = self.next_probe.filter(|_| self.is_open());
+        next.map_or(Duration::ZERO, |next| next.saturating_duration_since(now))
+    }
+
+    /// An attempt for `task`, begun at `asked`, failed in a way that says that upstream is unavailable.
+    pub(super) fn failed(&mut self, task: &TaskId, asked: Instant, now: Instant) -> Option<Change> {
+        if self.is_open() || self.answered.is_some_and(|answered| asked < answered) {
+            return None;
+        }
+        self.failures = self.failures.saturating_add(1);
+        match &self.failing {
+            None => self.failing = Some(task.clone()),
+            Some(failing) => self.several_fail |= failing != task,
+        }
+        (self.failures >= MOST_FAILURES && self.several_fail).then(|| self.open(now))
+    }
+
+    /// An attempt that was begun at `asked` got an answer from upstream itself, whatever it says.
+    pub(super) fn answered(&mut self, asked: Instant, now: Instant) -> Option<Change> {
+        let was_open = self.is_open();
+        if was_open && self.opened.is_some_and(|opened| asked < opened) {
+            return None;
+        }
+        self.phase = Phase::Closed;
+        self.forget_failures();
+        self.answered = self.answered.max(Some(asked));
+        self.reached(now);
+        was_open.then_some(Change::Closed)
+    }
+
+    /// Upstream was reached at `now`, be it by an answer that counts as a failure.
+    pub(super) fn reached(&mut self, now: Instant) {
+        self.without_since = (self.wanted > 0).then_some(now);
+    }
+
+    /// A connection is being opened.
+    pub(super) fn connecting(&mut self, now: Instant) {
+        // A failure long ago is no part of an outage now; but between two attempts there may be a pause.
+        let continues = self.wanted > 0
+            || self
+                .last_wanted
+                .is_some_and(|last| now.saturating_duration_since(last) < LONGEST_WITHOUT);
+        if !continues {
+            self.without_since = None;
+        }
+        self.without_since.get_or_insert(now);
+        self.wanted += 1;
+        self.last_wanted = Some(now);
+    }
+
+    /// One that was being opened is no more: it failed or was given up, or it is there, which [`Self::reached`] says next.
+    pub(super) fn no_longer_connecting(&mut self, now: Instant) {
+        self.wanted = self.wanted.saturating_sub(1);
+        self.last_wanted = Some(now);
+    }
+
+    /// When to look whether there was no connection for too long: while closed, with one being opened.
+    pub(super) fn next_look(&self) -> Option<Instant> {
+        let since = self.without_since.filter(|_| !self.is_open() && self.wanted > 0)?;
+        Some(since + LONGEST_WITHOUT)
+    }
+
+    /// Looks whether there was no connection for too long, as one is being opened or has just failed.
+    pub(super) fn look(&mut self, now: Instant) -> Option<Change> {
+        let since = self.without_since?;
+        let is_long = now.saturating_duration_since(since) >= LONGEST_WITHOUT;
+        (is_long && !self.is_open()).then(|| self.open(now))
+    }
+
+    /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
+    /// [`Self::probe_ended`], which takes the probe's number.
+    pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
+        if self.phase != Phase::Open {
+            return None;
+        }
+        let was_probed = self.probed.as_ref() == Some(task);
+        self.others_ask |= !was_probed;
+        // The task that was probed last may be one that always fails: others come first where there are any.
+        let turn = if was_probed && self.others_ask {
+            self.next_probe.map(|next| next + PROBE_INTERVAL)
+        } else {
+            self.next_probe
+        };
+        if turn.is_some_and(|turn| now < turn) {
+            return None;
+        }
+        self.phase = Phase::HalfOpen;
+        self.probes += 1;
+        self.next_probe = Some(now + PROBE_INTERVAL);
+        self.probed = Some(task.clone());
+        self.others_ask = false;
+        Some(self.probes)
+    }
+
+    /// The probe is over. If its answer did not close the breaker, it is open again.
+    pub(super) fn probe_ended(&mut self, number: u64) {
+        // One that is late may have been overtaken: closed by another answer, opened again, another probe.
+        if self.phase == Phase::HalfOpen && self.probes == number {
+            self.phase = Phase::Open;
+        }
+    }
+
+    fn open(&mut self, now: Instant) -> Change {
+        self.phase = Phase::Open;
+        self.opened = Some(now);
+        self.forget_failures();
+        self.next_probe = Some(now + PROBE_INTERVAL);
+        self.probed = None;
+        self.others_ask = false;
+        Change::Opened
+    }
+
+    fn forget_failures(&mut self) {
+        self.failures = 0;
+        self.failing = None;
+        self.several_fail = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn task(name: &str) -> TaskId {
+        TaskId::new(name).unwrap()
+    }
+
+    /// The probe that is under way ends without an answer.
+    fn end_probe(state: &mut State) {
+        state.probe_ended(state.probes);
+    }
+
+    /// A breaker that has just opened, and when.
+    fn opened() -> (State, Instant) {
+        let (mut state, now) = (State::new(), Instant::now());
+        for name in ["a", "b", "a", "b"] {
+            assert_eq!(state.failed(&task(name), now, now), None);
+        }
+        assert_eq!(state.failed(&task("a"), now, now), Some(Change::Opened));
+        assert!(state.is_open());
+        (state, now)
+    }
+
+    #[test]
+    fn five_failures_in_a_row_over_two_tasks_open_it() {
+        opened();
+    }
+
+    #[test]
+    fn one_task_that_always_fails_never_opens_it() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for _ in 0..1000 {
+            assert_eq!(state.failed(&task("a"), now, now), None);
+        }
+        assert_eq!(state.failed(&task("b"), now, now), Some(Change::Opened));
+    }
+
+    #[test]
+    fn an_answer_between_begins_the_count_anew() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for _ in 0..100 {
+            for name in ["a", "b", "c", "d"] {
+                assert_eq!(state.failed(&task(name), now, now), None);
+            }
+            assert_eq!(state.answered(now, now), None);
+        }
+    }
+
+    #[test]
+    fn a_late_time_out_from_before_the_last_answer_is_no_news() {
+        let (mut state, now) = (State::new(), Instant::now());
+        state.answered(now + 10 * MS, now + 20 * MS);
+        for name in ["a", "b", "c", "d", "e", "f"] {
+            assert_eq!(state.failed(&task(name), now, now + 8000 * MS), None);
+        }
+        assert!(!state.is_open());
+    }
+
+    #[test]
+    fn the_first_probe_comes_an_interval_after_it_opened_and_then_one_at_most_every_interval() {
+        let (mut state, now) = opened();
+        assert_eq!(state.until_probe(now), PROBE_INTERVAL);
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL - MS).is_none());
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        assert!(
+            state.probe(&task("b"), now + 10 * PROBE_INTERVAL).is_none(),
+            "one at a time, however long it takes"
+        );
+        end_probe(&mut state);
+        assert!(state.is_open());
+        assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL).is_some());
+        end_probe(&mut state);
+        assert!(state.probe(&task("c"), now + 3 * PROBE_INTERVAL - MS).is_none());
+    }
+
+    #[test]
+    fn the_task_probed_last_lets_others_go_first() {
+        let (mut state, now) = opened();
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        end_probe(&mut state);
+        assert!(
+            state.probe(&task("a"), now + 2 * PROBE_INTERVAL).is_some(),
+            "nobody else asks: then it may"
+        );
+        end_probe(&mut state);
+        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL - MS).is_none());
+        assert!(
+            state.probe(&task("a"), now + 3 * PROBE_INTERVAL).is_none(),
+            "somebody else does"
+        );
+        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL + MS).is_some());
+        end_probe(&mut state);
+        assert!(state.probe(&task("a"), now + 5 * PROBE_INTERVAL).is_some());
+    }
+
+    #[test]
+    fn a_probes_answer_closes_it_and_the_count_begins_anew() {
+        let (mut state, now) = opened();
+        let later = now + PROBE_INTERVAL;
+        assert!(state.probe(&task("a"), later).is_some());
+        assert_eq!(state.answered(later, later + 200 * MS), Some(Change::Closed));
+        end_probe(&mut state);
+        assert!(!state.is_open());
+        assert_eq!(state.until_probe(later), Duration::ZERO);
+        for name in ["a", "b", "c", "d"] {
+            assert_eq!(state.failed(&task(name), later, later), None);
+        }
+        assert_eq!(state.failed(&task("e"), later, later), Some(Change::Opened));
+    }
+
+    #[test]
+    fn a_probe_that_was_overtaken_ends_nobody_elses() {
+        let (mut state, now) = opened();
+        let first = state.probe(&task("a"), now + PROBE_INTERVAL).unwrap();
+        state.answered(now + MS, now + 2 * PROBE_INTERVAL);
+        for name in ["a", "b", "c", "d", "e"] {
+            state.failed(&task(name), now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
+        }
+        assert!(state.probe(&task("b"), now + 4 * PROBE_INTERVAL).is_some());
+        state.probe_ended(first);
+        assert_eq!(state.probe(&task("c"), now + 6 * PROBE_INTERVAL), None);
+    }
+
+    #[test]
+    fn an_answer_that_was_asked_for_before_it_opened_does_not_close_it() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for name in ["a", "b", "c", "d", "e"] {
+            state.failed(&task(name), now, now + 10 * MS);
+        }
+        assert!(state.is_open());
+        assert_eq!(state.answered(now + 9 * MS, now + 20 * MS), None);
+        assert!(state.is_open());
+        assert_eq!(state.answered(now + 10 * MS, now + 20 * MS), Some(Change::Closed));
+    }
+
+    #[test]
+    fn two_seconds_without_a_connection_open_it() {
+        let (mut state, now) = (State::new(), Instant::now());
+        assert_eq!(state.next_look(), None);
+        state.connecting(now);
+        state.connecting(now + 500 * MS);
+        assert_eq!(state.next_look(), Some(now + LONGEST_WITHOUT));
+        assert_eq!(state.look(now + LONGEST_WITHOUT - MS), None);
+        state.no_longer_connecting(now + LONGEST_WITHOUT - MS);
+        assert_eq!(state.look(now + LONGEST_WITHOUT), Some(Change::Opened));
+        assert_eq!(state.next_look(), None);
+        assert_eq!(state.look(now + 2 * LONGEST_WITHOUT), None, "it opens once");
+    }
+
+    #[test]
+    fn a_connection_or_an_answer_begins_the_two_seconds_anew() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for reach in [
+            (|state, now| state.reached(now)) as fn(&mut State, Instant),
+            |state, now| {
+                state.answered(now, now);
+            },
+        ] {
+            state.connecting(now);
+            reach(&mut state, now + 1900 * MS);
+            assert_eq!(state.look(now + 3899 * MS), None);
+            state.no_longer_connecting(now + 3899 * MS);
+            state.reached(now + 3899 * MS);
+        }
+        assert_eq!(state.next_look(), None);
+    }
+
+    #[test]
+    fn a_failure_long_ago_is_no_part_of_it() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for hour in 0..100 {
+            let now = now + hour * Duration::from_hours(1);
+            state.connecting(now);
+            state.no_longer_connecting(now + MS);
+            assert_eq!(state.look(now + MS), None);
+        }
+    }
+
+    #[test]
+    fn a_pause_between_two_attempts_does_not_hide_an_outage() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for second in 0..3 {
+            let now = now + second * Duration::from_secs(1);
+            state.connecting(now);
+            state.no_longer_connecting(now + MS);
+            assert_eq!(state.look(now + MS).is_some(), second == 2);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_comes_while_it_is_open_does_not_close_it() {
+        let (mut state, now) = opened();
+        state.connecting(now);
+        state.no_longer_connecting(now + MS);
+        state.reached(now + MS);
+        assert!(state.is_open());
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        /// Of a task, asked so many ms ago.
+        Failed(u8, u64),
+        Answered(u64),
+        Probe(u8),
+        ProbeEnded,
+        Connecting,
+        /// And whether it is there.
+        NoLongerConnecting(bool),
+        Look,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            8 => (0_u8..3, 0_u64..3000).prop_map(|(task, ago)| Event::Failed(task, ago)),
+            1 => (0_u64..3000).prop_map(Event::Answered),
+            4 => (0_u8..3).prop_map(Event::Probe),
+            2 => Just(Event::ProbeEnded),
+            1 => Just(Event::Connecting),
+            1 => any::<bool>().prop_map(Event::NoLongerConnecting),
+            1 => Just(Event::Look),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens: it opens for a reason and closes by an answer; one probe at a time, an interval apart.
+        #[test]
+        fn it_opens_for_a_reason_and_probes_one_at_a_time(
+            events in prop::collection::vec((event(), 0_u64..1000), 1..300)
+        ) {
+            let start = Instant::now() + Duration::from_hours(1);
+            let (mut state, mut now) = (State::new(), start);
+            let (mut probing, mut last_probe) = (false, None::<Instant>);
+            let mut failing: Vec<u8> = Vec::new();
+            let mut opened = None;
+            let mut connecting = 0_u32;
+            let mut first_wanted = None::<Instant>;
+            for (event, ms) in events {
+                now += Duration::from_millis(ms);
+                let was_open = state.is_open();
+                let change = match event {
+                    Event::Failed(name, ago) => {
+                        failing.push(name);
+                        let change = state.failed(&task(&name.to_string()), now - Duration::from_millis(ago), now);
+                        if change.is_some() {
+                            prop_assert!(failing.len() >= 5, "{failing:?}");
+                            prop_assert!(failing.iter().any(|other| other != &failing[0]), "{failing:?}");
+                        }
+                        change
+                    }
+                    Event::Answered(ago) => {
+                        let asked = now - Duration::from_millis(ago);
+                        let change = state.answered(asked, now);
+                        let is_news = opened.is_none_or(|opened| asked >= opened);
+                        prop_assert_eq!(change.is_some(), was_open && is_news);
+                        if is_news || !was_open {
+                            failing.clear();
+                            prop_assert!(!state.is_open());
+                        }
+                        first_wanted = (connecting > 0).then_some(now);
+                        change
+                    }
+                    Event::Probe(name) => {
+                        if state.probe(&task(&name.to_string()), now).is_some() {
+                            prop_assert!(was_open && !probing);
+                            prop_assert!(last_probe.is_none_or(|last| now >= last + PROBE_INTERVAL));
+                            prop_assert!(opened.is_some_and(|opened| now >= opened + PROBE_INTERVAL));
+                            (probing, last_probe) = (true, Some(now));
+                        }
+                        None
+                    }
+                    Event::ProbeEnded => {
+                        end_probe(&mut state);
+                        probing = false;
+                        None
+                    }
+                    Event::Connecting => {
+                        state.connecting(now);
+                        connecting += 1;
+                        first_wanted.get_or_insert(now);
+                        None
+                    }
+                    Event::NoLongerConnecting(is_there) => {
+                        if connecting > 0 {
+                            connecting -= 1;
+                            state.no_longer_connecting(now);
+                            if is_there {
+                                state.reached(now);
+                                first_wanted = (connecting > 0).then_some(now);
+                            }
+                        }
+                        None
+                    }
+                    Event::Look => {
+                        let change = state.look(now);
+                        if change.is_some() {
+                            prop_assert!(first_wanted.is_some_and(|since| now >= since + LONGEST_WITHOUT));
+                        }
+                        change
+                    }
+                };
+                match change {
+                    Some(Change::Opened) => {
+                        prop_assert!(!was_open && state.is_open());
+                        opened = Some(now);
+                        failing.clear();
+                        probing = false;
+                    }
+                    Some(Change::Closed) => {
+                        prop_assert!(was_open && !state.is_open());
+                        probing = false;
+                    }
+                    None => prop_assert_eq!(was_open, state.is_open()),
+                }
+                prop_assert!(state.until_probe(now) <= PROBE_INTERVAL);
+                prop_assert!(state.next_look().is_none_or(|_| !state.is_open() && connecting > 0));
+            }
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Modules import only from lower rows, as drawn in `src/lib.rs`; and what the lock file may not hold.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on shall fail")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Lowest row first. A module may name (`crate::x`) only modules of earlier rows, and itself.
+const ROWS: &[&[&str]] = &[
+    &["task", "account", "outcome"],
+    &["config", "error", "metrics"],
+    &["stored"],
+    &["budget"],
+    &["cache", "flight", "upstream", "watch"],
+    &["gateway"],
+    &["server", "admin"],
+    &["simulator"],
+    &["lib", "main"],
+];
+
+/// Names that say where code was put, and not what it is.
+const NO_NOUNS: &[&str] = &["utils", "util", "common", "types", "models", "helpers", "misc"];
+
+fn row_of(module: &str) -> Option<usize> {
+    ROWS.iter().position(|row| row.contains(&module))
+}
+
+/// What is wrong with a file of `module`.
+fn faults(module: &str, text: &str) -> Vec<String> {
+    let Some(own) = row_of(module) else {
+        return vec![format!("{module} stands in no row")];
+    };
+    let mut faults = Vec::new();
+    if !text.starts_with("//!") && !text.starts_with("use ") {
+        faults.push("opens without saying what it is for".to_owned());
+    }
+    let is_code = |line: &&str| !line.trim_start().starts_with("//");
+    let code = text.lines().filter(is_code).collect::<Vec<_>>().join("\n");
+    for used in code.split("crate::").skip(1) {
+        let name: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+        if name.is_empty() {
+            faults.push("names several modules at once: write crate::module".to_owned());
+        } else if let Some(row) = row_of(&name)
+            && name != module
+            && row >= own
+        {
+            faults.push(format!("uses crate::{name}, which stands no lower"));
+        }
+    }
+    faults
+}
+
+fn sources(folder: &Path, found: &mut BTreeMap<PathBuf, String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.insert(path.clone(), fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn imports_point_downwards() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = BTreeMap::new();
+    sources(&root, &mut found);
+    assert!(found.len() > 30, "the sources are there");
+    let mut wrong = Vec::new();
+    for (path, text) in &found {
+        let relative = path.strip_prefix(&root).unwrap();
+        let first = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+        let module = first.trim_end_matches(".rs");
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        if NO_NOUNS.contains(&stem) {
+            wrong.push(format!("{}: {stem} says nothing", relative.display()));
+        }
+        // The map of the crate, and the commands, may name everything.
+        wrong.extend(
+            faults(module, text)
+                .iter()
+                .map(|fault| format!("{}: {fault}", relative.display())),
+        );
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn a_planted_fault_is_found() {
+    assert!(faults("budget", "//! x\nuse crate::task::TaskId;\n").is_empty());
+    assert_eq!(faults("budget", "//! x\nuse crate::gateway::Gateway;\n").len(), 1);
+    assert_eq!(faults("cache", "//! x\nfn f(x: crate::flight::Leader) {}\n").len(), 1);
+    assert_eq!(faults("cache", "//! x\nuse crate::{task, stored};\n").len(), 1);
+    assert_eq!(faults("cache", "fn f() {}\n").len(), 1);
+    assert_eq!(faults("elsewhere", "//! x\n").len(), 1);
+    assert!(faults("cache", "//! x\n// crate::gateway keeps it\n").is_empty());
+}
+
+#[test]
+fn one_tls_provider_and_one_http() {
+    let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let versions = |name: &str| lock.matches(&format!("name = \"{name}\"\n")).count();
+    assert_eq!(
+        versions("aws-lc-rs"),
+        0,
+        "two providers in one process are a panic at the first connection"
+    );
+    assert_eq!((versions("ring"), versions("hyper"), versions("rustls")), (1, 1, 1));
+}

@@ -1,0 +1,167 @@
+//! Clients share an account's budget fairly, and a client token stands for its account's keys.
+
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Method;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::harness::client::{bare, poll_request};
+use crate::harness::paused::{Behaviour, Paused};
+use crate::harness::scripted::response;
+use crate::harness::{Gateway, KEY, Scripted, Simulator, TASK_INFO, poll_as, request};
+
+const GREEDY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+const MODEST: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+
+/// A gateway before which one client has queued a thousand tasks.
+async fn with_a_greedy_client() -> (Arc<Paused>, JoinSet<()>) {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.max_wait = Duration::from_secs(90);
+    }));
+    let mut greedy = JoinSet::new();
+    for task in 0..1000 {
+        let gateway = Arc::clone(&gateway);
+        greedy.spawn(async move {
+            gateway.poll_from(GREEDY, KEY, &format!("greedy-{task}")).await;
+        });
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    (gateway, greedy)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_greedy_client_cannot_starve_another() {
+    let (gateway, _greedy) = with_a_greedy_client().await;
+    let started = Instant::now();
+    let mut modest = JoinSet::new();
+    for task in 0..5 {
+        let gateway = Arc::clone(&gateway);
+        modest.spawn(async move { gateway.poll_from(MODEST, KEY, &format!("modest-{task}")).await });
+    }
+    for reply in modest.join_all().await {
+        assert_eq!(reply.status, 200);
+    }
+    assert!(
+        started.elapsed() <= Duration::from_millis(1500),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_modest_client_is_not_held_back_by_the_flight_it_joins() {
+    let (gateway, _greedy) = with_a_greedy_client().await;
+    let started = Instant::now();
+    assert_eq!(gateway.poll_from(MODEST, KEY, "greedy-900").await.status, 200);
+    assert!(
+        started.elapsed() <= Duration::from_millis(1500),
+        "{:?}",
+        started.elapsed()
+    );
+    let arrivals = gateway.arrivals();
+    assert!(crate::harness::paused::most_in_a_second(&arrivals) <= 15);
+}
+
+#[tokio::test]
+async fn a_greedy_client_cannot_starve_another_on_real_sockets() {
+    let upstream = Simulator::start(&["--latency", "100ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "budget: { max_wait: \"90s\" }").await;
+    let address = gateway.address;
+    let named = |name: &'static str, task: String| async move {
+        let mut asked = poll_request(KEY, &task);
+        asked.headers_mut().insert("x-client-id", name.parse().unwrap());
+        request(address, asked).await
+    };
+    let mut greedy = JoinSet::new();
+    for task in 0..1000 {
+        greedy.spawn(named("greedy", format!("ended.g{task}")));
+    }
+    let length = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
+    while gateway.metric(length).await < 900.0 || upstream.queries().await == 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let started = Instant::now();
+    let mut modest = JoinSet::new();
+    for task in 0..5 {
+        modest.spawn(named("modest", format!("ended.m{task}")));
+    }
+    for reply in modest.join_all().await {
+        assert_eq!(reply.status, 200);
+    }
+    assert!(
+        started.elapsed() <= Duration::from_millis(1500),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(upstream.stats().await["violations"], 0);
+}
+
+fn secret(key: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    writeln!(file, "{key}").unwrap();
+    file
+}
+
+async fn with_tokens(upstream: &str) -> (Gateway, Vec<tempfile::NamedTempFile>) {
+    let secrets = ["ak_revoked", "ak_good", "token-a", "token-b"]
+        .map(secret)
+        .into_iter()
+        .collect::<Vec<_>>();
+    let file = |index: usize| format!("{{ file: \"{}\" }}", secrets[index].path().display());
+    let config = format!(
+        "accounts:\n  - name: music\n    keys: [{}, {}]\n    clients:\n      - {{ name: studio, token: {}, weight: 2 }}\n      - \
+         {{ name: shop, token: {}, passthrough: true }}",
+        file(0),
+        file(1),
+        file(2),
+        file(3)
+    );
+    (Gateway::start(upstream, &config).await, secrets)
+}
+
+#[tokio::test]
+async fn a_token_stands_for_its_accounts_keys_and_goes_nowhere() {
+    let upstream = Scripted::start(Duration::ZERO, |head| {
+        if head.contains("ak_revoked") {
+            response(
+                "401 Unauthorized",
+                "",
+                br#"{"code":401,"message":"Unauthorized","data":null}"#,
+            )
+        } else {
+            let body = br#"{"code":200,"message":"ok","data":{"task_id":"a","status":"failed","result":null}}"#;
+            response("200 OK", "", body)
+        }
+    })
+    .await;
+    let (gateway, _secrets) = with_tokens(&upstream.url).await;
+    assert_eq!(
+        poll_as(gateway.address, "token-a", "a").await.json()["code"],
+        200,
+        "the second key took over"
+    );
+    let mut bearer = bare(Method::GET, &format!("{TASK_INFO}?task_id=a"));
+    bearer
+        .headers_mut()
+        .insert("authorization", "Bearer token-b".parse().unwrap());
+    assert_eq!(request(gateway.address, bearer).await.status, 200);
+    let requests = |client| {
+        format!("crun_gateway_requests_total{{account=\"music\",cache=\"miss\",client=\"{client}\",code=\"2xx\"}}")
+    };
+    assert!(gateway.metric(&requests("studio")).await > 0.0);
+    let mut create = bare(Method::POST, "/api/v1/client/job/CreateTask");
+    create.headers_mut().insert("x-api-key", "token-a".parse().unwrap());
+    request(gateway.address, create.clone()).await.assert_is_our_error(403);
+    create.headers_mut().remove("x-api-key");
+    create
+        .headers_mut()
+        .insert("authorization", "Bearer token-b".parse().unwrap());
+    request(gateway.address, create).await;
+    let heads = upstream.heads().concat();
+    assert!(heads.contains("POST /api/v1/client/job/CreateTask"), "{heads}");
+    assert!(!heads.contains("token-"), "a token is ours and goes nowhere: {heads}");
+}

@@ -1,0 +1,484 @@
+//! While upstream is slow or away: whoever has a snapshot is answered with it, nobody waits, upstream is only probed; and
+//! when it is back, so is everything.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::harness::paused::{Away, Behaviour, Paused, goodput, json, most_in_a_second, running};
+use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
+
+const BREAKER: &str = "crun_gateway_upstream_breaker_open";
+
+/// When upstream goes away, and when it is back, in seconds since the start.
+const AWAY: f64 = 6.0;
+const BACK: f64 = 66.0;
+
+fn seconds(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds)
+}
+
+/// An upstream that is away for a minute.
+fn away_for_a_minute(how: Away) -> Behaviour {
+    Behaviour {
+        answer: |_, task| running(task),
+        outage: Some((seconds(AWAY)..seconds(BACK), how)),
+        ..Behaviour::default()
+    }
+}
+
+/// One poll: when it was made, how long it took, what came.
+struct Polled {
+    at: Instant,
+    took: Duration,
+    reply: Reply,
+}
+
+impl Polled {
+    fn detail(&self) -> Option<&str> {
+        self.reply
+            .header("cache-status")?
+            .split_once("detail=")
+            .map(|(_, detail)| detail)
+    }
+
+    /// Asked upstream anew, or by somebody else within the last 2 s.
+    fn is_fresh(&self) -> bool {
+        self.reply.status == 200 && self.detail().is_none()
+    }
+}
+
+/// Polls each of `tasks` tasks every second, from `from` until `until`.
+async fn poll_every_second(gateway: &Arc<Paused>, tasks: u32, from: Instant, until: Instant) -> Vec<Polled> {
+    let mut pollers = JoinSet::new();
+    for number in 0..tasks {
+        let gateway = Arc::clone(gateway);
+        pollers.spawn(async move {
+            let task = format!("task-{number}");
+            let mut polls = JoinSet::new();
+            let mut next = from + Duration::from_secs(1) * number / tasks;
+            while next < until {
+                sleep_until(next).await;
+                next += Duration::from_secs(1);
+                let (gateway, task) = (Arc::clone(&gateway), task.clone());
+                polls.spawn(async move {
+                    let at = Instant::now();
+                    let reply = gateway.poll(KEY, &task).await;
+                    Polled {
+                        at,
+                        took: at.elapsed(),
+                        reply,
+                    }
+                });
+            }
+            polls.join_all().await
+        });
+    }
+    let mut polled: Vec<_> = pollers.join_all().await.into_iter().flatten().collect();
+    polled.sort_by_key(|polled| polled.at);
+    polled
+}
+
+/// Twenty tasks with snapshots, polled every second through an outage of a minute that breaks them `within` a time.
+async fn a_minute_without_upstream(how: Away, opens_within: Duration) {
+    let start = Instant::now();
+    let gateway = Arc::new(Paused::start(away_for_a_minute(how), |_| {}));
+    let (away, back) = (start + seconds(AWAY), start + seconds(BACK));
+    let polled = poll_every_second(&gateway, 20, start, back + Duration::from_secs(20)).await;
+    for Polled { reply, .. } in &polled {
+        assert_eq!(reply.status, 200, "{how:?}: {reply:?}");
+        assert_eq!(reply.json()["data"]["status"], "running", "{how:?}: {reply:?}");
+    }
+    let open = polled
+        .iter()
+        .find(|polled| polled.detail() == Some("upstream_unavailable") && polled.took < Duration::from_millis(1));
+    let open = open.expect("it opens").at;
+    assert!(open - away <= opens_within, "{how:?}: {:?}", open - away);
+    for polled in polled.iter().filter(|polled| polled.at > open && polled.at < back) {
+        assert!(polled.took < Duration::from_millis(50), "{how:?}: {:?}", polled.took);
+    }
+    // Upstream sees probes only, an interval apart.
+    let attempts = if matches!(how, Away::Status(_) | Away::Code(_)) {
+        gateway.arrivals()
+    } else {
+        gateway.dials()
+    };
+    let probes: Vec<_> = attempts.into_iter().filter(|at| *at > open && *at < back).collect();
+    assert!(probes.len() > 30, "{how:?}: {}", probes.len());
+    for pair in probes.windows(2).skip(1) {
+        // The account's pace, one emission interval, is between probe and query.
+        assert!(pair[1] - pair[0] >= Duration::from_millis(1430), "{how:?}: {pair:?}");
+    }
+    // Back: the first fresh answer within 2 s, and then all of them.
+    let fresh = polled
+        .iter()
+        .find(|polled| polled.at > back && polled.is_fresh())
+        .unwrap();
+    assert!(
+        fresh.at + fresh.took - back <= seconds(2.0),
+        "{how:?}: {:?}",
+        fresh.at - back
+    );
+    let settled = back + Duration::from_secs(5);
+    let after: Vec<_> = polled.iter().filter(|polled| polled.at > settled).collect();
+    assert!(
+        after.len() > 200 && after.iter().all(|polled| polled.is_fresh()),
+        "{how:?}"
+    );
+    let arrivals: Vec<_> = gateway.arrivals().into_iter().filter(|at| *at > back).collect();
+    assert!(most_in_a_second(&gateway.arrivals()) <= 15, "{how:?}");
+    assert!(arrivals.len() > 100, "{how:?}: {}", arrivals.len());
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_minute_of_refused_connections() {
+    a_minute_without_upstream(Away::Refuses, seconds(2.5)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_minute_of_silence() {
+    // The queries that were sent when it began time out after 8 s; connections that are not there, after 2.
+    a_minute_without_upstream(Away::Silent, seconds(9.0)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_minute_of_unavailability_in_either_form() {
+    for how in [
+        Away::Status(455),
+        Away::Code(455),
+        Away::Status(502),
+        Away::Code(503),
+        Away::Status(504),
+    ] {
+        a_minute_without_upstream(how, seconds(1.5)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn polls_without_a_snapshot_are_told_when_to_come_back_at_once_and_cost_nothing() {
+    let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Status(502)), |_| {}));
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+    sleep(seconds(AWAY)).await;
+    for task in ["a", "b", "c", "d", "e"] {
+        assert_eq!(gateway.poll(KEY, task).await.status, 502, "upstream's own words");
+    }
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    let before = Instant::now();
+    for task in 0..1000 {
+        let reply = gateway.poll(KEY, &format!("new-{task}")).await;
+        reply.assert_is_our_error(503);
+        assert_eq!(reply.header("retry-after"), Some("2"));
+        assert_eq!(
+            reply.header("cache-status"),
+            Some("crun-gateway; detail=upstream_unavailable")
+        );
+        assert_eq!(
+            reply.header("proxy-status"),
+            Some("crun-gateway; error=destination_unavailable")
+        );
+    }
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    assert_eq!(gateway.arrivals().len(), 5);
+    // A probe goes for one of them, and nobody waits for it.
+    sleep(seconds(1.5)).await;
+    let before = Instant::now();
+    for task in ["a", "b", "c"] {
+        let reply = gateway.poll(KEY, task).await;
+        assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, Some("2")));
+    }
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    sleep(seconds(1.0)).await;
+    assert_eq!(gateway.arrivals().len(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_queues_when_it_opens_is_answered_at_once() {
+    let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Code(455)), |config| {
+        config.budget.max_wait = Duration::from_secs(100);
+    }));
+    sleep(seconds(AWAY)).await;
+    let mut polls = JoinSet::new();
+    for task in 0..500 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await });
+    }
+    let before = Instant::now();
+    let replies = polls.join_all().await;
+    assert!(before.elapsed() < seconds(1.0), "{:?}", before.elapsed());
+    let refused = replies.iter().filter(|reply| reply.status == 503).count();
+    assert!(refused > 490, "{refused}: the others have upstream's own words");
+    assert!(gateway.arrivals().len() < 10, "{}", gateway.arrivals().len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_task_that_always_fails_never_opens_it() {
+    for how in [Away::Status(502), Away::Code(504), Away::Silent] {
+        let outage = Some((seconds(2.0)..seconds(1e6), how));
+        let behaviour = Behaviour {
+            outage: outage.filter(|_| how != Away::Silent),
+            answer: |_, task| running(task),
+            latency: if how == Away::Silent {
+                seconds(100.0)
+            } else {
+                seconds(0.1)
+            },
+            ..Behaviour::default()
+        };
+        let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+        sleep(seconds(3.0)).await;
+        for _ in 0..20 {
+            let status = gateway.poll(KEY, "always").await.status.as_u16();
+            assert_eq!(
+                status,
+                match how {
+                    Away::Status(status) => status,
+                    Away::Code(_) => 200,
+                    Away::Silent | Away::Refuses => 504,
+                }
+            );
+        }
+        assert_eq!(gateway.arrivals().len(), 20);
+        assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_task_that_always_fails_does_not_keep_it_open() {
+    let answer = |_: usize, task: &str| match task {
+        "bad" => json(&serde_json::json!({ "code": 502, "message": "no", "data": null })),
+        _ => running(task),
+    };
+    let behaviour = Behaviour {
+        answer,
+        ..away_for_a_minute(Away::Status(502))
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    sleep(seconds(AWAY)).await;
+    for task in ["bad", "b", "bad", "b", "bad"] {
+        gateway.poll(KEY, task).await;
+    }
+    let opened = Instant::now();
+    // It is asked for ten times as often as the other, so mostly it is the first to find a probe due.
+    let mut polls = 0;
+    while opened.elapsed() < seconds(BACK - AWAY + 5.0) {
+        gateway.poll(KEY, if polls % 10 == 9 { "good" } else { "bad" }).await;
+        polls += 1;
+        sleep(seconds(0.1)).await;
+    }
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_that_never_open_open_it_after_two_seconds() {
+    let start = Instant::now();
+    let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Silent), |_| {}));
+    sleep(seconds(AWAY)).await;
+    // One task: no task is to blame for a connection.
+    gateway.poll(KEY, "a").await.assert_is_our_error(503);
+    assert_eq!(start.elapsed().as_millis() / 10, 800);
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    assert_eq!(gateway.arrivals().len(), 0, "nothing was spent");
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_connections_do_not_open_it() {
+    let behaviour = Behaviour {
+        opening: |_| seconds(1.9),
+        idle: Some(Duration::from_millis(1)),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.budget.max_wait = Duration::from_secs(45);
+    }));
+    let mut polls = JoinSet::new();
+    for task in 0..60 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await.status });
+    }
+    let statuses = polls.join_all().await;
+    assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
+    assert!(goodput(&gateway.arrivals()) > 5.0);
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_is_slow_to_connect_to_is_found_out_nevertheless() {
+    // 600 ms is longer than a probe waits for a connection.
+    let behaviour = Behaviour {
+        opening: |_| seconds(0.6),
+        idle: Some(Duration::from_millis(10)),
+        outage: Some((seconds(AWAY)..seconds(12.0), Away::Status(503))),
+        ..away_for_a_minute(Away::Refuses)
+    };
+    let start = Instant::now();
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let until = start + seconds(30.0);
+    let polled = poll_every_second(&gateway, 10, start, until).await;
+    assert!(
+        polled
+            .iter()
+            .any(|polled| polled.detail() == Some("upstream_unavailable"))
+    );
+    let late = |polled: &&Polled| polled.at > start + seconds(17.0);
+    assert!(polled.iter().filter(late).all(Polled::is_fresh));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paused_account_does_not_hold_up_the_probe_of_another() {
+    let answer = |_: usize, task: &str| match task {
+        "limited" => {
+            let mut response = json(&serde_json::json!({ "code": 429, "message": "slow down", "data": null }));
+            response.headers_mut().insert("retry-after", "3600".parse().unwrap());
+            response
+        }
+        _ => running(task),
+    };
+    let behaviour = Behaviour {
+        answer,
+        outage: Some((seconds(15.0)..seconds(30.0), Away::Status(503))),
+        ..Behaviour::default()
+    };
+    let start = Instant::now();
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    assert_eq!(gateway.poll("ak_paused", "limited").await.json()["code"], 429);
+    sleep_until(start + seconds(15.0)).await;
+    for task in ["a", "b", "c", "d", "e"] {
+        gateway.poll(KEY, task).await;
+    }
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    while start.elapsed() < seconds(32.0) {
+        for _ in 0..10 {
+            let reply = gateway.poll("ak_paused", "x");
+            assert!(start.elapsed() > seconds(30.0) || reply.await.status == 503);
+        }
+        gateway.poll(KEY, "a").await;
+        sleep(seconds(0.1)).await;
+    }
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_attempt_is_not_waited_for_by_those_who_have_a_snapshot() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        latency: seconds(4.0),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    assert_eq!(
+        gateway.poll(KEY, "a").await.status,
+        200,
+        "there is no snapshot: it waits"
+    );
+    sleep(seconds(3.0)).await;
+    let before = Instant::now();
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(before.elapsed().as_millis() / 10, 100, "{:?}", before.elapsed());
+    let status = reply.header("cache-status").unwrap();
+    assert!(
+        status.contains("; hit; ttl=-") && status.ends_with("detail=upstream_slow"),
+        "{status}"
+    );
+    // By now the attempt is slow: the next does not even wait a second.
+    let before = Instant::now();
+    let reply = gateway.poll(KEY, "a").await;
+    assert!(reply.header("cache-status").unwrap().ends_with("detail=upstream_slow"));
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    // The flight went on, and its answer is kept.
+    sleep(seconds(3.5)).await;
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(reply.header("age"), Some("0"), "{reply:?}");
+    assert_eq!(gateway.arrivals().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flight_that_connects_slowly_goes_on_without_the_poll_that_has_a_snapshot() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        opening: |number| if number == 0 { Duration::ZERO } else { seconds(1.5) },
+        idle: Some(Duration::from_millis(1)),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    gateway.poll(KEY, "a").await;
+    sleep(seconds(3.0)).await;
+    let before = Instant::now();
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(before.elapsed().as_millis() / 10, 100, "{:?}", before.elapsed());
+    assert!(reply.header("cache-status").unwrap().ends_with("detail=upstream_slow"));
+    sleep(seconds(1.0)).await;
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(reply.header("age"), Some("0"), "{reply:?}");
+    assert_eq!(gateway.arrivals().len(), 2);
+}
+
+#[tokio::test]
+async fn on_real_sockets_upstream_is_gone_for_eight_seconds() {
+    const TASKS: usize = 12;
+    let options = ["--latency", "100ms"];
+    let upstream = Simulator::start(&options).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    assert!(gateway.metric(BREAKER).await.abs() < f64::EPSILON);
+    let poll_all = || async {
+        let mut polls = JoinSet::new();
+        for task in 0..TASKS {
+            polls.spawn(async move {
+                let at = Instant::now();
+                let reply = poll(address, &format!("running.{task}")).await;
+                Polled {
+                    at,
+                    took: at.elapsed(),
+                    reply,
+                }
+            });
+        }
+        polls.join_all().await
+    };
+    for polled in poll_all().await {
+        assert_eq!(polled.reply.status, 200);
+    }
+    sleep(seconds(2.1)).await;
+    let listen = upstream.kill().await;
+    let away = Instant::now();
+    while away.elapsed() < seconds(8.0) {
+        let is_open = gateway.metric(BREAKER).await > 0.5;
+        assert!(is_open || away.elapsed() < seconds(4.0), "it opens");
+        for polled in poll_all().await {
+            assert_eq!(polled.reply.status, 200, "{:?}", polled.reply);
+            assert!(!is_open || polled.took < Duration::from_millis(50), "{:?}", polled.took);
+            assert!(
+                !is_open || polled.detail() == Some("upstream_unavailable"),
+                "{:?}",
+                polled.reply
+            );
+        }
+        if is_open {
+            let new = poll(address, "running.new").await;
+            new.assert_is_our_error(503);
+            assert!(new.header("retry-after").is_some());
+        }
+        sleep(seconds(0.2)).await;
+    }
+    let upstream = Simulator::start_at(&listen, &options).await;
+    let back = Instant::now();
+    let first = loop {
+        if let Some(fresh) = poll_all().await.into_iter().find(Polled::is_fresh) {
+            break fresh.at + fresh.took;
+        }
+        sleep(seconds(0.1)).await;
+    };
+    assert!(first - back <= seconds(2.0), "{:?}", first - back);
+    while !poll_all().await.iter().all(Polled::is_fresh) {
+        assert!(back.elapsed() < seconds(6.0), "everything is back");
+        sleep(seconds(0.1)).await;
+    }
+    assert!(gateway.metric(BREAKER).await.abs() < f64::EPSILON);
+    assert_eq!(upstream.stats().await["violations"], 0);
+    let log = gateway.log();
+    assert_eq!(log.matches("the breaker is open").count(), 1, "{log}");
+    assert_eq!(log.matches("the breaker is closed").count(), 1, "{log}");
+}
