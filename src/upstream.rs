@@ -346,23 +346,29 @@ pub struct Failed {
 }
 
 impl Ready {
-    /// Asks upstream about a task: the only way to TaskInfo, and it costs the permit.
+    /// Asks upstream about a task: the only way to TaskInfo, and it costs the permit. A connection that upstream has closed
+    /// while it waited for the permit, as it may in a pause, is replaced first: meanwhile the permit counts as just written.
     ///
     /// Not cancel safe: dropped midway, the query is spent and the connection closed.
     ///
     /// # Errors
-    /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded.
+    /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded; or no
+    /// connection any more.
     pub async fn send(mut self, permit: Permit, key: &ApiKey, task: &TaskId) -> Result<Fetched, Failed> {
-        let closed = || Failed {
-            error: Error::UpstreamBroken,
+        let unanswered = |error| Failed {
+            error,
             unanswered: true,
         };
+        let mut held = self.0.take();
+        if let Some(Held { pool, .. }) = held.take_if(|held| held.sender.is_closed()) {
+            held = pool.connect(task, true).await.map_err(unanswered)?.0.take();
+        }
         let Held {
             pool,
             id,
             mut sender,
             wire,
-        } = self.0.take().ok_or_else(closed)?;
+        } = held.ok_or_else(|| unanswered(Error::UpstreamBroken))?;
         let upstream = Arc::clone(&pool.0.upstream);
         let request = upstream.query(key, task).map_err(|error| Failed {
             error,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::client::bare;
 use crate::harness::raw::{self, Raw};
@@ -272,6 +272,43 @@ async fn one_upstream_connection_serves_one_after_the_other() {
     );
     let connections = gateway.metric("crun_gateway_upstream_connections").await;
     assert!((connections - 1.0).abs() < 0.1, "{connections}");
+}
+
+/// Answers, but closes connections on which nothing is asked for 200 ms.
+async fn impatient_upstream() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut client = Raw::over(stream);
+                while let Ok(Some(_)) = timeout(Duration::from_millis(200), client.head()).await {
+                    let body = br#"{"code":404,"message":"Task not found","data":null}"#;
+                    client.send(response("200 OK", "", body)).await?;
+                }
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn a_connection_that_upstream_closes_while_it_waits_for_its_permit_costs_no_attempt() {
+    let upstream = impatient_upstream().await;
+    let gateway = Gateway::start(&upstream, "budget: { limit: 1 }").await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for number in 0..3 {
+        polls.spawn(async move { poll(address, &format!("t{number}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    let attempts = gateway
+        .metric("crun_gateway_upstream_request_duration_seconds_count")
+        .await;
+    assert!((attempts - 3.0).abs() < 0.1, "{attempts}");
 }
 
 /// Sends answers of 48 KiB in 16 chunks, 20 ms apart, and never says how long they are.
