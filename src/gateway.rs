@@ -446,6 +446,17 @@ impl Gateway {
             let Some(Some(permit)) = while_awaited(&leader, breaker, turn.permit(&ready)).await else {
                 return self.give_up(leader);
             };
+            // Upstream may have closed it while the permit was not yet due. The permit counts as spent now for as long as it
+            // is not written, so it may wait for another connection: that one is late, and still within the limit.
+            let ready = if ready.is_closed() {
+                match while_awaited(&leader, breaker, account.pool.connect(&task, true)).await {
+                    None => return self.give_up(leader),
+                    Some(Ok(ready)) => ready,
+                    Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
+                }
+            } else {
+                ready
+            };
             leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
             match self.ask(&account, &key, &task, attempt, ready, permit).await {
                 Ok(answer) if answer.reading.class == Class::RateLimited && attempt < MOST_ATTEMPTS => {

@@ -346,29 +346,28 @@ pub struct Failed {
 }
 
 impl Ready {
-    /// Asks upstream about a task: the only way to TaskInfo, and it costs the permit. A connection that upstream has closed
-    /// while it waited for the permit, as it may in a pause, is replaced first: meanwhile the permit counts as just written.
+    /// Whether upstream has closed it since.
+    pub fn is_closed(&self) -> bool {
+        self.0.as_ref().is_none_or(|held| held.sender.is_closed())
+    }
+
+    /// Asks upstream about a task: the only way to TaskInfo, and it costs the permit.
     ///
     /// Not cancel safe: dropped midway, the query is spent and the connection closed.
     ///
     /// # Errors
-    /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded; or no
-    /// connection any more.
+    /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded.
     pub async fn send(mut self, permit: Permit, key: &ApiKey, task: &TaskId) -> Result<Fetched, Failed> {
-        let unanswered = |error| Failed {
-            error,
+        let closed = || Failed {
+            error: Error::UpstreamBroken,
             unanswered: true,
         };
-        let mut held = self.0.take();
-        if let Some(Held { pool, .. }) = held.take_if(|held| held.sender.is_closed()) {
-            held = pool.connect(task, true).await.map_err(unanswered)?.0.take();
-        }
         let Held {
             pool,
             id,
             mut sender,
             wire,
-        } = held.ok_or_else(|| unanswered(Error::UpstreamBroken))?;
+        } = self.0.take().ok_or_else(closed)?;
         let upstream = Arc::clone(&pool.0.upstream);
         let request = upstream.query(key, task).map_err(|error| Failed {
             error,

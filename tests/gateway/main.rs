@@ -11,6 +11,7 @@
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `stop`: a stop loses nothing
+//! - `tls`: upstream over HTTPS
 //! - `passthrough`: what is streamed through
 //! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14

@@ -247,6 +247,21 @@ async fn a_live_snapshot_beats_an_error() {
     assert_eq!(gateway.arrivals().len(), 4);
 }
 
+#[tokio::test]
+async fn upstream_may_close_a_connection_sooner_than_its_permit_is_due() {
+    let upstream = Simulator::start(&["--idle-close", "30ms", "--latency", "20ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for task in 0..60 {
+        polls.spawn(async move { poll(address, &format!("ended.{task}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    assert_eq!(upstream.stats().await["violations"], 0);
+}
+
 /// On real sockets, counted in upstream's own process.
 async fn three_hundred_tasks_on_real_sockets(options: &[&str]) {
     let upstream = Simulator::start(options).await;

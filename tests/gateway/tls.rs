@@ -173,12 +173,10 @@ async fn a_ca_file_that_cannot_be_read_is_said_at_the_start() {
 }
 
 /// A hundred tasks at once over connections that upstream keeps closing and is slow to open.
-async fn the_pace_holds(latency: &str) {
+async fn the_pace_holds(latency: &str, closing: &[&str]) {
     let identity = Identity::of("127.0.0.1");
     let options = ["--latency", latency, "--open-delay", "300ms", "--open-delay-every", "3"];
-    let upstream = identity
-        .upstream(&[&options[..], &["--idle-close", "40ms"]].concat())
-        .await;
+    let upstream = identity.upstream(&[&options[..], closing].concat()).await;
     let gateway = identity
         .gateway(&upstream.url, "budget: { max_wait: \"30s\" }\npassthrough: [\"/\"]")
         .await;
@@ -203,10 +201,10 @@ async fn the_pace_holds(latency: &str) {
 
 #[tokio::test]
 async fn slow_handshakes_do_not_cost_the_pace() {
-    the_pace_holds("200ms").await;
+    the_pace_holds("200ms", &["--close-after-response"]).await;
 }
 
 #[tokio::test]
 async fn slow_handshakes_and_slow_answers_do_not_cost_the_pace() {
-    the_pace_holds("2s").await;
+    the_pace_holds("2s", &["--close-after-response"]).await;
 }
