@@ -75,15 +75,12 @@ async fn a_port_in_use_is_said_with_its_field() {
 #[tokio::test]
 async fn the_shipped_configuration_serves() {
     let shipped = std::fs::read_to_string(SHIPPED).unwrap();
-    let rest: String = shipped
+    let own = ["listen:", "admin:", "worker_threads:"];
+    let rest: Vec<_> = shipped
         .lines()
-        .filter(|line| {
-            !["listen:", "admin:", "worker_threads:"]
-                .iter()
-                .any(|own| line.starts_with(own))
-        })
-        .map(|line| format!("{line}\n"))
+        .filter(|line| !own.iter().any(|field| line.starts_with(field)))
         .collect();
+    let rest = rest.join("\n");
     assert!(rest.contains("\nupstream:\n"), "{rest}");
     let gateway = Gateway::start("", &rest).await;
     assert_eq!(gateway.admin("/readyz").await.0, 200);

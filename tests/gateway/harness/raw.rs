@@ -164,7 +164,7 @@ impl Raw {
     }
 
     async fn fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; 16384];
+        let mut chunk = vec![0; 16384];
         let read = self.stream.read(&mut chunk).await?;
         self.buffer.extend_from_slice(&chunk[..read]);
         Ok(read)
