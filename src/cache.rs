@@ -23,7 +23,7 @@ use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use shares::Shares;
 
-/// What an entry costs beside its body and id: key, value, moka's nodes and our own, as measured at a million entries.
+/// What an entry costs beside its body and id: key, value, moka's nodes and our own; an estimate on the safe side.
 const OVERHEAD: usize = 400;
 
 /// Not-found answers together, in bytes.

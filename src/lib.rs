@@ -8,7 +8,8 @@
 //! gateway                                  the life of a request: knows all the parts
 //! cache  flight  upstream  watch           the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when
-//! stored  config  error  metrics           what is kept · checked config · one enum · one struct
+//! stored                                   what is kept of an answer
+//! config  error  metrics                   checked config · one enum · one struct
 //! task  account  outcome                   words: pure, no I/O
 //! ```
 
