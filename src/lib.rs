@@ -89,6 +89,8 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
         Arc::clone(&metrics),
         stop_admin.clone(),
     )?;
+    // Before it is said: whoever waits for the line may ask `/readyz` at once.
+    health.serving();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         listen = %listeners.clients.local_addr()?,
@@ -98,7 +100,6 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
         accounts = config.accounts.len(),
         "serving"
     );
-    health.serving();
     // On the workers: where this function itself runs is its caller's choice, and says nothing of them.
     let beat = tokio::spawn(async move { health.beat().await });
     let sweep = tokio::spawn({

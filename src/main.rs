@@ -75,12 +75,16 @@ fn load(file: &ConfigFile) -> Result<Config, ExitCode> {
 
 fn serve(config: Config) -> anyhow::Result<()> {
     init_log(&config.log);
-    runtime(config.worker_threads)?.block_on(async {
+    let runtime = runtime(config.worker_threads)?;
+    let done = runtime.block_on(async {
         let shutdown = Shutdown::default();
         tokio::spawn(cancel_on_signals(shutdown.drain.clone(), shutdown.now.clone())?);
         let listeners = Listeners::bind(&config)?;
         crun_gateway::run(config, listeners, shutdown).await
-    })
+    });
+    // Dropped, it would wait for look-ups of names that are under way, and those know no deadline.
+    runtime.shutdown_background();
+    done
 }
 
 fn simulate(args: UpstreamArgs) -> anyhow::Result<()> {

@@ -13,7 +13,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{sleep, sleep_until, timeout};
@@ -76,11 +75,7 @@ pub async fn serve(
         () = until_closed => {}
         () = now.cancelled() => return,
     }
-    // Whoever is in the backlog has been let in; closing over them would reset them.
-    while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
-        server.admit(stream, peer.ip());
-    }
-    drop(listener);
+    server.admit_backlog(listener);
     server.tracker.close();
     tokio::select! {
         () = server.tracker.wait() => {}
@@ -114,12 +109,29 @@ impl Server {
         }
     }
 
+    /// Closes the listener. Whoever is in its backlog has been let in: closing over them would reset them. The kernel is
+    /// asked directly, since tokio may not have heard yet that somebody is there.
+    fn admit_backlog(&self, listener: TcpListener) {
+        let Ok(listener) = listener.into_std() else {
+            return;
+        };
+        while let Ok((stream, peer)) = listener.accept() {
+            let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+            if let Ok(stream) = stream {
+                self.admit(stream, peer.ip());
+            }
+        }
+    }
+
     fn admit(&self, stream: TcpStream, peer: IpAddr) {
         // A socket that is gone already fails later, too.
         let _ = stream.set_nodelay(true);
-        let Some(place) = self.place(peer) else {
-            self.tracker.spawn(turn_away(stream));
-            return;
+        let place = match self.place(peer) {
+            Ok(place) => place,
+            Err(limit) => {
+                self.tracker.spawn(turn_away(stream, limit));
+                return;
+            }
         };
         let (gateway, limits) = (Arc::clone(&self.gateway), self.limits.clone());
         let draining = self.draining.clone();
@@ -129,17 +141,20 @@ impl Server {
         });
     }
 
-    fn place(&self, peer: IpAddr) -> Option<Place> {
+    /// A place, or the limit that is reached.
+    fn place(&self, peer: IpAddr) -> Result<Place, &'static str> {
         let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
         let of_peer = admitted.get(&peer).copied().unwrap_or(0);
         let in_all = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
-        if in_all >= self.limits.connections || self.limits.connections_per_address.is_some_and(|most| of_peer >= most)
-        {
-            return None;
+        if in_all >= self.limits.connections {
+            return Err("limits.connections");
+        }
+        if self.limits.connections_per_address.is_some_and(|most| of_peer >= most) {
+            return Err("limits.connections_per_address");
         }
         admitted.insert(peer, of_peer + 1);
         self.metrics.connections.inc();
-        Some(Place {
+        Ok(Place {
             admitted: Arc::clone(&self.admitted),
             metrics: Arc::clone(&self.metrics),
             peer,
@@ -168,11 +183,13 @@ impl Drop for Place {
 }
 
 /// Tells a client why it gets no connection, without reading what it asks.
-async fn turn_away(mut stream: TcpStream) {
-    let body = r#"{"code":503,"message":"crun-gateway: too many connections (limits.connections): keep connections alive and share them","data":null}"#;
+async fn turn_away(mut stream: TcpStream, limit: &'static str) {
+    let body = format!(
+        r#"{{"code":503,"message":"crun-gateway: too many connections ({limit}): keep connections alive and share them","data":null}}"#
+    );
     let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\nRetry-After: \
-         1\r\nConnection: close\r\n\r\n{body}",
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: \
+         no-store\r\nVia: 1.1 crun-gateway\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{body}",
         body.len()
     );
     // Whether it listens is its own business.

@@ -28,7 +28,7 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
@@ -67,8 +67,7 @@ struct Inner {
     connections: Mutex<Connections>,
     /// A connection was closed or became idle.
     freed: Notify,
-    /// `limits.body_bytes`.
-    room: Arc<Semaphore>,
+    room: body::Room,
     breaker: Arc<Breaker>,
     metrics: Arc<Metrics>,
 }
@@ -141,7 +140,7 @@ impl Upstream {
             most_connections: limits.upstream_connections,
             connections: Mutex::default(),
             freed: Notify::new(),
-            room: Arc::new(Semaphore::new(limits.body_bytes.min(Semaphore::MAX_PERMITS))),
+            room: body::Room::new(limits.body_bytes, settings.max_body),
             breaker: Arc::new(Breaker::new(metrics.upstream_breaker_open.clone())),
             metrics,
         })))
@@ -163,17 +162,16 @@ impl Upstream {
     /// sent twice. The caller has seen to it that it is no TaskInfo query; hop-by-hop headers and Host are its business.
     ///
     /// # Errors
-    /// When upstream cannot be reached, has too many connections, or breaks off before it answers.
+    /// When upstream cannot be reached, no place for a connection is free within `upstream.connect_timeout`, or upstream
+    /// breaks off before it answers.
     pub async fn stream<B>(&self, request: Request<B>) -> Result<Response<Incoming>, Error>
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: std::error::Error + Send + Sync + 'static,
     {
-        let slot = self
-            .0
-            .connections()
-            .slot_of_nobody(&self.0)
-            .ok_or(Error::NoConnection)?;
+        let slot = timeout(self.0.settings.connect_timeout, self.0.slot_of_nobody())
+            .await
+            .map_err(|_| Error::NoConnection)?;
         let (mut sender, _) = self.0.open(slot).await?;
         sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)
     }
@@ -380,8 +378,7 @@ impl Ready {
         let exchange = async {
             let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
             let (head, body) = response.into_parts();
-            let max_body = upstream.settings.max_body;
-            let (body, room) = body::read(&head.headers, body, max_body, &upstream.room).await?;
+            let (body, room) = body::read(&head.headers, body, &upstream.room).await?;
             Ok((head, body, room))
         };
         let (head, body, room) = match timeout(upstream.settings.timeout, exchange).await {
@@ -415,7 +412,7 @@ impl Ready {
             body,
             asked,
             received,
-            room: Some(room),
+            room,
         })
     }
 }
@@ -440,6 +437,20 @@ impl Inner {
             HeaderValue::from_static(concat!("crun-gateway/", env!("CARGO_PKG_VERSION"))),
         );
         Ok(request)
+    }
+
+    /// A place for a connection that is no account's, as soon as one is free.
+    async fn slot_of_nobody(self: &Arc<Self>) -> Slot {
+        loop {
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let slot = self.connections().slot_of_nobody(self);
+            match slot {
+                Some(slot) => return slot,
+                None => freed.await,
+            }
+        }
     }
 
     /// Opens a connection in `slot`, which is free again when it closes.

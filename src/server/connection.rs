@@ -61,6 +61,7 @@ pub async fn serve_connection<S>(
     let watched = Watched {
         stream,
         phase: phase.clone(),
+        has_held_back_end: false,
         ending: Ending::Open,
     };
     let mut connection = pin!(http1::Builder::new().serve_connection(TokioIo::new(watched), service));
@@ -171,6 +172,10 @@ impl Phases {
         }
     }
 
+    fn is_busy(&self) -> bool {
+        matches!(*self.lock(), Phase::Busy)
+    }
+
     fn busy(&self) -> Busy {
         self.set(Phase::Busy);
         Busy(self.clone())
@@ -234,6 +239,7 @@ impl HttpBody for Tracked {
 struct Watched<S> {
     stream: S,
     phase: Phases,
+    has_held_back_end: bool,
     ending: Ending,
 }
 
@@ -249,6 +255,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         if buffer.filled().len() > before {
             self.phase.heard();
+        } else if self.phase.is_busy() && !self.has_held_back_end {
+            // To hyper the client's end is the end of its request, too. One that has but said all it has to say gets the
+            // answer that is there at once; for any other answer it looks like one that has left.
+            self.has_held_back_end = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
         Poll::Ready(Ok(()))
     }

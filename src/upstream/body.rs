@@ -13,17 +13,80 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::Error;
 
-/// Reads `body` to its end, undoing its Content-Encoding: at most `most` bytes, each with a permit of `room`, which holds
-/// `limits.body_bytes` of them. The copy is exactly as long as the body, since it may be kept for days.
+/// `limits.body_bytes`, as permits. Bodies that do not say how long they are take room as they grow; so that they can never
+/// all wait for each other, room for one largest body is set aside, and whoever has it needs no more.
+pub(super) struct Room {
+    shared: Arc<Semaphore>,
+    set_aside: Arc<Semaphore>,
+    /// `upstream.max_body`.
+    most: usize,
+}
+
+impl Room {
+    pub(super) fn new(body_bytes: usize, max_body: usize) -> Self {
+        let shared = body_bytes.saturating_sub(max_body).min(Semaphore::MAX_PERMITS);
+        Self {
+            shared: Arc::new(Semaphore::new(shared)),
+            set_aside: Arc::new(Semaphore::new(1)),
+            most: max_body,
+        }
+    }
+
+    async fn share(&self, bytes: usize) -> Result<Share<'_>, Error> {
+        let mut share = Share {
+            room: self,
+            bytes: 0,
+            permit: None,
+        };
+        share.grow(bytes).await?;
+        Ok(share)
+    }
+}
+
+/// One body's part of the room.
+struct Share<'a> {
+    room: &'a Room,
+    bytes: usize,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Share<'_> {
+    async fn grow(&mut self, bytes: usize) -> Result<(), Error> {
+        let Some(missing) = bytes.checked_sub(self.bytes).filter(|missing| *missing > 0) else {
+            return Ok(());
+        };
+        let missing = u32::try_from(missing).map_err(|_| Error::UpstreamTooLarge)?;
+        // Neither semaphore is ever closed.
+        tokio::select! {
+            biased;
+            more = Arc::clone(&self.room.shared).acquire_many_owned(missing) => {
+                let more = more.map_err(|_| Error::Internal)?;
+                match &mut self.permit {
+                    Some(permit) => permit.merge(more),
+                    None => self.permit = Some(more),
+                }
+                self.bytes = bytes;
+            }
+            all = Arc::clone(&self.room.set_aside).acquire_owned() => {
+                self.permit = Some(all.map_err(|_| Error::Internal)?);
+                self.bytes = self.room.most;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads `body` to its end, undoing its Content-Encoding: at most `upstream.max_body` bytes, with room for each. The copy
+/// is exactly as long as the body, since it may be kept for days.
 ///
 /// # Errors
 /// When it breaks off, is too large, or is encoded in an unknown way.
 pub(super) async fn read(
     headers: &HeaderMap,
     mut body: Incoming,
-    most: usize,
-    room: &Arc<Semaphore>,
-) -> Result<(Bytes, OwnedSemaphorePermit), Error> {
+    room: &Room,
+) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Error> {
+    let most = room.most;
     let announced = headers
         .get(CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
@@ -37,32 +100,17 @@ pub(super) async fn read(
             most,
         },
     )?;
-    let mut reserved = reserve(room, announced.unwrap_or(0)).await?;
+    let mut share = room.share(announced.unwrap_or(0)).await?;
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|_| Error::UpstreamBroken)?.into_data() else {
             continue;
         };
         decoding.push(&data)?;
-        let missing = decoding.bounded().bytes.len().saturating_sub(reserved.num_permits());
-        if missing > 0 {
-            reserved.merge(reserve(room, missing).await?);
-        }
+        share.grow(decoding.bounded().bytes.len()).await?;
     }
     let decoded = decoding.finish()?;
-    let missing = decoded.len().saturating_sub(reserved.num_permits());
-    if missing > 0 {
-        reserved.merge(reserve(room, missing).await?);
-    }
-    Ok((Bytes::from(decoded.into_boxed_slice()), reserved))
-}
-
-async fn reserve(room: &Arc<Semaphore>, bytes: usize) -> Result<OwnedSemaphorePermit, Error> {
-    let bytes = u32::try_from(bytes).map_err(|_| Error::UpstreamTooLarge)?;
-    // The semaphore is never closed.
-    Arc::clone(room)
-        .acquire_many_owned(bytes)
-        .await
-        .map_err(|_| Error::Internal)
+    share.grow(decoded.len()).await?;
+    Ok((Bytes::from(decoded.into_boxed_slice()), share.permit))
 }
 
 enum Decoder {

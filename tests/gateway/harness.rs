@@ -3,10 +3,12 @@
 pub mod client;
 pub mod paused;
 pub mod process;
+pub mod raw;
 pub mod scripted;
 
 pub use client::{Reply, poll, poll_as, request};
-pub use process::{Gateway, Simulator};
+pub use process::{Gateway, PATIENCE, Simulator};
+pub use raw::Raw;
 pub use scripted::Scripted;
 
 /// The key of tests that need but one account.

@@ -15,6 +15,8 @@
 //! - `passthrough`: what is streamed through
 //! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
+//! - `connections`: time-outs, limits, and who shares what
+//! - `tls`: upstream over TLS
 
 #![allow(
     clippy::unwrap_used,
@@ -26,6 +28,7 @@
 
 mod coalescing;
 mod commands;
+mod connections;
 mod fairness;
 mod fidelity;
 mod freshness;

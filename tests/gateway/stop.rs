@@ -1,172 +1,316 @@
-//! SIGTERM: nobody sees a reset, what is in flight or queued finishes, exit 0.
+//! A stop costs nobody an answer: what is asked is answered, what is idle ends cleanly, and all of it within `drain`.
 
+use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use http::Method;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
-use crate::harness::client::poll_request;
-use crate::harness::process::PATIENCE;
-use crate::harness::{Gateway, KEY, Simulator, poll};
+use crate::harness::client::{bare, poll_request, try_request};
+use crate::harness::raw::{self, RawReply};
+use crate::harness::{Gateway, KEY, PATIENCE, Raw, Simulator, poll, request};
 
-async fn connect(gateway: &Gateway) -> SendRequest<Full<Bytes>> {
-    let stream = TcpStream::connect(gateway.address).await.unwrap();
-    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
-    tokio::spawn(connection);
-    sender
+/// How long the listener and idle connections stay open.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// What a busy machine may add.
+const SLACK: Duration = Duration::from_millis(1500);
+
+/// Waits until the gateway says that it stops.
+async fn draining(gateway: &Gateway) {
+    let patience = Instant::now() + PATIENCE;
+    while gateway.admin("/readyz").await.0 != 503 {
+        assert!(Instant::now() < patience, "still ready");
+        sleep(Duration::from_millis(2)).await;
+    }
 }
 
-/// Waits until the gateway says that it is stopping.
-async fn is_draining(gateway: &Gateway) {
-    while gateway.admin("/readyz").await.0 != 503 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+/// Waits until upstream has been asked `queries` times.
+async fn asked(upstream: &Simulator, queries: u64) {
+    while upstream.queries().await < queries {
+        sleep(Duration::from_millis(5)).await;
     }
 }
 
 #[tokio::test]
-async fn what_is_in_flight_or_queued_finishes() {
+async fn what_is_in_flight_or_queued_is_answered_and_the_exit_code_is_0() {
     let upstream = Simulator::start(&["--latency", "1s"]).await;
     let mut gateway = Gateway::start(&upstream.url, "").await;
     let address = gateway.address;
     let mut polls = JoinSet::new();
-    for task in 0..40 {
+    for task in 0..60 {
         polls.spawn(async move { poll(address, &format!("ended.{task}")).await });
     }
-    timeout(PATIENCE, async {
-        while upstream.queries().await < 3 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .unwrap();
+    asked(&upstream, 5).await;
+    assert!(upstream.queries().await < 40, "most are still queued");
     gateway.terminate();
-    is_draining(&gateway).await;
-    assert_eq!(gateway.admin("/livez").await.0, 200);
-    // The listener is still open: whoever a load balancer still sends is answered.
-    let late = poll(address, "ended.0").await;
-    assert_eq!((late.status.as_u16(), late.header("connection")), (200, Some("close")));
-    for reply in timeout(PATIENCE, polls.join_all()).await.unwrap() {
+    draining(&gateway).await;
+    let mut told = 0;
+    for reply in polls.join_all().await {
         assert_eq!(reply.status, 200, "{reply:?}");
+        told += usize::from(reply.header("connection") == Some("close"));
     }
-    assert!(gateway.exit().await.success());
-    assert_eq!(upstream.queries().await, 40);
+    assert!(
+        told >= 20,
+        "answers during the drain say that the connection closes: {told}"
+    );
+    assert_eq!(gateway.exit().await.code(), Some(0));
+    assert_eq!(upstream.queries().await, 60);
+    assert_eq!(upstream.stats().await["violations"], 0);
 }
 
 #[tokio::test]
-async fn an_idle_connection_may_ask_once_more_and_then_sees_a_clean_end() {
+async fn readiness_ends_at_once_and_liveness_does_not() {
+    let upstream = Simulator::start(&[]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    assert_eq!(gateway.admin("/readyz").await.0, 200);
+    let slow = tokio::spawn(async move { poll(address, "slow-3s.a").await });
+    asked(&upstream, 1).await;
+    let stopped = Instant::now();
+    gateway.terminate();
+    draining(&gateway).await;
+    assert!(stopped.elapsed() < Duration::from_secs(1), "{:?}", stopped.elapsed());
+    assert_eq!(gateway.admin("/livez").await.0, 200);
+    assert_eq!(slow.await.unwrap().status, 200);
+    assert_eq!(gateway.exit().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn the_listener_stays_open_for_two_seconds_and_whoever_comes_is_answered() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let mut gateway = Gateway::start(&upstream.url, "").await;
-    let mut kept = connect(&gateway).await;
-    let first = kept.send_request(poll_request(KEY, "ended.a")).await.unwrap();
-    assert!(!first.headers().contains_key("connection"));
-    first.into_body().collect().await.unwrap();
-    let mut idle = TcpStream::connect(gateway.address).await.unwrap();
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
     gateway.terminate();
-    is_draining(&gateway).await;
-    let started = Instant::now();
-    kept.ready().await.unwrap();
-    let last = kept.send_request(poll_request(KEY, "ended.a")).await.unwrap();
-    assert_eq!(
-        (last.status().as_u16(), last.headers()["connection"].to_str().unwrap()),
-        (200, "close")
-    );
-    let mut rest = Vec::new();
-    timeout(PATIENCE, idle.read_to_end(&mut rest))
-        .await
-        .unwrap()
-        .expect("a FIN, no reset");
-    assert!(rest.is_empty());
+    draining(&gateway).await;
+    let stopped = Instant::now();
+    let mut answered = 0;
+    while let Ok(mut connection) = Raw::try_connect(gateway.address).await {
+        match exchange(&mut connection, "ended.a").await {
+            Ok(Some(reply)) => assert!(reply.is(200) && reply.says_close(), "{reply:?}"),
+            // As in `poll_until_refused`.
+            _ if is_refused(gateway.address).await => break,
+            other => panic!("after {answered} answers: {other:?}"),
+        }
+        answered += 1;
+        sleep(Duration::from_millis(20)).await;
+    }
+    assert!(is_refused(gateway.address).await);
+    let open = stopped.elapsed();
     assert!(
-        started.elapsed() > Duration::from_millis(1500),
-        "not before its grace is over: {:?}",
-        started.elapsed()
+        open + Duration::from_millis(500) > GRACE && open < GRACE + SLACK,
+        "{open:?}"
     );
-    assert!(gateway.exit().await.success());
+    assert!(answered > 20, "{answered}");
+    assert_eq!(gateway.exit().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn bytes_that_come_too_late_do_not_reset_the_answer_before_them() {
+async fn an_idle_connection_may_ask_once_more() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let mut gateway = Gateway::start(&upstream.url, "").await;
-    let mut stream = TcpStream::connect(gateway.address).await.unwrap();
+    let mut used = Raw::connect(gateway.address).await;
+    assert!(!used.poll("ended.a").await.says_close());
+    let mut unused = Raw::connect(gateway.address).await;
     gateway.terminate();
-    is_draining(&gateway).await;
-    // Pipelined behind a request whose answer says `close`: they lie unread, and must not take the answer with them.
-    let request =
-        format!("GET /api/v1/client/job/TaskInfo?task_id=ended.a HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\n\r\n");
-    stream.write_all(request.repeat(50).as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    timeout(PATIENCE, stream.read_to_end(&mut answer))
-        .await
-        .unwrap()
-        .expect("a FIN, no reset");
-    let answer = String::from_utf8(answer).unwrap();
-    assert!(
-        answer.starts_with("HTTP/1.1 200 OK") && answer.contains("connection: close"),
-        "{answer}"
-    );
-    drop(stream);
-    assert!(gateway.exit().await.success());
+    draining(&gateway).await;
+    for connection in [&mut used, &mut unused] {
+        let last = connection.poll("ended.a").await;
+        assert!(last.is(200) && last.says_close(), "{last:?}");
+        connection.assert_ends().await;
+    }
+    drop((used, unused));
+    assert_eq!(gateway.exit().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn clients_that_keep_polling_through_a_stop_see_no_error() {
-    let upstream = Simulator::start(&["--latency", "20ms"]).await;
+async fn an_idle_connection_ends_with_a_fin_after_two_seconds_and_bytes_sent_then_do_not_reset_it() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let mut gateway = Gateway::start(&upstream.url, "").await;
-    poll(gateway.address, "ended.a").await;
-    let mut clients = JoinSet::new();
-    for _ in 0..20 {
-        let mut connection = connect(&gateway).await;
-        clients.spawn(async move {
-            loop {
-                connection.ready().await.unwrap();
-                let reply = connection.send_request(poll_request(KEY, "ended.a")).await.unwrap();
-                assert_eq!(reply.status(), 200);
-                let closes = reply.headers().contains_key("connection");
-                reply.into_body().collect().await.unwrap();
-                if closes {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
+    let mut used = Raw::connect(gateway.address).await;
+    assert!(used.poll("ended.a").await.is(200));
+    let mut unused = Raw::connect(gateway.address).await;
+    gateway.terminate();
+    let stopped = Instant::now();
+    for connection in [&mut used, &mut unused] {
+        connection.assert_ends().await;
+    }
+    let ended = stopped.elapsed();
+    assert!(ended >= GRACE && ended < GRACE + SLACK, "{ended:?}");
+    for connection in [&mut used, &mut unused] {
+        for _ in 0..10 {
+            connection.send(raw::poll("ended.a")).await.unwrap();
+            // A reset would come back within this, on one machine.
+            sleep(Duration::from_millis(5)).await;
+        }
+        assert!(connection.stream.take_error().unwrap().is_none());
+        connection.assert_ends().await;
+    }
+    drop((used, unused));
+    assert_eq!(gateway.exit().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_request_sent_as_the_connection_closes_is_answered_or_sees_its_end_and_never_a_reset() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    let mut idle = Vec::new();
+    for _ in 0..100 {
+        let mut connection = Raw::connect(gateway.address).await;
+        assert!(connection.poll("ended.a").await.is(200));
+        idle.push(connection);
+    }
+    gateway.terminate();
+    let closes = Instant::now() + GRACE;
+    let mut polls = JoinSet::new();
+    for (number, mut connection) in (0..).zip(idle) {
+        polls.spawn(async move {
+            sleep_until(closes - Duration::from_millis(50) + Duration::from_millis(number)).await;
+            connection.send(raw::poll("ended.a")).await?;
+            let reply = connection.try_reply().await?;
+            if let Some(reply) = &reply {
+                assert!(reply.is(200) && reply.says_close(), "{reply:?}");
+                connection.assert_ends().await;
             }
+            io::Result::Ok(reply.is_some())
         });
     }
-    gateway.terminate();
-    timeout(PATIENCE, clients.join_all()).await.unwrap();
-    assert!(gateway.exit().await.success());
+    let ends = polls.join_all().await;
+    let answered = ends.into_iter().filter(|end| *end.as_ref().expect("no reset")).count();
+    assert!(answered > 0, "those who came before the close are answered");
+    assert_eq!(gateway.exit().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn drain_bounds_a_stop_and_a_second_signal_ends_at_once() {
-    for (drain, signals) in [("3s", 1), ("30s", 2)] {
-        let upstream = Simulator::start(&["--latency", "0ms"]).await;
-        let config = format!(
-            "drain: \"{drain}\"\nbudget: {{ max_wait: \"1m\" }}\nupstream: {{ url: \"{}\", timeout: \"1m\" }}",
-            upstream.url
-        );
-        let mut gateway = Gateway::start(&upstream.url, &config).await;
-        let address = gateway.address;
-        let hanging =
-            tokio::spawn(
-                async move { crate::harness::client::try_request(address, poll_request(KEY, "hang.a")).await },
-            );
-        while upstream.queries().await == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+async fn requests_pipelined_behind_the_last_one_do_not_take_its_answer_away() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    let mut connection = Raw::connect(gateway.address).await;
+    gateway.terminate();
+    draining(&gateway).await;
+    connection.send(raw::poll("ended.a").repeat(50)).await.unwrap();
+    let last = connection.reply().await;
+    assert!(last.is(200) && last.says_close(), "{last:?}");
+    connection.assert_ends().await;
+    drop(connection);
+    assert_eq!(gateway.exit().await.code(), Some(0));
+}
+
+/// One client that polls on a connection for as long as it may and reconnects, until nobody listens any more. Gives how
+/// many answers it got.
+async fn poll_until_refused(address: SocketAddr, number: usize) -> usize {
+    let mut answers = 0;
+    loop {
+        let mut connection = match Raw::try_connect(address).await {
+            Ok(connection) => connection,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return answers,
+            Err(error) => panic!("client {number} cannot connect after {answers} answers: {error}"),
+        };
+        let mut is_new = true;
+        loop {
+            let reply = match exchange(&mut connection, &format!("ended.{}", number % 8)).await {
+                // The kernel opened the connection between our last accept and the listener's close: inherent to TCP.
+                Err(_) if is_new && is_refused(address).await => return answers,
+                reply => reply.unwrap_or_else(|error| panic!("client {number}: {error} after {answers} answers")),
+            };
+            // The connection was idle, and closed as the request was on its way: inherent to keep-alive.
+            let Some(reply) = reply else { break };
+            assert!(reply.is(200), "{reply:?}");
+            answers += 1;
+            if reply.says_close() {
+                break;
+            }
+            is_new = false;
+            sleep(Duration::from_millis(number as u64 % 16)).await;
         }
-        let started = Instant::now();
-        gateway.terminate();
-        is_draining(&gateway).await;
-        if signals == 2 {
-            gateway.terminate();
-        }
-        assert!(gateway.exit().await.success());
-        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
-        assert!(hanging.await.unwrap().is_err());
     }
+}
+
+async fn exchange(connection: &mut Raw, task: &str) -> io::Result<Option<RawReply>> {
+    connection.send(raw::poll(task)).await?;
+    connection.try_reply().await
+}
+
+async fn is_refused(address: SocketAddr) -> bool {
+    matches!(Raw::try_connect(address).await, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+#[tokio::test]
+async fn no_client_of_many_sees_a_reset() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    for task in 0..8 {
+        assert_eq!(poll(gateway.address, &format!("ended.{task}")).await.status, 200);
+    }
+    let address = gateway.address;
+    let mut clients = JoinSet::new();
+    for number in 0..64 {
+        clients.spawn(poll_until_refused(address, number));
+    }
+    let hits = "crun_gateway_upstream_calls_saved_total{account=\"other\",how=\"hit\"}";
+    while gateway.metric(hits).await < 1000.0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    gateway.terminate();
+    for answers in clients.join_all().await {
+        assert!(answers > 0);
+    }
+    assert_eq!(gateway.exit().await.code(), Some(0));
+    assert_eq!(upstream.queries().await, 8);
+}
+
+#[tokio::test]
+async fn a_post_in_flight_finishes() {
+    let upstream = Simulator::start(&["--latency", "1s"]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    let path = "/api/v1/client/job/CreateTask";
+    let post = tokio::spawn(async move { request(address, bare(Method::POST, path)).await });
+    while upstream.stats().await["paths"][path] != 1 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    gateway.terminate();
+    let reply = post.await.unwrap();
+    assert_eq!(reply.status, 200);
+    assert!(reply.json()["data"]["task_id"].is_string(), "{reply:?}");
+    assert_eq!(reply.header("connection"), Some("close"));
+    assert_eq!(gateway.exit().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
+    let upstream = Simulator::start(&[]).await;
+    let mut gateway = Gateway::start(&upstream.url, "").await;
+    let address = gateway.address;
+    let polls = tokio::spawn(async move { try_request(address, poll_request(KEY, "hang.a")).await });
+    asked(&upstream, 1).await;
+    gateway.terminate();
+    draining(&gateway).await;
+    let again = Instant::now();
+    gateway.terminate();
+    assert_eq!(gateway.exit().await.code(), Some(0));
+    assert!(again.elapsed() < Duration::from_secs(1), "{:?}", again.elapsed());
+    assert!(polls.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_stop_takes_no_longer_than_drain() {
+    let upstream = Simulator::start(&[]).await;
+    let mut gateway = Gateway::start(&upstream.url, "drain: \"3s\"").await;
+    let address = gateway.address;
+    let hanging = tokio::spawn(async move { try_request(address, poll_request(KEY, "hang.a")).await });
+    asked(&upstream, 1).await;
+    gateway.terminate();
+    let stopped = Instant::now();
+    let exit = timeout_at(stopped + Duration::from_secs(7), gateway.exit()).await;
+    assert_eq!(exit.expect("in time").code(), Some(0));
+    let took = stopped.elapsed();
+    assert!(
+        took > Duration::from_millis(2900) && took < Duration::from_secs(3) + SLACK,
+        "{took:?}"
+    );
+    assert!(hanging.await.unwrap().is_err());
+    assert!(gateway.log().contains("drain time is over"), "{}", gateway.log());
 }

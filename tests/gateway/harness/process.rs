@@ -19,6 +19,37 @@ pub const PATIENCE: Duration = Duration::from_mins(1);
 /// The path of the binary.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_crun-gateway");
 
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs a command to its end, without a terminal.
+pub async fn run(args: &[&str], env: &[(&str, &str)]) -> Ended {
+    let mut command = Command::new(BINARY);
+    command.args(args).envs(env.iter().copied());
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    let output = timeout(PATIENCE, command.output())
+        .await
+        .expect("the command ends in time")
+        .unwrap();
+    Ended {
+        code: output.status.code().unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// A configuration in a file of its own.
+pub fn config_file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
 /// A running gateway; it is killed with the test.
 pub struct Gateway {
     pub address: SocketAddr,

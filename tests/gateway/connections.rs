@@ -1,0 +1,354 @@
+//! Client and upstream connections: their time-outs, their limits, and who shares them.
+
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::harness::client::bare;
+use crate::harness::raw::{self, Raw};
+use crate::harness::scripted::response;
+use crate::harness::{Gateway, KEY, Scripted, Simulator, TASK_INFO, poll, poll_as, request};
+
+const QUEUE: &str = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
+
+/// What a busy machine may add.
+const SLACK: Duration = Duration::from_millis(1500);
+
+async fn quick() -> Simulator {
+    Simulator::start(&["--latency", "0ms"]).await
+}
+
+/// Waits until a series has this value.
+async fn reaches(gateway: &Gateway, series: &str, value: f64) {
+    let start = Instant::now();
+    loop {
+        let now = gateway.metric(series).await;
+        if (now - value).abs() < 0.1 {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "{series} stays {now}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn header_timeout_counts_from_a_requests_first_byte() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "limits: { header_timeout: \"1s\" }").await;
+    let mut idle = Raw::connect(gateway.address).await;
+    assert!(idle.poll("ended.a").await.is(200));
+    let mut halves = [Raw::connect(gateway.address).await, Raw::connect(gateway.address).await];
+    assert!(halves[1].poll("ended.a").await.is(200));
+    let started = Instant::now();
+    for half in &mut halves {
+        half.send("GET / HTTP/1.1\r\nhost: ").await.unwrap();
+    }
+    // More bytes win no more time.
+    sleep(Duration::from_millis(500)).await;
+    for half in &mut halves {
+        half.send("gate").await.unwrap();
+    }
+    for half in &mut halves {
+        half.assert_ends().await;
+    }
+    let ended = started.elapsed();
+    assert!(
+        ended >= Duration::from_millis(950) && ended < Duration::from_secs(1) + SLACK,
+        "{ended:?}"
+    );
+    // Idle for longer than header_timeout all the while.
+    assert!(idle.poll("ended.a").await.is(200));
+}
+
+#[tokio::test]
+async fn idle_timeout_ends_a_connection_with_a_fin() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "limits: { idle_timeout: \"1s\" }").await;
+    let mut used = Raw::connect(gateway.address).await;
+    let mut unused = Raw::connect(gateway.address).await;
+    // An answer that takes longer is no idleness.
+    assert!(used.poll("slow-1500ms.a").await.is(200));
+    let idle_since = Instant::now();
+    unused.assert_ends().await;
+    used.assert_ends().await;
+    let ended = idle_since.elapsed();
+    assert!(
+        ended >= Duration::from_millis(950) && ended < Duration::from_secs(1) + SLACK,
+        "{ended:?}"
+    );
+    for connection in [&mut used, &mut unused] {
+        connection.send(raw::poll("ended.a")).await.unwrap();
+        connection.assert_ends().await;
+    }
+    drop((used, unused));
+    reaches(&gateway, "crun_gateway_connections", 0.0).await;
+}
+
+async fn the_third_connection_is_turned_away(limit: &str) {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, &format!("limits: {{ {limit}: 2 }}")).await;
+    let mut let_in = [Raw::connect(gateway.address).await, Raw::connect(gateway.address).await];
+    for connection in &mut let_in {
+        assert!(connection.poll("ended.a").await.is(200));
+    }
+    let mut third = Raw::connect(gateway.address).await;
+    third.send(raw::poll("ended.a")).await.unwrap();
+    let refusal = third.reply().await;
+    assert!(refusal.is(503) && refusal.says_close(), "{refusal:?}");
+    assert_eq!(refusal.header("content-type"), Some("application/json"));
+    assert_eq!(refusal.header("cache-control"), Some("no-store"));
+    assert_eq!(refusal.header("via"), Some("1.1 crun-gateway"));
+    assert_eq!(refusal.header("retry-after"), Some("1"));
+    let envelope = refusal.json();
+    assert_eq!(envelope["code"], 503);
+    assert!(envelope["data"].is_null(), "{envelope}");
+    let message = envelope["message"].as_str().unwrap();
+    assert!(
+        message.contains("crun-gateway") && message.contains(&format!("limits.{limit})")),
+        "{message}"
+    );
+    third.assert_ends().await;
+    // Those let in and the platform notice nothing; a place that is free again is given away.
+    assert!(let_in[0].poll("ended.a").await.is(200));
+    assert_eq!(gateway.admin("/readyz").await.0, 200);
+    reaches(&gateway, "crun_gateway_connections", 2.0).await;
+    drop(let_in);
+    reaches(&gateway, "crun_gateway_connections", 0.0).await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+}
+
+#[tokio::test]
+async fn more_connections_than_allowed_are_told_why() {
+    the_third_connection_is_turned_away("connections").await;
+}
+
+#[tokio::test]
+async fn more_connections_of_one_address_than_allowed_are_told_why() {
+    the_third_connection_is_turned_away("connections_per_address").await;
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let mut client = Raw::connect(gateway.address).await;
+    let tasks = ["slow-300ms.a", "ended.b", "ended.c", "slow-100ms.d", "ended.b"];
+    client.send(tasks.map(raw::poll).concat()).await.unwrap();
+    for task in tasks {
+        let reply = client.reply().await;
+        assert!(reply.is(200), "{reply:?}");
+        assert_eq!(reply.json()["data"]["task_id"], task);
+    }
+    assert_eq!(upstream.queries().await, 4);
+}
+
+#[tokio::test]
+async fn head_leaves_the_connection_in_step() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let mut client = Raw::connect(gateway.address).await;
+    let head = raw::poll("ended.a").replacen("GET", "HEAD", 1);
+    client.send(format!("{head}{}", raw::poll("ended.b"))).await.unwrap();
+    let both = client.until("ended.b").await;
+    assert_eq!(both.matches("HTTP/1.1 200 OK\r\n").count(), 2, "{both}");
+    assert_eq!(both.matches("\"task_id\"").count(), 1, "{both}");
+}
+
+#[tokio::test]
+async fn a_client_that_speaks_http_1_0_is_answered_and_its_connection_closed() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for target in [
+        format!("GET {TASK_INFO}?task_id=ended.a"),
+        "POST /api/v1/chat/completions".to_owned(),
+    ] {
+        let mut client = Raw::connect(gateway.address).await;
+        let asked = format!("{target} HTTP/1.0\r\nx-api-key: {KEY}\r\n\r\n");
+        client.send(asked).await.unwrap();
+        let mut all = Vec::new();
+        loop {
+            let some = client.some().await.unwrap();
+            if some.is_empty() {
+                break;
+            }
+            all.extend(some);
+        }
+        let all = String::from_utf8(all).unwrap();
+        assert!(all.starts_with("HTTP/1.0 200 OK\r\n"), "{all}");
+        assert!(!all.to_ascii_lowercase().contains("transfer-encoding"), "{all}");
+        assert!(all.ends_with('}') || all.ends_with("data: [DONE]\n\n"), "{all}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_has_said_all_it_has_to_say_is_answered_when_the_answer_is_there() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    let mut client = Raw::connect(gateway.address).await;
+    client.send(raw::poll("ended.a")).await.unwrap();
+    client.stream.shutdown().await.unwrap();
+    assert!(client.reply().await.is(200));
+    client.assert_ends().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_takes_its_unsent_flight_with_it() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "budget: { limit: 1 }").await;
+    // The first takes the only permit that the next second has.
+    let mut stays = Raw::connect(gateway.address).await;
+    stays.send(raw::poll("ended.stays")).await.unwrap();
+    reaches(&gateway, QUEUE, 1.0).await;
+    let mut leaving = Vec::new();
+    for number in 0..20 {
+        let mut client = Raw::connect(gateway.address).await;
+        client.send(raw::poll(&format!("ended.{number}"))).await.unwrap();
+        leaving.push(client);
+    }
+    reaches(&gateway, "crun_gateway_connections", 21.0).await;
+    drop(leaving);
+    reaches(&gateway, "crun_gateway_connections", 1.0).await;
+    assert!(stays.reply().await.is(200));
+    reaches(&gateway, QUEUE, 0.0).await;
+    // Whoever had stayed in the queue would have come before this one.
+    assert_eq!(poll(gateway.address, "ended.last").await.status, 200);
+    assert!(upstream.queries().await <= 3, "{}", upstream.stats().await);
+}
+
+#[tokio::test]
+async fn an_account_may_always_open_a_connection() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "limits: { upstream_connections: 1 }").await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for number in 0..20 {
+        polls.spawn(async move {
+            let key = format!("ak_{}", number % 2);
+            poll_as(address, &key, &format!("slow-200ms.{number}")).await
+        });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_idle_connection_makes_room_for_what_is_passed_through() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "limits: { upstream_connections: 1 }").await;
+    for number in 0..3 {
+        assert_eq!(poll(gateway.address, &format!("ended.{number}")).await.status, 200);
+        let reply = request(gateway.address, bare(http::Method::POST, "/api/v1/echo")).await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_upstream_connection_serves_one_after_the_other() {
+    let upstream = Scripted::start(Duration::from_millis(300), |_| {
+        response("200 OK", "", br#"{"code":404,"message":"Task not found","data":null}"#)
+    })
+    .await;
+    let config = format!("upstream: {{ url: \"{}\", connections: 1 }}", upstream.url);
+    let gateway = Gateway::start(&upstream.url, &config).await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    let started = Instant::now();
+    for number in 0..8 {
+        polls.spawn(async move { poll(address, &format!("t{number}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    // Eight answers of 300 ms, one after the other.
+    assert!(
+        started.elapsed() >= Duration::from_millis(2400),
+        "{:?}",
+        started.elapsed()
+    );
+    let connections = gateway.metric("crun_gateway_upstream_connections").await;
+    assert!((connections - 1.0).abs() < 0.1, "{connections}");
+}
+
+/// Answers, but closes connections on which nothing is asked for 200 ms.
+async fn impatient_upstream() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut client = Raw::over(stream);
+                while let Ok(Some(_)) = timeout(Duration::from_millis(200), client.head()).await {
+                    let body = br#"{"code":404,"message":"Task not found","data":null}"#;
+                    client.send(response("200 OK", "", body)).await?;
+                }
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn a_connection_that_upstream_closes_while_it_waits_for_its_permit_costs_no_attempt() {
+    let upstream = impatient_upstream().await;
+    let gateway = Gateway::start(&upstream, "budget: { limit: 1 }").await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for number in 0..3 {
+        polls.spawn(async move { poll(address, &format!("t{number}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    let attempts = gateway
+        .metric("crun_gateway_upstream_request_duration_seconds_count")
+        .await;
+    assert!((attempts - 3.0).abs() < 0.1, "{attempts}");
+}
+
+/// Sends answers of 48 KiB in 16 chunks, 20 ms apart, and never says how long they are.
+async fn upstream_that_answers_by_and_by() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut client = Raw::over(stream);
+                while client.head().await.is_some() {
+                    client
+                        .send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                        .await?;
+                    for _ in 0..16 {
+                        client.send(format!("c00\r\n{}\r\n", "x".repeat(0xc00))).await?;
+                        sleep(Duration::from_millis(20)).await;
+                    }
+                    client.send("0\r\n\r\n").await?;
+                }
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn little_room_for_bodies_still_serves_everybody() {
+    let upstream = upstream_that_answers_by_and_by().await;
+    let config =
+        format!("upstream: {{ url: \"{upstream}\", max_body: \"64KiB\" }}\nlimits: {{ body_bytes: \"64KiB\" }}");
+    let gateway = Gateway::start(&upstream, &config).await;
+    let address = gateway.address;
+    let mut polls = JoinSet::new();
+    for number in 0..16 {
+        polls.spawn(async move { poll(address, &format!("t{number}")).await });
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+        assert_eq!(reply.body.len(), 48 << 10);
+    }
+}
