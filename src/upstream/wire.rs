@@ -4,17 +4,16 @@
 //! since a session ticket is no answer.
 
 use std::io;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
 
 use futures_util::future::BoxFuture;
 use http::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
 use rustls_pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
+use tokio_util::io::{InspectReader, InspectWriter};
 use tower_service::Service as _;
 
 use crate::budget::Permit;
@@ -60,23 +59,15 @@ impl Wire {
     pub(super) async fn attach(
         raw: Box<dyn Stream>,
         tls: Option<&(TlsConnector, ServerName<'static>)>,
-    ) -> io::Result<(Heard, Self)> {
+    ) -> io::Result<(impl Stream, Self)> {
         let wire = Self::default();
-        let stamped = Stamped {
-            stream: raw,
-            wire: wire.clone(),
-        };
+        let (below, above) = (wire.clone(), wire.clone());
+        let stamped = InspectWriter::new(raw, move |_: &[u8]| below.wrote());
         let stream: Box<dyn Stream> = match tls {
             Some((connector, name)) => Box::new(connector.connect(name.clone(), stamped).await?),
             None => Box::new(stamped),
         };
-        Ok((
-            Heard {
-                stream,
-                wire: wire.clone(),
-            },
-            wire,
-        ))
+        Ok((InspectReader::new(stream, move |bytes: &[u8]| above.hear(bytes)), wire))
     }
 
     /// The next bytes written are the request that `permit` has paid for.
@@ -96,96 +87,16 @@ impl Wire {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wrote(&self, bytes: usize) {
-        if bytes > 0
-            && let Some(permit) = self.state().permit.take()
-        {
+    fn wrote(&self) {
+        if let Some(permit) = self.state().permit.take() {
             permit.written(Instant::now());
         }
     }
-}
 
-/// The raw stream; it stamps the first write of each request.
-struct Stamped {
-    stream: Box<dyn Stream>,
-    wire: Wire,
-}
-
-impl AsyncRead for Stamped {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Stamped {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
-        self.wire.wrote(written);
-        Poll::Ready(Ok(written))
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices))?;
-        self.wire.wrote(written);
-        Poll::Ready(Ok(written))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// The stream that hyper speaks on; it notes when something is heard.
-pub(super) struct Heard {
-    stream: Box<dyn Stream>,
-    wire: Wire,
-}
-
-impl AsyncRead for Heard {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
-            self.wire.state().heard = true;
+    fn hear(&self, bytes: &[u8]) {
+        // Nothing at all is the end of the stream.
+        if !bytes.is_empty() {
+            self.state().heard = true;
         }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Heard {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
