@@ -158,27 +158,4 @@ impl Error {
             | Self::Internal => None,
         }
     }
-
-    /// Whether a live snapshot is a better answer than this error.
-    pub fn yields_to_snapshot(&self) -> bool {
-        match self {
-            Self::QueueFull { .. }
-            | Self::TurnNeverCame { .. }
-            | Self::UpstreamUnavailable { .. }
-            | Self::NoConnection
-            | Self::UpstreamTimeout
-            | Self::UpstreamBroken
-            | Self::UpstreamTooLarge
-            | Self::UpstreamEncoding
-            | Self::Internal => true,
-            Self::MissingKey
-            | Self::MalformedKey
-            | Self::UnknownKey
-            | Self::TokenMayNotPass
-            | Self::TooManyAccounts
-            | Self::TaskId(_)
-            | Self::MethodNotAllowed
-            | Self::NotFound => false,
-        }
-    }
 }

@@ -50,11 +50,6 @@ impl<K: Eq + Hash + Clone, S> Flights<K, S> {
         )
     }
 
-    /// How many flights are under way.
-    pub fn count(&self) -> usize {
-        self.map().len()
-    }
-
     fn map(&self) -> MutexGuard<'_, HashMap<K, watch::Sender<S>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -133,7 +128,7 @@ mod tests {
         leader.unwrap().land(|stage| *stage = 7);
         assert_eq!(*first.wait_for(|stage| *stage == 7).await.unwrap(), 7);
         assert_eq!(*second.wait_for(|stage| *stage == 7).await.unwrap(), 7);
-        assert_eq!(flights.count(), 0);
+        assert_eq!(flights.map().len(), 0);
     }
 
     #[tokio::test]

@@ -173,11 +173,6 @@ impl Gateway {
         }
     }
 
-    /// How many flights are under way.
-    pub fn flights(&self) -> usize {
-        self.flights.count()
-    }
-
     /// Brings the gauges up to date that are costly to keep so.
     pub fn refresh_metrics(&self) {
         self.accounts.show_live(Instant::now());

@@ -567,13 +567,9 @@ fn tls_config(settings: &config::Upstream) -> anyhow::Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     if let Some(file) = &settings.ca_file {
-        for certificate in
-            CertificateDer::pem_file_iter(file).with_context(|| format!("upstream.ca_file: {}", file.display()))?
-        {
-            let certificate = certificate.with_context(|| format!("upstream.ca_file: {}", file.display()))?;
-            roots
-                .add(certificate)
-                .with_context(|| format!("upstream.ca_file: {}", file.display()))?;
+        let named = || format!("upstream.ca_file: {}", file.display());
+        for certificate in CertificateDer::pem_file_iter(file).with_context(named)? {
+            roots.add(certificate.with_context(named)?).with_context(named)?;
         }
     }
     let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))

@@ -22,7 +22,7 @@ const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 /// Not a standard, but what everybody's logs are searched by.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// RFC 9110 §7.6.3.
-const VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
+pub(super) const VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
 
 /// A response's body: bytes that are there, or upstream's as they come.
 #[derive(Debug)]
