@@ -15,19 +15,19 @@ use subtle::ConstantTimeEq;
 /// The header that carries an API key, to us and upstream.
 pub const API_KEY_HEADER: &str = "x-api-key";
 
-/// An API key: zeroised when dropped, compared in constant time, never printed.
+/// An API key: zeroised when its last clone is dropped, compared in constant time, never printed. Cheap to clone.
 ///
 /// Maps keyed by it hash with SipHash under a random key, so neither a bucket nor a comparison tells an outsider how
 /// much of a guess was right.
 #[derive(Clone)]
-pub struct ApiKey(SecretString);
+pub struct ApiKey(Arc<SecretString>);
 
 impl ApiKey {
     /// A key from configuration or from a request's header. `None` when it is empty or could not be sent as a header
     /// value (anything but visible ASCII).
     pub fn new(key: &str) -> Option<Self> {
         let visible = !key.is_empty() && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
-        visible.then(|| Self(key.into()))
+        visible.then(|| Self(Arc::new(key.into())))
     }
 
     /// The value for the `x-api-key` header, marked sensitive so that no `Debug` of a header map prints it.

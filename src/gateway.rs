@@ -29,7 +29,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::account::{API_KEY_HEADER, AccountId, ApiKey, Client};
+use crate::account::{API_KEY_HEADER, AccountId, ApiKey};
 use crate::budget::{Entry, Permit, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
@@ -106,7 +106,9 @@ enum Landed {
 struct Poll {
     arrived: Instant,
     asker: Asker,
-    client: Client,
+    peer: IpAddr,
+    /// What the client calls itself.
+    name: Option<HeaderValue>,
     task: TaskId,
     /// How old a live answer may be, if the client says so.
     max_age: Option<Duration>,
@@ -239,11 +241,11 @@ impl Gateway {
         let key = self.credential(headers)?.ok_or(Error::MissingKey)?;
         let task = TaskId::from_query(uri.query())?;
         let asker = self.accounts.of(&key, arrived)?;
-        let client = asker.client(peer, headers.get(&self.config.client_header));
         Ok(Poll {
             arrived,
             asker,
-            client,
+            peer,
+            name: headers.get(&self.config.client_header).cloned(),
             task,
             max_age: max_age::wanted(headers),
         })
@@ -271,6 +273,7 @@ impl Gateway {
             kept => kept.is_some(),
         };
         let mut asker = poll.asker.clone();
+        let client = asker.client(poll.peer, poll.name.as_ref());
         loop {
             if self.upstream.breaker().is_open() {
                 let error = self.turn_away(&asker, &poll.task);
@@ -280,7 +283,7 @@ impl Gateway {
                 Progress::new(account.budget.standing(was_stale))
             });
             let standing = progress.borrow().standing.clone();
-            let _place = standing.join(poll.client.clone(), asker.weight());
+            let _place = standing.join(client.clone(), asker.weight());
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
                 self.launch(leader, &asker, &poll.task, live);
