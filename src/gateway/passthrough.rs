@@ -6,7 +6,7 @@
 
 use http::header::{AUTHORIZATION, EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, Uri};
+use http::{HeaderMap, Request, Response, Uri};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
