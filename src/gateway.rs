@@ -41,7 +41,7 @@ use crate::stored::{Answer, Keeping};
 use crate::task::{self, Class, TaskId};
 use crate::upstream::{Breaker, Dial, Failed, Fetched, Ready, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts, Asker};
-use passthrough::bearer;
+use passthrough::bearers;
 pub use response::Body;
 use response::CacheStatus;
 
@@ -254,11 +254,19 @@ impl Gateway {
     /// The key or client token that a request presents: `x-api-key`, or a Bearer that is a client token, once or several
     /// times the same. Any other Bearer is no business of TaskInfo's.
     fn credential(&self, headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
-        let token = bearer(headers).filter(|key| self.accounts.listed(key).is_some_and(Asker::has_token));
-        match (presented_key(headers)?, token) {
-            (Some(key), Some(token)) if key != token => Err(Error::MalformedKey),
-            (key, token) => Ok(key.or(token)),
+        let mut presented = presented_key(headers)?;
+        for token in self.tokens(headers) {
+            match &presented {
+                Some(before) if *before != token => return Err(Error::MalformedKey),
+                Some(_) | None => presented = Some(token),
+            }
         }
+        Ok(presented)
+    }
+
+    /// The client tokens among a request's Bearers.
+    fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
+        bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(Asker::has_token))
     }
 
     /// The answer for one poll, by its deadline at the latest.

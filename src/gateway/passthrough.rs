@@ -11,7 +11,6 @@ use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
 use super::Gateway;
-use super::accounts::Asker;
 use super::response::{self, Body};
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
@@ -71,8 +70,10 @@ impl Gateway {
         let path = request.uri().path_and_query().cloned().ok_or(Error::NotFound)?;
         let headers = request.headers();
         let credential = self.credential(headers)?;
-        let bearer = bearer(headers);
-        let listed = credential.or(bearer).and_then(|key| self.accounts.listed(&key));
+        let listed = match credential {
+            Some(key) => self.accounts.listed(&key),
+            None => bearers(headers).find_map(|key| self.accounts.listed(&key)),
+        };
         let key = match listed {
             Some(asker) if !asker.may_pass_through() => return Err(Error::TokenMayNotPass),
             Some(asker) => asker.has_token().then(|| asker.key.clone()),
@@ -94,7 +95,7 @@ impl Gateway {
         }
         if let Some(key) = key {
             // A token is ours and goes nowhere: what it stands for goes in its place.
-            if bearer(&head.headers).is_some_and(|bearer| self.accounts.listed(&bearer).is_some_and(Asker::has_token)) {
+            if self.tokens(&head.headers).next().is_some() {
                 head.headers.remove(AUTHORIZATION);
             }
             head.headers.insert(API_KEY_HEADER, key.header_value());
@@ -108,13 +109,19 @@ impl Gateway {
     }
 }
 
-/// The key in `Authorization: Bearer`, which the vendor's LLM paths take.
-pub(super) fn bearer(headers: &HeaderMap) -> Option<ApiKey> {
-    let (scheme, key) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    scheme
-        .eq_ignore_ascii_case("bearer")
-        .then(|| ApiKey::new(key.trim()))
-        .flatten()
+/// The keys in `Authorization: Bearer`, which the vendor's LLM paths take: one, unless a client, or somebody between who
+/// joined two lines into one, sends more than it should.
+pub(super) fn bearers(headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
+    let values = headers
+        .get_all(AUTHORIZATION)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let credentials = values.flat_map(|value| std::iter::once(value).chain(value.split(',')));
+    credentials.filter_map(|credential| {
+        let (scheme, key) = credential.trim().split_once([' ', '\t'])?;
+        let is_bearer = scheme.eq_ignore_ascii_case("bearer");
+        is_bearer.then(|| ApiKey::new(key.trim())).flatten()
+    })
 }
 
 /// Whether a raw path stays what it looks like, and is not TaskInfo, however a server may read it.

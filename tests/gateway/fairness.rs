@@ -161,6 +161,21 @@ async fn a_token_stands_for_its_accounts_keys_and_goes_nowhere() {
         .headers_mut()
         .insert("authorization", "Bearer token-b".parse().unwrap());
     request(gateway.address, create).await;
+    // Neither behind another Authorization, beside a key of the client's own.
+    let mut hidden = bare(Method::POST, "/api/v1/client/job/CreateTask");
+    hidden
+        .headers_mut()
+        .append("authorization", "Basic eDp5".parse().unwrap());
+    hidden
+        .headers_mut()
+        .append("authorization", "Bearer token-b".parse().unwrap());
+    request(gateway.address, hidden.clone()).await;
+    hidden
+        .headers_mut()
+        .insert("authorization", "Basic eDp5,\tBearer\ttoken-b".parse().unwrap());
+    request(gateway.address, hidden.clone()).await;
+    hidden.headers_mut().insert("x-api-key", "ak_good".parse().unwrap());
+    request(gateway.address, hidden).await.assert_is_our_error(401);
     let heads = upstream.heads().concat();
     assert!(heads.contains("POST /api/v1/client/job/CreateTask"), "{heads}");
     assert!(!heads.contains("token-"), "a token is ours and goes nowhere: {heads}");
