@@ -8,11 +8,14 @@
 //!                   cache again ─▶ budget: a turn ─▶ upstream: a connection ─▶ budget: a permit
 //!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
 //! ```
-//! While the breaker is open nobody flies: `gateway::outage`.
+//! What follows from the attempt that a flight makes: `gateway::attempt`. While the breaker is open nobody flies:
+//! `gateway::outage`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
+mod attempt;
+mod credential;
 mod max_age;
 mod outage;
 mod passthrough;
@@ -21,7 +24,7 @@ mod response;
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
@@ -29,19 +32,19 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::account::{API_KEY_HEADER, AccountId, ApiKey};
-use crate::budget::{Entry, Permit, Standing};
+use crate::account::{AccountId, ApiKey};
+use crate::budget::{Entry, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
 use crate::flight::{Flights, Leader};
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER, Shed};
-use crate::outcome::{Outcome, Served};
-use crate::stored::{Answer, Keeping};
-use crate::task::{self, Class, TaskId};
-use crate::upstream::{Breaker, Dial, Failed, Fetched, Ready, TASK_INFO_PATH, Upstream};
+use crate::outcome::Served;
+use crate::stored::Answer;
+use crate::task::{Class, TaskId};
+use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts, Asker};
-use passthrough::bearers;
+use attempt::outcome;
 pub use response::Body;
 use response::CacheStatus;
 
@@ -249,24 +252,6 @@ impl Gateway {
             task,
             max_age: max_age::wanted(headers),
         })
-    }
-
-    /// The key or client token that a request presents: `x-api-key`, or a Bearer that is a client token, once or several
-    /// times the same. Any other Bearer is no business of TaskInfo's.
-    fn credential(&self, headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
-        let mut presented = presented_key(headers)?;
-        for token in self.tokens(headers) {
-            match &presented {
-                Some(before) if *before != token => return Err(Error::MalformedKey),
-                Some(_) | None => presented = Some(token),
-            }
-        }
-        Ok(presented)
-    }
-
-    /// The client tokens among a request's Bearers.
-    fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
-        bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(Asker::has_token))
     }
 
     /// The answer for one poll, by its deadline at the latest.
@@ -480,83 +465,6 @@ impl Gateway {
             attempt += 1;
         }
     }
-
-    /// One attempt, and all that follows from it: what is kept, counted, logged, and learnt of upstream and the account.
-    async fn ask(
-        &self,
-        account: &Account,
-        key: &ApiKey,
-        task: &TaskId,
-        attempt: u32,
-        ready: Ready,
-        permit: Permit,
-    ) -> Result<Arc<Answer>, Failed> {
-        let sent = Instant::now();
-        let result = ready.send(permit, key, task).await;
-        let took = sent.elapsed();
-        let breaker = self.upstream.breaker();
-        match result {
-            Ok(fetched) => {
-                let answer = self.keep(account, task, fetched);
-                let outcome = outcome(answer.reading.class);
-                account.metrics.attempted(outcome, took);
-                log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);
-                if outcome == Outcome::RateLimited {
-                    pause(account, &answer);
-                }
-                // Closed only now: whoever asks from here on finds the answer kept and the account paused.
-                if outcome == Outcome::Unavailable {
-                    breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
-                } else {
-                    breaker.answered(sent);
-                }
-                Ok(answer)
-            }
-            Err(failed) => {
-                let (outcome, detail) = (failure(&failed.error), failed.error.detail());
-                account.metrics.attempted(outcome, took);
-                log_attempt(account, task, attempt, detail, None, took);
-                if outcome != Outcome::Unavailable {
-                    breaker.answered(sent);
-                } else if !failed.unanswered || attempt >= MOST_ATTEMPTS {
-                    // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
-                    breaker.failed(task, sent, detail);
-                }
-                Err(failed)
-            }
-        }
-    }
-
-    /// Reads an answer, and keeps it if it may be kept.
-    fn keep(&self, account: &Account, task: &TaskId, fetched: Fetched) -> Arc<Answer> {
-        let Fetched {
-            status,
-            content_type,
-            retry_after,
-            body,
-            asked,
-            received,
-            room,
-        } = fetched;
-        let reading = task::read(status.as_u16(), &body, task);
-        let before = self.cache.snapshot(account.id, task, received);
-        let keeping = Keeping::of(&reading, before.as_deref(), received, unix_now(), &self.config.cache);
-        let mut answer = Answer::new(status, body, reading, asked, received);
-        answer.content_type = content_type;
-        answer.retry_after = retry_after;
-        answer.keeping = keeping;
-        // What is kept counts against the cache.
-        answer.room = room.filter(|_| keeping.is_none());
-        let answer = Arc::new(answer);
-        self.cache.put(account.id, task, &answer, received);
-        // A late `running` says nothing about a task that is known to have ended.
-        if answer.has_ended() {
-            account.watch.ended(task);
-        } else if answer.is_live() && !before.is_some_and(|before| before.has_ended()) {
-            account.watch.goes_on(task, received);
-        }
-        answer
-    }
 }
 
 impl Progress {
@@ -647,77 +555,7 @@ fn refuse(error: &Error, account: &str, request_id: &HeaderValue) -> Response<Bo
     response::error(error)
 }
 
-/// Lets upstream's 429 slow the account down.
-fn pause(account: &Account, answer: &Answer) {
-    let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
-    let asked = asked.and_then(|value| task::retry_after(value, SystemTime::now()));
-    let pause = account.budget.rate_limited(asked, Instant::now());
-    tracing::warn!(
-        account = &*account.label,
-        pause_s = pause.as_secs_f64(),
-        "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
-    );
-}
-
-fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {
-    tracing::info!(
-        account = &*account.label,
-        task = task.as_str(),
-        attempt,
-        outcome,
-        status = answer.map(|answer| answer.status.as_u16()),
-        code = answer.map(Answer::code),
-        took_s = took.as_secs_f64(),
-        "upstream asked"
-    );
-}
-
-/// The key that a request presents: `x-api-key`, once or several times the same.
-fn presented_key(headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
-    let mut presented = None;
-    for value in headers.get_all(API_KEY_HEADER) {
-        let text = value.to_str().map_err(|_| Error::MalformedKey)?.trim();
-        if text.is_empty() {
-            continue;
-        }
-        let key = ApiKey::new(text).ok_or(Error::MalformedKey)?;
-        match &presented {
-            Some(before) if *before != key => return Err(Error::MalformedKey),
-            Some(_) | None => presented = Some(key),
-        }
-    }
-    Ok(presented)
-}
-
 /// Whether an answer is about the key that was sent rather than about the task.
 fn is_refused_key(answer: &Answer) -> bool {
     matches!(answer.code(), 401..=403)
-}
-
-fn outcome(class: Class) -> Outcome {
-    match class {
-        Class::Live | Class::Settling => Outcome::Live,
-        Class::Terminal => Outcome::Terminal,
-        Class::NotFound => Outcome::NotFound,
-        Class::RateLimited => Outcome::RateLimited,
-        Class::Refused => Outcome::Refused,
-        Class::Unavailable => Outcome::Unavailable,
-        Class::Failed => Outcome::Failed,
-        Class::Unrecognised | Class::Unreadable => Outcome::Unrecognised,
-    }
-}
-
-/// What an attempt without an answer counts as.
-fn failure(error: &Error) -> Outcome {
-    if matches!(error, Error::UpstreamTooLarge | Error::UpstreamEncoding) {
-        Outcome::Unrecognised
-    } else {
-        Outcome::Unavailable
-    }
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }

@@ -6,11 +6,12 @@
 
 use http::header::{AUTHORIZATION, EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, Request, Response, Uri};
+use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
 use super::Gateway;
+use super::credential::bearers;
 use super::response::{self, Body};
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
@@ -107,21 +108,6 @@ impl Gateway {
         head.extensions = http::Extensions::new();
         Request::from_parts(head, body)
     }
-}
-
-/// The keys in `Authorization: Bearer`, which the vendor's LLM paths take: one, unless a client, or somebody between who
-/// joined two lines into one, sends more than it should.
-pub(super) fn bearers(headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
-    let values = headers
-        .get_all(AUTHORIZATION)
-        .iter()
-        .filter_map(|value| value.to_str().ok());
-    let credentials = values.flat_map(|value| std::iter::once(value).chain(value.split(',')));
-    credentials.filter_map(|credential| {
-        let (scheme, key) = credential.trim().split_once([' ', '\t'])?;
-        let is_bearer = scheme.eq_ignore_ascii_case("bearer");
-        is_bearer.then(|| ApiKey::new(key.trim())).flatten()
-    })
 }
 
 /// Whether a raw path stays what it looks like, and is not TaskInfo, however a server may read it.

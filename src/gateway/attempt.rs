@@ -1,0 +1,150 @@
+//! One attempt, and all that follows from it: what is kept, counted and logged, and what is learnt of upstream and the
+//! account. Flights and probes make the same ones.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::time::Instant;
+
+use super::accounts::Account;
+use super::{Gateway, MOST_ATTEMPTS};
+use crate::account::ApiKey;
+use crate::budget::Permit;
+use crate::error::Error;
+use crate::outcome::Outcome;
+use crate::stored::{Answer, Keeping};
+use crate::task::{self, Class, TaskId};
+use crate::upstream::{Failed, Fetched, Ready};
+
+impl Gateway {
+    /// One attempt, and all that follows from it: what is kept, counted, logged, and learnt of upstream and the account.
+    pub(super) async fn ask(
+        &self,
+        account: &Account,
+        key: &ApiKey,
+        task: &TaskId,
+        attempt: u32,
+        ready: Ready,
+        permit: Permit,
+    ) -> Result<Arc<Answer>, Failed> {
+        let sent = Instant::now();
+        let result = ready.send(permit, key, task).await;
+        let took = sent.elapsed();
+        let breaker = self.upstream.breaker();
+        match result {
+            Ok(fetched) => {
+                let answer = self.keep(account, task, fetched);
+                let outcome = outcome(answer.reading.class);
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);
+                if outcome == Outcome::RateLimited {
+                    pause(account, &answer);
+                }
+                // Closed only now: whoever asks from here on finds the answer kept and the account paused.
+                if outcome == Outcome::Unavailable {
+                    breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
+                } else {
+                    breaker.answered(sent);
+                }
+                Ok(answer)
+            }
+            Err(failed) => {
+                let (outcome, detail) = (failure(&failed.error), failed.error.detail());
+                account.metrics.attempted(outcome, took);
+                log_attempt(account, task, attempt, detail, None, took);
+                if outcome != Outcome::Unavailable {
+                    breaker.answered(sent);
+                } else if !failed.unanswered || attempt >= MOST_ATTEMPTS {
+                    // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
+                    breaker.failed(task, sent, detail);
+                }
+                Err(failed)
+            }
+        }
+    }
+
+    /// Reads an answer, and keeps it if it may be kept.
+    fn keep(&self, account: &Account, task: &TaskId, fetched: Fetched) -> Arc<Answer> {
+        let Fetched {
+            status,
+            content_type,
+            retry_after,
+            body,
+            asked,
+            received,
+            room,
+        } = fetched;
+        let reading = task::read(status.as_u16(), &body, task);
+        let before = self.cache.snapshot(account.id, task, received);
+        let keeping = Keeping::of(&reading, before.as_deref(), received, unix_now(), &self.config.cache);
+        let mut answer = Answer::new(status, body, reading, asked, received);
+        answer.content_type = content_type;
+        answer.retry_after = retry_after;
+        answer.keeping = keeping;
+        // What is kept counts against the cache.
+        answer.room = room.filter(|_| keeping.is_none());
+        let answer = Arc::new(answer);
+        self.cache.put(account.id, task, &answer, received);
+        // A late `running` says nothing about a task that is known to have ended.
+        if answer.has_ended() {
+            account.watch.ended(task);
+        } else if answer.is_live() && !before.is_some_and(|before| before.has_ended()) {
+            account.watch.goes_on(task, received);
+        }
+        answer
+    }
+}
+
+/// Lets upstream's 429 slow the account down.
+fn pause(account: &Account, answer: &Answer) {
+    let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
+    let asked = asked.and_then(|value| task::retry_after(value, SystemTime::now()));
+    let pause = account.budget.rate_limited(asked, Instant::now());
+    tracing::warn!(
+        account = &*account.label,
+        pause_s = pause.as_secs_f64(),
+        "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
+    );
+}
+
+fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {
+    tracing::info!(
+        account = &*account.label,
+        task = task.as_str(),
+        attempt,
+        outcome,
+        status = answer.map(|answer| answer.status.as_u16()),
+        code = answer.map(Answer::code),
+        took_s = took.as_secs_f64(),
+        "upstream asked"
+    );
+}
+
+/// What an answer of upstream's counts as.
+pub(super) fn outcome(class: Class) -> Outcome {
+    match class {
+        Class::Live | Class::Settling => Outcome::Live,
+        Class::Terminal => Outcome::Terminal,
+        Class::NotFound => Outcome::NotFound,
+        Class::RateLimited => Outcome::RateLimited,
+        Class::Refused => Outcome::Refused,
+        Class::Unavailable => Outcome::Unavailable,
+        Class::Failed => Outcome::Failed,
+        Class::Unrecognised | Class::Unreadable => Outcome::Unrecognised,
+    }
+}
+
+/// What an attempt without an answer counts as.
+fn failure(error: &Error) -> Outcome {
+    if matches!(error, Error::UpstreamTooLarge | Error::UpstreamEncoding) {
+        Outcome::Unrecognised
+    } else {
+        Outcome::Unavailable
+    }
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,61 @@
+//! What a request presents: an account's key, or a client token that stands for one.
+
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+
+use super::Gateway;
+use super::accounts::Asker;
+use crate::account::{API_KEY_HEADER, ApiKey};
+use crate::error::Error;
+
+impl Gateway {
+    /// The key or client token that a request presents: `x-api-key`, or a Bearer that is a client token, once or several
+    /// times the same. Any other Bearer is no business of TaskInfo's.
+    pub(super) fn credential(&self, headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
+        let mut presented = presented_key(headers)?;
+        for token in self.tokens(headers) {
+            match &presented {
+                Some(before) if *before != token => return Err(Error::MalformedKey),
+                Some(_) | None => presented = Some(token),
+            }
+        }
+        Ok(presented)
+    }
+
+    /// The client tokens among a request's Bearers.
+    pub(super) fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
+        bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(Asker::has_token))
+    }
+}
+
+/// The key that a request presents: `x-api-key`, once or several times the same.
+fn presented_key(headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
+    let mut presented = None;
+    for value in headers.get_all(API_KEY_HEADER) {
+        let text = value.to_str().map_err(|_| Error::MalformedKey)?.trim();
+        if text.is_empty() {
+            continue;
+        }
+        let key = ApiKey::new(text).ok_or(Error::MalformedKey)?;
+        match &presented {
+            Some(before) if *before != key => return Err(Error::MalformedKey),
+            Some(_) | None => presented = Some(key),
+        }
+    }
+    Ok(presented)
+}
+
+/// The keys in `Authorization: Bearer`, which the vendor's LLM paths take: one, unless a client, or somebody between who
+/// joined two lines into one, sends more than it should.
+pub(super) fn bearers(headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
+    let values = headers
+        .get_all(AUTHORIZATION)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let credentials = values.flat_map(|value| std::iter::once(value).chain(value.split(',')));
+    credentials.filter_map(|credential| {
+        let (scheme, key) = credential.trim().split_once([' ', '\t'])?;
+        let is_bearer = scheme.eq_ignore_ascii_case("bearer");
+        is_bearer.then(|| ApiKey::new(key.trim())).flatten()
+    })
+}
