@@ -5,10 +5,11 @@
 //! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
 //! One dispatcher task an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
-//! `budget/backoff.rs` what an upstream 429 does to the pace, and `budget/ring.rs` holds the instants at which requests
+//! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time, and `budget/ring.rs` holds the instants at which requests
 //! were really written, which is what the promise is about: never more than `limit` of them in any sliding second. What
 //! happens to the answers is none of this module's business.
 
+mod admission;
 mod backoff;
 mod dispatcher;
 mod fair_queue;
@@ -24,6 +25,7 @@ use tokio::time::Instant;
 
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use admission::{PollId, Promised};
 use backoff::Backoff;
 use dispatcher::{Dispatcher, Message};
 use fair_queue::Flight;
@@ -65,7 +67,9 @@ struct Shared {
     /// Flights that wait for a permit, called forward or not: the dispatcher's count.
     waiting: Arc<AtomicUsize>,
     next_flight: AtomicU64,
+    next_poll: AtomicU64,
     backoff: Arc<Mutex<Backoff>>,
+    promised: Mutex<Promised>,
     metrics: AccountMetrics,
 }
 
@@ -109,7 +113,9 @@ impl Budget {
             pace,
             waiting,
             next_flight: AtomicU64::new(0),
+            next_poll: AtomicU64::new(0),
             backoff,
+            promised: Mutex::default(),
             metrics,
         }))
     }
@@ -149,13 +155,17 @@ impl Budget {
         self.0.waiting.load(Ordering::Relaxed)
     }
 
-    /// How long a flight that entered at `now`, behind everybody, would wait if nobody left.
-    pub fn wait(&self, now: Instant) -> Duration {
-        let pause_ends = lock(&self.0.backoff).paused_until(now).unwrap_or(now);
-        let resume = pause_ends.max(self.0.pace.not_before);
-        let ahead = u32::try_from(self.waiting()).unwrap_or(u32::MAX);
-        let each = Duration::try_from_secs_f64(self.rate(now).recip()).unwrap_or(self.0.pace.interval());
-        resume.saturating_duration_since(now) + each.saturating_mul(ahead)
+    /// When a poll that is turned away at `now` finds a place, if its turn would have come `late_by` too late. Each one that
+    /// is told so is promised a turn of its own, so that they do not all come back at once.
+    pub fn retry_after(&self, late_by: Duration, now: Instant) -> Duration {
+        late_by + lock(&self.0.promised).next(self.rate(now), now)
+    }
+
+    /// How long nothing is granted from `now` on: until the account's pause ends, or the start's.
+    pub fn paused_for(&self, now: Instant) -> Duration {
+        let until = lock(&self.0.backoff).paused_until(now);
+        let until = until.map_or(self.0.pace.not_before, |until| until.max(self.0.pace.not_before));
+        until.saturating_duration_since(now)
     }
 }
 
@@ -184,16 +194,25 @@ impl Drop for Held {
 }
 
 impl Standing {
-    /// Stands in the queue of `client`, too, for as long as the result is held.
-    pub fn join(&self, client: Client, weight: u32) -> Waiting {
-        let (standing, flight) = (self.clone(), self.0.flight);
-        let joined = client.clone();
-        self.0.shared.tell(Message::Join {
-            flight,
-            client: joined,
+    /// A poll of `client` waits, too, for as long as the result is held: the flight stands in that client's queue. After
+    /// `latest` a turn is of no use to it.
+    pub fn join(&self, client: Client, weight: u32, latest: Instant) -> Waiting {
+        let shared = &self.0.shared;
+        let poll = (latest, shared.next_poll.fetch_add(1, Ordering::Relaxed));
+        let (late, is_late) = oneshot::channel();
+        shared.tell(Message::Join {
+            flight: self.0.flight,
+            client: client.clone(),
             weight,
+            poll,
+            late,
         });
-        Waiting { standing, client }
+        Waiting {
+            standing: self.clone(),
+            client,
+            poll,
+            late: is_late,
+        }
     }
 
     /// Lets the flight go on in the background when nobody waits for it any more. True for the first to say so.
@@ -229,11 +248,27 @@ impl Standing {
     }
 }
 
-/// A client that waits for a flight. Dropping it takes the client's place away.
+/// A poll that waits for a flight. Dropping it takes its client's place away, if it was the client's last.
 #[derive(Debug)]
 pub struct Waiting {
     standing: Standing,
     client: Client,
+    poll: PollId,
+    late: oneshot::Receiver<Duration>,
+}
+
+impl Waiting {
+    /// Waits until it is known that the turn would come too late: at once where that is so on arrival, later where others
+    /// overtake or the account is paused. Gives by how much.
+    ///
+    /// Cancel safe; not to be asked again once it has told.
+    pub async fn late(&mut self) -> Duration {
+        match (&mut self.late).await {
+            Ok(by) => by,
+            // The flight has had its turn.
+            Err(_) => std::future::pending().await,
+        }
+    }
 }
 
 impl Drop for Waiting {
@@ -242,6 +277,7 @@ impl Drop for Waiting {
         held.shared.tell(Message::Leave {
             flight: held.flight,
             client: self.client.clone(),
+            poll: self.poll,
         });
     }
 }

@@ -3,6 +3,7 @@
 //! A 4xx or 5xx *from* upstream is an answer, not an error. Turning an error into a response is `gateway::response`'s
 //! business, in one function; it is logged once, there.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use http::StatusCode;
@@ -41,13 +42,17 @@ pub enum Error {
     /// Nobody may wait any more.
     #[error("too many tasks wait for this account's budget (budget.max_queue)")]
     QueueFull {
-        /// When a place is likely to be free.
+        /// The account's budget, in queries a second.
+        limit: NonZeroU32,
+        /// When a place in the queue is free.
         retry_after: Duration,
     },
-    /// `budget.max_wait` passed before the flight's turn came.
-    #[error("this account's budget is spent: the turn did not come within budget.max_wait")]
-    TurnNeverCame {
-        /// When the queue is likely to be short enough.
+    /// The turn cannot come within `budget.max_wait`, or did not.
+    #[error("this account's budget is spent: no turn within budget.max_wait")]
+    BudgetSpent {
+        /// The account's budget, in queries a second.
+        limit: NonZeroU32,
+        /// When a place in the queue is free.
         retry_after: Duration,
     },
     /// The breaker is open: upstream was unavailable lately.
@@ -85,9 +90,7 @@ impl Error {
             Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
-            Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => {
-                StatusCode::TOO_MANY_REQUESTS
-            }
+            Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::UpstreamUnavailable { .. } | Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
@@ -107,7 +110,7 @@ impl Error {
             Self::MethodNotAllowed => "method",
             Self::NotFound => "path",
             Self::QueueFull { .. } => "queue_full",
-            Self::TurnNeverCame { .. } => "budget",
+            Self::BudgetSpent { .. } => "budget",
             Self::UpstreamUnavailable { .. } => "upstream_unavailable",
             Self::NoConnection => "no_connection",
             Self::UpstreamTimeout => "upstream_timeout",
@@ -128,7 +131,7 @@ impl Error {
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound => None,
-            Self::TooManyAccounts | Self::QueueFull { .. } | Self::TurnNeverCame { .. } => Some("http_request_denied"),
+            Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => Some("http_request_denied"),
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
@@ -141,8 +144,8 @@ impl Error {
     /// When asking again is worth while; `None` where waiting does not help.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::QueueFull { retry_after }
-            | Self::TurnNeverCame { retry_after }
+            Self::QueueFull { retry_after, .. }
+            | Self::BudgetSpent { retry_after, .. }
             | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
@@ -153,6 +156,28 @@ impl Error {
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound
+            | Self::UpstreamTooLarge
+            | Self::UpstreamEncoding
+            | Self::Internal => None,
+        }
+    }
+
+    /// The account's budget, in queries a second, where that is why nobody was asked.
+    pub fn limit(&self) -> Option<NonZeroU32> {
+        match self {
+            Self::QueueFull { limit, .. } | Self::BudgetSpent { limit, .. } => Some(*limit),
+            Self::MissingKey
+            | Self::MalformedKey
+            | Self::UnknownKey
+            | Self::TokenMayNotPass
+            | Self::TooManyAccounts
+            | Self::TaskId(_)
+            | Self::MethodNotAllowed
+            | Self::NotFound
+            | Self::UpstreamUnavailable { .. }
+            | Self::NoConnection
+            | Self::UpstreamTimeout
+            | Self::UpstreamBroken
             | Self::UpstreamTooLarge
             | Self::UpstreamEncoding
             | Self::Internal => None,

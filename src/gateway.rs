@@ -9,11 +9,12 @@
 //!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
 //! ```
 //! What follows from the attempt that a flight makes: `gateway::attempt`. While the breaker is open nobody flies:
-//! `gateway::outage`.
+//! `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
+mod admission;
 mod attempt;
 mod credential;
 mod max_age;
@@ -30,7 +31,7 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use hyper::body::Incoming;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use crate::account::{AccountId, ApiKey};
 use crate::budget::{Entry, Standing};
@@ -38,7 +39,7 @@ use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
 use crate::flight::{Flights, Leader};
-use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER, Shed};
+use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::outcome::Served;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
@@ -267,32 +268,32 @@ impl Gateway {
         };
         let mut asker = poll.asker.clone();
         let client = asker.client(poll.peer, poll.name.as_ref());
+        let latest = self.latest_turn(poll.arrived);
         loop {
             if self.upstream.breaker().is_open() {
                 let error = self.turn_away(&asker, &poll.task);
                 return self.stand_in(poll, error.detail()).ok_or(error);
             }
-            let (mut progress, leader) = self.flights.join((account.id, poll.task.clone()), || {
+            let (progress, leader) = self.flights.join((account.id, poll.task.clone()), || {
                 Progress::new(account.budget.standing(was_stale))
             });
             let standing = progress.borrow().standing.clone();
-            let _place = standing.join(client.clone(), asker.weight());
+            let mut place = standing.join(client.clone(), asker.weight(), latest);
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
                 self.launch(leader, &asker, &poll.task, live);
             }
-            if was_stale && let Some(answered) = self.stand_in_when_slow(poll, &mut progress, deadline).await {
-                return Ok(answered);
-            }
-            let landing = progress.wait_for(|progress| progress.landed.is_some());
-            let landed = match timeout_at(deadline, landing).await {
-                Ok(Ok(progress)) => progress.landed.clone(),
-                // The leader is gone without a landing: it panicked.
-                Ok(Err(_)) => Some(Landed::Failed(Error::Internal)),
-                Err(_) => None,
+            let landed = tokio::select! {
+                biased;
+                landed = landing(progress.clone()) => Some(landed),
+                slow = self.snapshot_when_slow(poll, progress.clone()), if was_stale => return Ok(slow),
+                late_by = place.late() => {
+                    return self.answer_without_landing(poll, progress, Some(late_by), was_stale, collapsed);
+                }
+                () = sleep_until(deadline) => None,
             };
             return match landed {
-                None => self.answer_at_deadline(poll, progress, was_stale, collapsed),
+                None => self.answer_without_landing(poll, progress, None, was_stale, collapsed),
                 Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
                 // Fresh enough for the client that opened the flight, but not for this one.
                 Some(Landed::Kept(_)) => continue,
@@ -328,38 +329,6 @@ impl Gateway {
             }
             Some(_) | None => lifetime,
         }
-    }
-
-    /// A snapshot, else what upstream said last, else why the flight has not landed.
-    fn answer_at_deadline(
-        &self,
-        poll: &Poll,
-        progress: watch::Receiver<Progress>,
-        was_stale: bool,
-        collapsed: bool,
-    ) -> Result<Answered, Error> {
-        let account = &poll.asker.account;
-        let (phase, last_error) = {
-            let progress = progress.borrow();
-            (progress.phase, progress.last_error.clone())
-        };
-        let error = match phase {
-            Phase::Waiting => Error::TurnNeverCame {
-                retry_after: account.budget.wait(Instant::now()),
-            },
-            Phase::Connecting(_) => Error::NoConnection,
-            Phase::Sent(_) => Error::UpstreamTimeout,
-        };
-        if phase == Phase::Waiting {
-            account.metrics.shed(Shed::Deadline);
-        }
-        if let Some(snapshot) = self.stand_in(poll, error.detail()) {
-            leave_behind(progress);
-            return Ok(snapshot);
-        }
-        last_error
-            .map(|answer| forwarded(answer, was_stale, collapsed))
-            .ok_or(error)
     }
 
     /// The snapshot that may be served instead of an error.
@@ -416,11 +385,7 @@ impl Gateway {
             let turn = match while_awaited(&leader, breaker, standing.enter(entry)).await {
                 None => return self.give_up(leader),
                 Some(Ok(turn)) => turn,
-                Some(Err(_)) => {
-                    account.metrics.shed(Shed::QueueFull);
-                    let retry_after = account.budget.wait(Instant::now());
-                    return leader.land(Landed::Failed(Error::QueueFull { retry_after }).stage());
-                }
+                Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account)).stage()),
             };
             leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             let mut connects = 1;
@@ -499,15 +464,12 @@ async fn while_awaited<T>(
     }
 }
 
-/// Leaves a flight of which a poll has been answered with a snapshot. What was asked for is still wanted, or nobody would
-/// ever see it fresher: it goes on in the background, and somebody waits for it there, on nobody's behalf.
-fn leave_behind(mut progress: watch::Receiver<Progress>) {
-    let goes_on = {
-        let progress = progress.borrow();
-        !matches!(progress.phase, Phase::Sent(_)) && progress.standing.keep()
-    };
-    if goes_on {
-        tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
+/// How a flight ends, for whoever waits.
+async fn landing(mut progress: watch::Receiver<Progress>) -> Landed {
+    match progress.wait_for(|progress| progress.landed.is_some()).await {
+        Ok(progress) => progress.landed.clone().unwrap_or(Landed::Failed(Error::Internal)),
+        // The leader is gone without a landing: it panicked.
+        Err(_) => Landed::Failed(Error::Internal),
     }
 }
 

@@ -34,16 +34,19 @@ const WAIT_BUCKETS: &[f64] = &[0.005, 0.035, 0.07, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0
 pub enum Shed {
     /// `budget.max_queue` flights wait already.
     QueueFull,
+    /// It was known that its turn would not come in time.
+    Admission,
     /// `budget.max_wait` passed first.
     Deadline,
 }
 
 impl Shed {
-    const ALL: [Self; 2] = [Self::QueueFull, Self::Deadline];
+    const ALL: [Self; 3] = [Self::QueueFull, Self::Admission, Self::Deadline];
 
     fn label(self) -> &'static str {
         match self {
             Self::QueueFull => "queue_full",
+            Self::Admission => "admission",
             Self::Deadline => "deadline",
         }
     }
@@ -365,7 +368,7 @@ pub struct AccountMetrics {
     pub queue_length: [IntGauge; 2],
     /// Permits a second that the pace allows.
     pub rate: prometheus::Gauge,
-    shed: [IntCounter; 2],
+    shed: [IntCounter; Shed::ALL.len()],
     /// Accounts under this label that an upstream 429 has paused.
     pub paused: IntGauge,
     live_tasks: IntGauge,

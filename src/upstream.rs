@@ -10,6 +10,7 @@
 
 mod body;
 mod breaker;
+mod recent;
 mod wire;
 
 use std::collections::{HashMap, VecDeque};
@@ -40,6 +41,7 @@ use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::task::TaskId;
 pub use breaker::{Breaker, Probe};
+use recent::Recent;
 use wire::Wire;
 pub use wire::{Dial, Dialing, Stream, tcp};
 
@@ -69,6 +71,7 @@ struct Inner {
     freed: Notify,
     room: body::Room,
     breaker: Arc<Breaker>,
+    recent: Recent,
     metrics: Arc<Metrics>,
 }
 
@@ -142,6 +145,7 @@ impl Upstream {
             freed: Notify::new(),
             room: body::Room::new(limits.body_bytes, settings.max_body),
             breaker: Arc::new(Breaker::new(metrics.upstream_breaker_open.clone())),
+            recent: Recent::default(),
             metrics,
         })))
     }
@@ -179,6 +183,11 @@ impl Upstream {
     /// Whether upstream may be asked at all.
     pub fn breaker(&self) -> &Arc<Breaker> {
         &self.0.breaker
+    }
+
+    /// How long upstream takes to answer, lately: nine answers in ten take no longer. Zero before the first.
+    pub fn p90(&self) -> Duration {
+        self.0.recent.p90()
     }
 
     /// The value of the Host header.
@@ -397,6 +406,7 @@ impl Ready {
             }
         };
         let received = Instant::now();
+        upstream.recent.note(received - asked);
         // Idle again once hyper has seen that nothing is left over; mostly it has.
         tokio::spawn(async move {
             if sender.ready().await.is_ok() {

@@ -19,7 +19,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 /// Seconds from a standstill to the full rate.
 const RECOVERY_S: f64 = 30.0;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Backoff {
     limit: f64,
     paused_until: Option<Instant>,
@@ -77,6 +77,20 @@ impl Backoff {
             (rate + recovered).min(self.limit)
         })
     }
+
+    /// How long `permits` take from the instant `from` on, at a rate that recovers meanwhile.
+    pub(super) fn time_for(&self, permits: f64, from: Instant) -> Duration {
+        let (rate, growth) = (self.rate(from), self.limit / RECOVERY_S);
+        let until_full = (self.limit - rate) / growth;
+        let meanwhile = until_full * f64::midpoint(rate, self.limit);
+        let seconds = if permits < meanwhile {
+            // rate × t + growth ÷ 2 × t² = permits
+            ((rate * rate + 2.0 * growth * permits).sqrt() - rate) / growth
+        } else {
+            until_full + (permits - meanwhile) / self.limit
+        };
+        Duration::try_from_secs_f64(seconds).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]
@@ -106,6 +120,19 @@ mod tests {
         assert_rate(&backoff, now + 6 * SECOND, 9.5);
         assert_rate(&backoff, now + 17 * SECOND, 15.0);
         assert_rate(&backoff, now + 100 * SECOND, 15.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn how_long_permits_take_follows_the_rate_as_it_recovers() {
+        let (mut backoff, now) = backoff();
+        let seconds = |backoff: &Backoff, permits| backoff.time_for(permits, now + 2 * SECOND).as_secs_f64();
+        assert!((seconds(&backoff, 150.0) - 10.0).abs() < 1e-6);
+        backoff.rate_limited(Some(2 * SECOND), now);
+        // 7.5/s at first and half a query a second more each second: 16 in 2 s, 168.75 until it is full after 15 s.
+        for (permits, expected) in [(0.0, 0.0), (16.0, 2.0), (168.75, 15.0), (183.75, 16.0)] {
+            let took = seconds(&backoff, permits);
+            assert!((took - expected).abs() < 1e-6, "{permits} permits take {took} s");
+        }
     }
 
     #[tokio::test(start_paused = true)]

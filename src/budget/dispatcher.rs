@@ -20,6 +20,7 @@ use governor::{Quota, RateLimiter};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
+use super::admission::{Admission, PollId};
 use super::backoff::Backoff;
 use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::ring::{Ring, Room, Stamp};
@@ -39,14 +40,20 @@ const READY_AHEAD: usize = 2;
 pub(super) enum Message {
     /// A flight may come to wait.
     Open { flight: Flight, is_refresh: bool },
-    /// A client's poll waits for it.
+    /// A client's poll waits for it, and is told when its turn would come `late`.
     Join {
         flight: Flight,
         client: Client,
         weight: u32,
+        poll: PollId,
+        late: oneshot::Sender<Duration>,
     },
     /// A client's poll waits no longer.
-    Leave { flight: Flight, client: Client },
+    Leave {
+        flight: Flight,
+        client: Client,
+        poll: PollId,
+    },
     /// Its answer is wanted though nobody may wait for it.
     Keep { flight: Flight },
     /// It waits for its turn, from now on.
@@ -107,6 +114,7 @@ pub(super) struct Dispatcher {
     max_queue: usize,
     inbox: mpsc::UnboundedReceiver<Message>,
     queue: FairQueue,
+    admission: Admission,
     /// How to call each flight that waits in the queue.
     calls: HashMap<Flight, oneshot::Sender<()>>,
     /// In the order in which they were called forward.
@@ -150,6 +158,7 @@ impl Dispatcher {
             max_queue,
             inbox,
             queue: FairQueue::default(),
+            admission: Admission::default(),
             calls: HashMap::new(),
             called: BTreeMap::new(),
             call_of: HashMap::new(),
@@ -194,7 +203,7 @@ impl Dispatcher {
     /// Does what is due at `now`.
     pub(super) fn look(&mut self, now: Instant) -> Wake {
         let pause_ends = self.watch_pause(now);
-        let wake = self.grant_due(now).or_at(pause_ends);
+        let wake = self.grant_due(now).or_at(pause_ends).or_at(self.judge(now));
         self.show();
         wake
     }
@@ -202,8 +211,20 @@ impl Dispatcher {
     pub(super) fn take(&mut self, message: Message) {
         match message {
             Message::Open { flight, is_refresh } => self.queue.open(flight, is_refresh),
-            Message::Join { flight, client, weight } => self.queue.join(flight, &client, weight),
-            Message::Leave { flight, client } => self.queue.leave(flight, &client),
+            Message::Join {
+                flight,
+                client,
+                weight,
+                poll,
+                late,
+            } => {
+                self.queue.join(flight, &client, weight);
+                self.admission.join(flight, poll, late);
+            }
+            Message::Leave { flight, client, poll } => {
+                self.queue.leave(flight, &client);
+                self.admission.leave(flight, poll);
+            }
             Message::Keep { flight } => self.queue.keep(flight),
             Message::Enter { flight, is_again, call } => {
                 self.calls.insert(flight, call);
@@ -235,6 +256,7 @@ impl Dispatcher {
             Message::Close { flight } => {
                 self.calls.remove(&flight);
                 self.queue.close(flight);
+                self.admission.close(flight);
                 self.forget(flight);
             }
             Message::BackedOff => {}
@@ -279,6 +301,33 @@ impl Dispatcher {
         self.metrics.queue_length[0].add(foreground - self.shown.0);
         self.metrics.queue_length[1].add(background - self.shown.1);
         self.shown = (foreground, background);
+    }
+
+    /// Tells the polls whose turn would come too late, as things stand: those in the queue and, while nothing is granted,
+    /// those called forward; else they are next. Gives when to look again.
+    fn judge(&mut self, now: Instant) -> Option<Instant> {
+        if self.waiting() == 0 {
+            return None;
+        }
+        let backoff = lock(&self.backoff).clone();
+        let resumed = backoff.resumed().unwrap_or(now).max(self.pace.not_before);
+        let first = now.max(self.due).max(resumed);
+        let stretch = (Duration::from_secs(1) + self.pace.margin).as_secs_f64();
+        let turn = |position: usize| {
+            let permits = u32::try_from(position).unwrap_or(u32::MAX);
+            first + backoff.time_for(f64::from(permits) * stretch, first)
+        };
+        if !self.admission.may_be_late(turn(self.waiting() - 1)) {
+            return None;
+        }
+        let not_yet = self.admission.not_yet(now);
+        if not_yet.is_none() {
+            let is_next = resumed <= now;
+            let called = self.called.values().map(|called| (called.flight, is_next));
+            let waiting = self.queue.forecast().map(|flight| (flight, false));
+            self.admission.judge(called.chain(waiting), turn, now);
+        }
+        not_yet
     }
 
     /// Calls flights forward while too few of those called have a connection. Of those that have none as many may be

@@ -6,7 +6,9 @@
 //! Within a client, tasks never seen before go ahead of refreshes, then by arrival. Flights that nobody waits for but whose
 //! answer is wanted form the background lane: it gets what foreground leaves, and at least one turn in ten.
 //!
-//! Every step is O(log n).
+//! Every step is O(log n), but for the forecast (`fair_queue/forecast.rs`), which looks at every place once.
+
+mod forecast;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

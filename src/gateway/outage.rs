@@ -3,6 +3,7 @@
 //! While the breaker is open, snapshots are served, polls without one are refused at once, and nothing is spent but on
 //! probes: a probe is paid for like every query, its answer is kept like any other, and no client waits for it.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::accounts::Asker;
-use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT, leave_behind};
+use super::admission::leave_behind;
+use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
 use crate::budget::Entry;
 use crate::error::Error;
 use crate::flight::Leader;
@@ -67,40 +69,28 @@ impl Gateway {
         drop(probe);
     }
 
-    /// The snapshot, once an attempt takes long or the breaker opens; `None` once the flight has landed, at the deadline,
-    /// or when there is no snapshot any more.
-    pub(super) async fn stand_in_when_slow(
-        &self,
-        poll: &Poll,
-        progress: &mut watch::Receiver<Progress>,
-        deadline: Instant,
-    ) -> Option<Answered> {
-        loop {
-            let (has_landed, phase) = {
-                let progress = progress.borrow_and_update();
-                (progress.landed.is_some(), progress.phase)
-            };
-            if has_landed {
-                return None;
-            }
-            let slow = match phase {
+    /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is no snapshot any more.
+    ///
+    /// Cancel safe.
+    pub(super) async fn snapshot_when_slow(&self, poll: &Poll, mut progress: watch::Receiver<Progress>) -> Answered {
+        let detail = loop {
+            let slow = match progress.borrow_and_update().phase {
                 Phase::Waiting => None,
                 Phase::Connecting(since) | Phase::Sent(since) => Some(since + SLOW_ATTEMPT),
             };
             tokio::select! {
                 biased;
-                changed = progress.changed() => changed.ok()?,
-                () = self.upstream.breaker().opened() => return self.stand_in(poll, self.unavailable().detail()),
-                () = sleep_until(slow.unwrap_or(deadline)), if slow.is_none_or(|slow| slow <= deadline) => {
-                    slow?;
-                    let answered = self.stand_in(poll, "upstream_slow");
-                    if answered.is_some() {
-                        leave_behind(progress.clone());
-                    }
-                    return answered;
-                }
-                () = sleep_until(deadline) => return None,
+                Ok(()) = progress.changed() => {}
+                () = self.upstream.breaker().opened() => break self.unavailable().detail(),
+                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => break "upstream_slow",
             }
+        };
+        match self.stand_in(poll, detail) {
+            Some(answered) => {
+                leave_behind(progress);
+                answered
+            }
+            None => pending().await,
         }
     }
 }

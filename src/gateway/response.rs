@@ -19,6 +19,9 @@ use crate::stored::Answer;
 pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 /// RFC 9209.
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+/// draft-ietf-httpapi-ratelimit-headers-11: what an account may ask, and when it may again.
+const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 /// Not a standard, but what everybody's logs are searched by.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// RFC 9110 §7.6.3.
@@ -148,8 +151,18 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     {
         headers.insert(PROXY_STATUS, value);
     }
-    if let Some(wait) = error.retry_after() {
-        headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(wait)));
+    if let Some(wait) = error.retry_after().map(whole_seconds) {
+        headers.insert(RETRY_AFTER, HeaderValue::from(wait));
+        if let Some(limit) = error.limit() {
+            for (name, value) in [
+                (RATE_LIMIT_POLICY, format!("\"account\";q={limit};w=1")),
+                (RATE_LIMIT, format!("\"account\";r=0;t={wait}")),
+            ] {
+                if let Ok(value) = HeaderValue::try_from(value) {
+                    headers.insert(name, value);
+                }
+            }
+        }
     }
     if *error == Error::MethodNotAllowed {
         headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));

@@ -3,6 +3,7 @@
 //! Real sockets and the real binary (`harness::Gateway`, `harness::Simulator`), or, where a promise is about time, paused
 //! time over in-memory connections (`harness::paused`).
 //!
+//! - `admission`: whoever cannot be served in time hears so at once
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
@@ -26,6 +27,7 @@
 #![allow(unreachable_pub, reason = "`pub` says what the harness offers, crate or not")]
 #![allow(clippy::cast_precision_loss, reason = "the counts of a test are small")]
 
+mod admission;
 mod coalescing;
 mod commands;
 mod connections;

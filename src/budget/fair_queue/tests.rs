@@ -202,7 +202,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     /// Nothing is lost and nothing served twice: a flight waits exactly from its entry to its turn, its shedding or its
-    /// end, and whatever waits and is wanted is served in the end.
+    /// end, and whatever waits and is wanted is served in the end, in the order that was forecast.
     #[test]
     fn nothing_is_lost_and_nothing_served_twice(steps in prop::collection::vec(step(), 1..200)) {
         let mut queue = FairQueue::default();
@@ -254,9 +254,13 @@ proptest! {
             }
             prop_assert_eq!(queue.waiting(), waiting.len());
         }
+        let forecast: Vec<_> = queue.forecast().collect();
+        let mut served = Vec::new();
         while let Some(flight) = queue.pop() {
             prop_assert!(waiting.remove(&flight), "{} served and not waiting", flight);
+            served.push(flight);
         }
+        prop_assert_eq!(forecast, served, "what was forecast is what happens");
         for flight in 0..opened {
             queue.close(flight);
         }

@@ -206,7 +206,17 @@ impl World<'_> {
                 self.flights[flight].called = Some(called);
                 let (client, weight, is_refresh, is_again) = (client(), 1, false, false);
                 self.tell(now, |flight| Message::Open { flight, is_refresh }, flight);
-                self.tell(now, |flight| Message::Join { flight, client, weight }, flight);
+                // Nobody listens, so nobody leaves when told that the turn comes late.
+                let (late, _) = oneshot::channel();
+                let poll = (self.start + now + Duration::from_secs(1), 0);
+                let join = |flight| Message::Join {
+                    flight,
+                    client,
+                    weight,
+                    poll,
+                    late,
+                };
+                self.tell(now, join, flight);
                 self.tell(now, |flight| Message::Enter { flight, is_again, call }, flight);
                 if let GivesUp::AfterEntry(after) = self.plans.flights[flight].gives_up {
                     self.schedule(now + after, Event::GiveUp(flight));

@@ -1,0 +1,92 @@
+//! What a poll gets when its flight has not landed in time, or is known not to: a snapshot, else what upstream said last,
+//! else why.
+//!
+//! A poll that cannot be served by its deadline hears so at once, on arrival or when others overtake its place: nobody
+//! waits ten seconds for a refusal. What the snapshot stands in for is still wanted, or nobody would ever see it fresher:
+//! its flight goes on in the background.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::accounts::Account;
+use super::{Answered, Gateway, Phase, Poll, Progress, forwarded};
+use crate::error::Error;
+use crate::metrics::Shed;
+
+impl Gateway {
+    /// The latest instant at which a turn serves a poll that `arrived` then: upstream needs its time, too. Half of
+    /// `budget.max_wait` at most: where upstream is slower than that, trying is the only way to learn that it no longer is.
+    pub(super) fn latest_turn(&self, arrived: Instant) -> Instant {
+        let max_wait = self.config.budget.max_wait;
+        arrived + max_wait - self.upstream.p90().min(max_wait / 2)
+    }
+
+    /// Answers a poll whose flight has not landed: at its deadline or, where its turn would come `late_by` too late, before.
+    pub(super) fn answer_without_landing(
+        &self,
+        poll: &Poll,
+        progress: watch::Receiver<Progress>,
+        late_by: Option<Duration>,
+        was_stale: bool,
+        collapsed: bool,
+    ) -> Result<Answered, Error> {
+        let (phase, last_error) = {
+            let progress = progress.borrow();
+            (progress.phase, progress.last_error.clone())
+        };
+        let phase = late_by.map_or(phase, |_| Phase::Waiting);
+        let detail = match phase {
+            Phase::Waiting => "budget",
+            Phase::Connecting(_) => Error::NoConnection.detail(),
+            Phase::Sent(_) => Error::UpstreamTimeout.detail(),
+        };
+        if let Some(snapshot) = self.stand_in(poll, detail) {
+            leave_behind(progress);
+            return Ok(snapshot);
+        }
+        if let Some(answer) = last_error {
+            return Ok(forwarded(answer, was_stale, collapsed));
+        }
+        Err(match phase {
+            Phase::Waiting => self.budget_spent(&poll.asker.account, late_by),
+            Phase::Connecting(_) => Error::NoConnection,
+            Phase::Sent(_) => Error::UpstreamTimeout,
+        })
+    }
+
+    fn budget_spent(&self, account: &Arc<Account>, late_by: Option<Duration>) -> Error {
+        let reason = late_by.map_or(Shed::Deadline, |_| Shed::Admission);
+        account.metrics.shed(reason);
+        let now = Instant::now();
+        let late_by = late_by.unwrap_or_else(|| account.budget.paused_for(now));
+        Error::BudgetSpent {
+            limit: self.config.budget.limit,
+            retry_after: account.budget.retry_after(late_by, now),
+        }
+    }
+
+    /// Why a flight gave way that stood in a full queue.
+    pub(super) fn queue_full(&self, account: &Account) -> Error {
+        account.metrics.shed(Shed::QueueFull);
+        let now = Instant::now();
+        Error::QueueFull {
+            limit: self.config.budget.limit,
+            retry_after: account.budget.retry_after(account.budget.paused_for(now), now),
+        }
+    }
+}
+
+/// Leaves a flight of which a poll has been answered with a snapshot: somebody waits for it in the background, on nobody's
+/// behalf.
+pub(super) fn leave_behind(mut progress: watch::Receiver<Progress>) {
+    let goes_on = {
+        let progress = progress.borrow();
+        !matches!(progress.phase, Phase::Sent(_)) && progress.standing.keep()
+    };
+    if goes_on {
+        tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
+    }
+}

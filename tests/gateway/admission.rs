@@ -1,0 +1,256 @@
+//! A poll that cannot be served by its deadline hears so at once, and when to come back.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::Response;
+use http_body_util::Full;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::harness::paused::{Behaviour, Paused, json, most_in_a_second, running, success};
+use crate::harness::{KEY, Reply};
+
+const GREEDY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+const MODEST: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+
+/// `budget.max_wait` as shipped, and how long nothing is granted after the start.
+const MAX_WAIT: Duration = Duration::from_secs(10);
+const HOLD: Duration = Duration::from_millis(1030);
+
+/// What is answered in no more time than this was answered at once.
+const AT_ONCE: Duration = Duration::from_millis(20);
+
+/// One poll: how long it took, and what came.
+struct Polled {
+    task: String,
+    took: Duration,
+    reply: Reply,
+}
+
+impl Polled {
+    /// The seconds after which a poll that was turned away may come back; everything about its answer is as promised.
+    #[track_caller]
+    fn retry_after(&self) -> u64 {
+        self.reply.assert_is_our_error(429);
+        let wait = self.reply.header("retry-after").unwrap();
+        assert_eq!(self.reply.header("ratelimit-policy"), Some("\"account\";q=15;w=1"));
+        assert_eq!(
+            self.reply.header("ratelimit"),
+            Some(&*format!("\"account\";r=0;t={wait}"))
+        );
+        assert_eq!(self.reply.header("cache-status"), Some("crun-gateway; detail=budget"));
+        wait.parse().unwrap()
+    }
+}
+
+/// Polls of as many tasks, all at once.
+async fn rush(gateway: &Arc<Paused>, peer: IpAddr, tasks: impl Iterator<Item = String>) -> Vec<Polled> {
+    let mut polls = JoinSet::new();
+    for task in tasks {
+        let gateway = Arc::clone(gateway);
+        polls.spawn(async move {
+            let asked = Instant::now();
+            let reply = gateway.poll_from(peer, KEY, &task).await;
+            let took = asked.elapsed();
+            Polled { task, took, reply }
+        });
+    }
+    polls.join_all().await
+}
+
+fn tasks(name: &str, count: u32) -> impl Iterator<Item = String> {
+    (0..count).map(move |number| format!("{name}-{number}"))
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_cannot_be_served_in_time_hears_so_at_once_and_is_served_when_told_to_come_back() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
+    // So that the time upstream takes is known.
+    assert_eq!(gateway.poll(KEY, "first").await.status, 200);
+    sleep_until(Instant::now() + Duration::from_secs(1)).await;
+    let started = Instant::now();
+    let polled = rush(&gateway, GREEDY, tasks("task", 300)).await;
+    let (served, refused): (Vec<_>, Vec<_>) = polled.into_iter().partition(|polled| polled.reply.status == 200);
+    // One every 68.7 ms for 10 s, less the 100 ms that an answer takes.
+    assert!((143..=146).contains(&served.len()), "{} served", served.len());
+    for polled in &served {
+        assert!(polled.took <= MAX_WAIT, "{:?}", polled.took);
+    }
+    let mut again = JoinSet::new();
+    for polled in refused {
+        assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
+        let come_back = started + Duration::from_secs(polled.retry_after());
+        let gateway = Arc::clone(&gateway);
+        again.spawn(async move {
+            sleep_until(come_back).await;
+            gateway.poll_from(GREEDY, KEY, &polled.task).await
+        });
+    }
+    for reply in again.join_all().await {
+        assert_eq!(reply.status, 200, "came back when it was told to: {reply:?}");
+    }
+    assert!(started.elapsed() < Duration::from_secs(23), "{:?}", started.elapsed());
+    assert_eq!(gateway.arrivals().len(), 301, "whoever was refused cost nothing");
+    assert!(most_in_a_second(&gateway.arrivals()) <= 15);
+    let shed = "crun_gateway_budget_shed_total{account=\"other\",reason=\"admission\"}";
+    let turned_away = gateway.metric(shed) - (300 - served.len()) as f64;
+    assert!(turned_away.abs() < 0.5, "{turned_away} more than refused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn upstreams_own_time_counts() {
+    let slow = Behaviour {
+        latency: Duration::from_secs(3),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(slow, |_| {}));
+    assert_eq!(gateway.poll(KEY, "first").await.status, 200);
+    for polled in rush(&gateway, GREEDY, tasks("task", 300)).await {
+        if polled.reply.status != 200 {
+            polled.retry_after();
+            assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
+        }
+    }
+    let served = gateway.arrivals().len() - 1;
+    assert!(
+        (100..=103).contains(&served),
+        "in the 7 s that leave upstream its 3: {served}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_slower_than_any_poll_may_wait_is_still_asked() {
+    let slow = Behaviour {
+        latency: Duration::from_secs(3),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(slow, |config| {
+        config.budget.max_wait = Duration::from_secs(2);
+    }));
+    sleep(HOLD).await;
+    for task in ["one", "two"] {
+        assert_eq!(gateway.poll(KEY, task).await.status, 504);
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(gateway.poll(KEY, task).await.status, 200, "its answer was kept");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_is_served_at_once_and_refreshed_in_the_background() {
+    let live = Behaviour {
+        answer: |_, task| if task == "mine" { running(task) } else { success(task) },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(live, |_| {}));
+    assert_eq!(gateway.poll(KEY, "mine").await.status, 200);
+    sleep(Duration::from_secs(5)).await;
+    let others = {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move { rush(&gateway, GREEDY, tasks("task", 300)).await })
+    };
+    sleep(Duration::from_millis(1)).await;
+    // From the same client, so that its place is behind all of them.
+    let asked = Instant::now();
+    let reply = gateway.poll_from(GREEDY, KEY, "mine").await;
+    assert!(asked.elapsed() <= AT_ONCE, "{:?}", asked.elapsed());
+    assert_eq!(reply.status, 200);
+    let cache_status = reply.header("cache-status").unwrap();
+    assert!(
+        cache_status.starts_with("crun-gateway; hit; ") && cache_status.ends_with("; detail=budget"),
+        "{cache_status}"
+    );
+    assert_eq!(reply.header("age"), Some("5"));
+    for name in ["retry-after", "ratelimit", "ratelimit-policy"] {
+        assert_eq!(reply.header(name), None, "{name} is for those who are turned away");
+    }
+    // One turn in ten is the background's.
+    sleep(Duration::from_secs(1)).await;
+    let reply = gateway.poll_from(GREEDY, KEY, "mine").await;
+    let age: u64 = reply.header("age").unwrap().parse().unwrap();
+    assert!(age <= 1, "{age}");
+    others.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_that_others_overtake_past_its_deadline_is_answered_then() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
+    assert_eq!(gateway.poll(KEY, "first").await.status, 200);
+    let greedy = {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move { rush(&gateway, GREEDY, tasks("greedy", 140)).await })
+    };
+    sleep(Duration::from_secs(2)).await;
+    let modest = rush(&gateway, MODEST, tasks("modest", 20)).await;
+    for polled in modest {
+        assert_eq!(polled.reply.status, 200);
+        assert!(polled.took <= Duration::from_secs(3), "{:?}", polled.took);
+    }
+    let greedy = greedy.await.unwrap();
+    let refused: Vec<_> = greedy.iter().filter(|polled| polled.reply.status != 200).collect();
+    assert!((14..=20).contains(&refused.len()), "{} refused", refused.len());
+    for polled in refused {
+        polled.retry_after();
+        let overtaken = Duration::from_secs(2);
+        assert!(
+            (overtaken..=overtaken + AT_ONCE).contains(&polled.took),
+            "{:?}",
+            polled.took
+        );
+    }
+}
+
+/// The first query of each task is answered 429, with a pause of a minute.
+fn pauses_for_a_minute(count: usize, task: &str) -> Response<Full<Bytes>> {
+    if count > 0 {
+        return success(task);
+    }
+    let mut response = json(&serde_json::json!({ "code": 429, "message": "slow down", "data": null }));
+    response.headers_mut().insert("retry-after", "60".parse().unwrap());
+    response
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_for_a_pause_that_outlasts_every_deadline() {
+    let upstream = Behaviour {
+        answer: |count, task| {
+            if task.starts_with("pauses") {
+                pauses_for_a_minute(count, task)
+            } else {
+                success(task)
+            }
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(upstream, |_| {}));
+    sleep(HOLD).await;
+    let asked = Instant::now();
+    let met = gateway.poll(KEY, "pauses").await;
+    assert_eq!(met.json()["code"], 429, "upstream's own bytes: {met:?}");
+    assert_eq!(met.header("retry-after"), Some("60"), "{met:?}");
+    assert!(asked.elapsed() <= Duration::from_millis(120), "{:?}", asked.elapsed());
+    let paused = Instant::now();
+    let polled = rush(&gateway, MODEST, tasks("other", 30)).await;
+    let mut again = JoinSet::new();
+    for polled in polled {
+        assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
+        let wait = Duration::from_secs(polled.retry_after());
+        // Coming then it waits for the end of the pause, and no longer than it may.
+        assert!(
+            (Duration::from_secs(50)..Duration::from_secs(56)).contains(&wait),
+            "{wait:?}"
+        );
+        let gateway = Arc::clone(&gateway);
+        again.spawn(async move {
+            sleep_until(paused + wait).await;
+            gateway.poll_from(MODEST, KEY, &polled.task).await
+        });
+    }
+    for reply in again.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    let arrivals = gateway.arrivals();
+    assert!(arrivals[1] >= paused + Duration::from_mins(1), "the pause is kept");
+}
