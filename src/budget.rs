@@ -32,7 +32,7 @@ use fair_queue::Flight;
 use ring::Stamp;
 
 /// How an account's queries are paced.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
     /// Queries a second that upstream allows.
     pub limit: NonZeroU32,
@@ -46,7 +46,12 @@ pub struct Pace {
 impl Pace {
     /// The time between two permits: GCRA's emission interval.
     pub fn interval(&self) -> Duration {
-        (Duration::from_secs(1) + self.margin) / self.limit.get()
+        self.full_second() / self.limit.get()
+    }
+
+    /// How long `limit` emission intervals last.
+    fn full_second(&self) -> Duration {
+        Duration::from_secs(1) + self.margin
     }
 
     /// How long a written query counts against `limit`: 1 s, plus the third of `margin` that is left for the way
@@ -63,7 +68,6 @@ pub struct Budget(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     inbox: mpsc::UnboundedSender<Message>,
-    pace: Pace,
     /// Flights that wait for a permit, called forward or not: the dispatcher's count.
     waiting: Arc<AtomicUsize>,
     next_flight: AtomicU64,
@@ -97,10 +101,9 @@ impl Budget {
     /// Outside a tokio runtime: the dispatcher is spawned here.
     pub fn new(pace: Pace, max_queue: usize, metrics: AccountMetrics) -> Self {
         let (inbox, messages) = mpsc::unbounded_channel();
-        let backoff = Arc::new(Mutex::new(Backoff::new(pace.limit)));
+        let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
         let waiting = Arc::new(AtomicUsize::new(0));
         let dispatcher = Dispatcher::new(
-            pace,
             max_queue,
             Arc::clone(&backoff),
             Arc::clone(&waiting),
@@ -110,7 +113,6 @@ impl Budget {
         tokio::spawn(dispatcher.run());
         Self(Arc::new(Shared {
             inbox,
-            pace,
             waiting,
             next_flight: AtomicU64::new(0),
             next_poll: AtomicU64::new(0),
@@ -118,6 +120,18 @@ impl Budget {
             promised: Mutex::default(),
             metrics,
         }))
+    }
+
+    /// Changes the pace and the longest queue, from the next permit on. What was spent counts on, so old and new together
+    /// stay within the limit that holds when a permit is granted.
+    pub fn configure(&self, pace: Pace, max_queue: usize) {
+        lock(&self.0.backoff).set_pace(pace);
+        self.0.tell(Message::Configured { max_queue });
+    }
+
+    /// The pace when nothing slows it down.
+    pub fn pace(&self) -> Pace {
+        lock(&self.0.backoff).pace()
     }
 
     /// A new flight's standing: of a task that has a snapshot (`is_refresh`), or of one never seen.
@@ -147,7 +161,8 @@ impl Budget {
 
     /// Queries a second that the pace allows at `now`.
     pub fn rate(&self, now: Instant) -> f64 {
-        lock(&self.0.backoff).rate(now) / (Duration::from_secs(1) + self.0.pace.margin).as_secs_f64()
+        let backoff = lock(&self.0.backoff);
+        backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
     }
 
     /// How many flights wait for a permit.
@@ -163,9 +178,7 @@ impl Budget {
 
     /// How long nothing is granted from `now` on: until the account's pause ends, or the start's.
     pub fn paused_for(&self, now: Instant) -> Duration {
-        let until = lock(&self.0.backoff).paused_until(now);
-        let until = until.map_or(self.0.pace.not_before, |until| until.max(self.0.pace.not_before));
-        until.saturating_duration_since(now)
+        lock(&self.0.backoff).resumed().saturating_duration_since(now)
     }
 }
 

@@ -4,10 +4,11 @@
 //! by a thirtieth of the limit each second: additive increase, multiplicative decrease (Chiu and Jain, 1989), under which
 //! spenders that cannot see each other come to share.
 
-use std::num::NonZeroU32;
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use super::Pace;
 
 /// The longest that upstream can pause an account.
 const LONGEST_ASKED: Duration = Duration::from_mins(5);
@@ -21,7 +22,7 @@ const RECOVERY_S: f64 = 30.0;
 
 #[derive(Clone, Debug)]
 pub(super) struct Backoff {
-    limit: f64,
+    pace: Pace,
     paused_until: Option<Instant>,
     /// The rate when the last pause ended, from which it recovers.
     cut: Option<(f64, Instant)>,
@@ -30,13 +31,27 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) fn new(limit: NonZeroU32) -> Self {
+    pub(super) fn new(pace: Pace) -> Self {
         Self {
-            limit: f64::from(limit.get()),
+            pace,
             paused_until: None,
             cut: None,
             chosen: Duration::ZERO,
         }
+    }
+
+    /// The pace when nothing slows it down.
+    pub(super) fn pace(&self) -> Pace {
+        self.pace
+    }
+
+    /// Changes it; what upstream said stands.
+    pub(super) fn set_pace(&mut self, pace: Pace) {
+        self.pace = pace;
+    }
+
+    fn limit(&self) -> f64 {
+        f64::from(self.pace.limit.get())
     }
 
     /// Notes a 429, gives how long the pause is from `now` on.
@@ -44,7 +59,7 @@ impl Backoff {
         let in_pause = self.paused_until(now);
         if in_pause.is_none() {
             let rate = self.rate(now);
-            self.chosen = if rate < self.limit {
+            self.chosen = if rate < self.limit() {
                 (self.chosen * 2).clamp(FIRST, LONGEST)
             } else {
                 FIRST
@@ -65,29 +80,30 @@ impl Backoff {
         self.paused_until.filter(|until| *until > now)
     }
 
-    /// When the last pause ends or ended.
-    pub(super) fn resumed(&self) -> Option<Instant> {
+    /// When the last pause, or the start's hold, ends or ended.
+    pub(super) fn resumed(&self) -> Instant {
         self.paused_until
+            .map_or(self.pace.not_before, |until| until.max(self.pace.not_before))
     }
 
     /// Queries a second, of `limit`, that may be asked at `now`; the margin is the pace's own.
     pub(super) fn rate(&self, now: Instant) -> f64 {
-        self.cut.map_or(self.limit, |(rate, since)| {
-            let recovered = now.saturating_duration_since(since).as_secs_f64() * self.limit / RECOVERY_S;
-            (rate + recovered).min(self.limit)
+        self.cut.map_or(self.limit(), |(rate, since)| {
+            let recovered = now.saturating_duration_since(since).as_secs_f64() * self.limit() / RECOVERY_S;
+            (rate + recovered).min(self.limit())
         })
     }
 
     /// How long `permits` take from the instant `from` on, at a rate that recovers meanwhile.
     pub(super) fn time_for(&self, permits: f64, from: Instant) -> Duration {
-        let (rate, growth) = (self.rate(from), self.limit / RECOVERY_S);
-        let until_full = (self.limit - rate) / growth;
-        let meanwhile = until_full * f64::midpoint(rate, self.limit);
+        let (rate, growth) = (self.rate(from), self.limit() / RECOVERY_S);
+        let until_full = (self.limit() - rate) / growth;
+        let meanwhile = until_full * f64::midpoint(rate, self.limit());
         let seconds = if permits < meanwhile {
             // rate × t + growth ÷ 2 × t² = permits
             ((rate * rate + 2.0 * growth * permits).sqrt() - rate) / growth
         } else {
-            until_full + (permits - meanwhile) / self.limit
+            until_full + (permits - meanwhile) / self.limit()
         };
         Duration::try_from_secs_f64(seconds).unwrap_or_default()
     }
@@ -95,13 +111,20 @@ impl Backoff {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
 
     fn backoff() -> (Backoff, Instant) {
-        let limit = NonZeroU32::new(15).unwrap();
-        (Backoff::new(limit), Instant::now())
+        let now = Instant::now();
+        let pace = Pace {
+            limit: NonZeroU32::new(15).unwrap(),
+            margin: Duration::ZERO,
+            not_before: now,
+        };
+        (Backoff::new(pace), now)
     }
 
     #[track_caller]

@@ -4,7 +4,7 @@
 //! second). governor is asked with the instant at which the permit was *due*: where a flight with a connection was waiting
 //! then, a late wake-up does not move the next one, or 1.3 ms of lateness a wake-up would cost 0.3/s. Evenly spaced
 //! queries are safe whatever limiter upstream runs. The quota is the full rate's and outlives every change of it: a lower
-//! rate is a longer wait on top.
+//! rate is a longer wait on top. A quota that configuration changes takes over where the old one stands.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU32;
@@ -74,6 +74,8 @@ pub(super) enum Message {
     Close { flight: Flight },
     /// The backoff has changed.
     BackedOff,
+    /// The pace has, and this is the longest queue.
+    Configured { max_queue: usize },
 }
 
 /// A flight called forward.
@@ -109,6 +111,8 @@ impl Wake {
     }
 }
 
+type Limiter = RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>;
+
 pub(super) struct Dispatcher {
     pace: Pace,
     max_queue: usize,
@@ -125,8 +129,10 @@ pub(super) struct Dispatcher {
     ready: usize,
     /// Since when there has always been a flight with a connection, while there is one.
     ready_since: Instant,
-    limiter: RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>,
+    limiter: Limiter,
     clock: DueClock,
+    /// When the last permit was on schedule.
+    last: Option<Instant>,
     /// The instant from which the next permit would be on schedule.
     due: Instant,
     backoff: Arc<Mutex<Backoff>>,
@@ -140,7 +146,6 @@ pub(super) struct Dispatcher {
 
 impl Dispatcher {
     pub(super) fn new(
-        pace: Pace,
         max_queue: usize,
         backoff: Arc<Mutex<Backoff>>,
         waiting: Arc<AtomicUsize>,
@@ -148,10 +153,7 @@ impl Dispatcher {
         inbox: mpsc::UnboundedReceiver<Message>,
     ) -> Self {
         let clock = DueClock::new();
-        // An interval below a nanosecond is beyond `budget.limit`'s range; a minimum keeps the quota defined.
-        let quota = Quota::with_period(pace.interval().max(Duration::from_nanos(1)))
-            .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
-            .allow_burst(NonZeroU32::MIN);
+        let pace = lock(&backoff).pace();
         metrics.rate.set(pace.interval().as_secs_f64().recip());
         Self {
             pace,
@@ -165,7 +167,8 @@ impl Dispatcher {
             next_call: 0,
             ready: 0,
             ready_since: pace.not_before,
-            limiter: RateLimiter::direct_with_clock(quota, clock.clone()),
+            limiter: limiter(pace, &clock),
+            last: None,
             due: clock.start,
             clock,
             backoff,
@@ -260,6 +263,7 @@ impl Dispatcher {
                 self.forget(flight);
             }
             Message::BackedOff => {}
+            Message::Configured { max_queue } => self.configure(max_queue),
         }
     }
 
@@ -285,9 +289,7 @@ impl Dispatcher {
             self.is_paused = pause_ends.is_some();
             self.metrics.paused.add(if self.is_paused { 1 } else { -1 });
         }
-        self.metrics
-            .rate
-            .set(rate / (Duration::from_secs(1) + self.pace.margin).as_secs_f64());
+        self.metrics.rate.set(rate / self.pace.full_second().as_secs_f64());
         pause_ends
     }
 
@@ -310,9 +312,9 @@ impl Dispatcher {
             return None;
         }
         let backoff = lock(&self.backoff).clone();
-        let resumed = backoff.resumed().unwrap_or(now).max(self.pace.not_before);
+        let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
-        let stretch = (Duration::from_secs(1) + self.pace.margin).as_secs_f64();
+        let stretch = self.pace.full_second().as_secs_f64();
         let turn = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);
             first + backoff.time_for(f64::from(permits) * stretch, first)
@@ -379,7 +381,6 @@ impl Dispatcher {
             let backoff = lock(&self.backoff);
             (backoff.resumed(), backoff.rate(now))
         };
-        let resumed = resumed.map_or(self.pace.not_before, |resumed| resumed.max(self.pace.not_before));
         if resumed > now {
             return Some(Wake::at(resumed));
         }
@@ -412,11 +413,29 @@ impl Dispatcher {
         if let Err(not_until) = self.limiter.check() {
             self.due = self.clock.instant(not_until.earliest_possible());
         }
-        if conforms && rate < f64::from(self.pace.limit.get()) {
-            let interval = (Duration::from_secs(1) + self.pace.margin).div_f64(rate);
-            self.due = self.due.max(at + interval);
+        if conforms {
+            self.last = Some(at);
+            if rate < f64::from(self.pace.limit.get()) {
+                self.due = self.due.max(at + self.pace.full_second().div_f64(rate));
+            }
         }
         conforms
+    }
+
+    /// Takes a changed pace over. A new quota starts with the last permit spent, or changing it would grant one more.
+    fn configure(&mut self, max_queue: usize) {
+        self.max_queue = max_queue;
+        let (pace, rate) = {
+            let backoff = lock(&self.backoff);
+            (backoff.pace(), backoff.rate(self.last.unwrap_or(self.due)))
+        };
+        let before = std::mem::replace(&mut self.pace, pace);
+        if before.interval() != pace.interval() {
+            self.limiter = limiter(pace, &self.clock);
+            if let Some(last) = self.last {
+                self.conforms(last, rate);
+            }
+        }
     }
 
     /// Gives a permit to the earliest flight that has a connection and is still there.
@@ -438,6 +457,15 @@ impl Dispatcher {
     fn limit(&self) -> usize {
         usize::try_from(self.pace.limit.get()).unwrap_or(usize::MAX)
     }
+}
+
+/// A quota with burst 1, of which nothing is spent.
+fn limiter(pace: Pace, clock: &DueClock) -> Limiter {
+    // An interval below a nanosecond is beyond `budget.limit`'s range; a minimum keeps the quota defined.
+    let quota = Quota::with_period(pace.interval().max(Duration::from_nanos(1)))
+        .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
+        .allow_burst(NonZeroU32::MIN);
+    RateLimiter::direct_with_clock(quota, clock.clone())
 }
 
 /// governor's clock: it shows the instant that the dispatcher sets, on tokio's clock, so that pacing follows paused time.

@@ -79,6 +79,7 @@ fn plans(plan: impl Strategy<Value = Plan>, late: impl Strategy<Value = Duration
     let lateness = prop::collection::vec(late, 1..40);
     (limit, flights, pauses, lateness).prop_map(|(limit, flights, pauses, lateness)| Plans {
         limit,
+        limits: Vec::new(),
         flights,
         pauses,
         lateness,
@@ -105,6 +106,17 @@ proptest! {
     }
 
     #[test]
+    fn no_second_holds_more_than_the_largest_limit_however_often_it_changes(
+        plans in anything(),
+        limits in prop::collection::vec((micros(0..6_000_000), prop_oneof![3 => 1..16_u32, 1 => 16..100_u32]), 1..60),
+    ) {
+        let history = play(&Plans { limits: limits.clone(), ..plans.clone() });
+        let largest = limits.iter().map(|(_, limit)| *limit).chain([plans.limit]).max().unwrap();
+        prop_assert!(most_in_a_second(&history.written) <= largest as usize);
+        prop_assert_eq!(history.forgotten, 0);
+    }
+
+    #[test]
     fn every_second_in_which_a_ready_flight_waits_is_spent(plans in punctual()) {
         let history = play(&plans);
         let least = ms(997).as_nanos() / interval(plans.limit).as_nanos();
@@ -126,6 +138,7 @@ fn rush(limit: u32, flights: usize, late: Duration) -> Plans {
     };
     Plans {
         limit,
+        limits: Vec::new(),
         flights: vec![plan; flights],
         pauses: Vec::new(),
         lateness: vec![late],
@@ -180,6 +193,35 @@ fn a_connection_that_comes_late_does_not_move_the_schedule() {
             "permit {n}: {granted:?}"
         );
     }
+}
+
+#[test]
+fn ten_changes_a_second_grant_nothing_more_and_cost_nothing() {
+    let mut plans = rush(15, 300, ms(1));
+    plans.limits = (0..200)
+        .map(|n| (ms(100) * n, if n % 2 == 0 { 15 } else { 14 }))
+        .collect();
+    let history = play(&plans);
+    assert!(most_in_a_second(&history.written) <= 15);
+    assert!(fewest_in_a_wanted_second(&history).unwrap() >= 13);
+}
+
+#[test]
+fn a_changed_limit_holds_from_the_next_permit_on() {
+    let mut plans = rush(15, 100, Duration::ZERO);
+    let lowered = hold() + interval(15) * 30 + ms(1);
+    plans.limits = vec![(lowered, 5)];
+    let history = play(&plans);
+    // The last second's fifteen count against five.
+    let after: Vec<_> = history.granted.iter().filter(|granted| **granted > lowered).collect();
+    assert!(*after[0] >= lowered + interval(15) * 10, "{:?}", after[0]);
+    assert!(most_in_a_second(&history.granted[31..]) <= 5);
+    let granted = hold() + interval(5) * 30;
+    let mut plans = rush(5, 100, Duration::ZERO);
+    plans.limits = vec![(granted + ms(1), 15)];
+    let history = play(&plans);
+    assert_eq!(history.granted[31], granted + interval(15));
+    assert_eq!(history.granted[45], granted + interval(15) * 15);
 }
 
 #[test]

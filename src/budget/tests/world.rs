@@ -47,6 +47,8 @@ pub(super) enum GivesUp {
 #[derive(Clone, Debug)]
 pub(super) struct Plans {
     pub(super) limit: u32,
+    /// When configuration changes it, and to what.
+    pub(super) limits: Vec<(Duration, u32)>,
     pub(super) flights: Vec<Plan>,
     /// When, and for how long.
     pub(super) pauses: Vec<(Duration, Duration)>,
@@ -72,6 +74,7 @@ enum Event {
     GiveUp(usize),
     Write(usize),
     Pause(Duration),
+    Limit(u32),
 }
 
 #[derive(Debug, Default)]
@@ -131,9 +134,9 @@ pub(super) fn play(plans: &Plans) -> History {
         not_before: start + hold(),
     };
     let (_, inbox) = mpsc::unbounded_channel();
-    let backoff = Arc::new(Mutex::new(Backoff::new(pace.limit)));
+    let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
     let metrics = Metrics::new().unwrap().account("world");
-    let dispatcher = Dispatcher::new(pace, 1_000_000, Arc::clone(&backoff), Arc::default(), metrics, inbox);
+    let dispatcher = Dispatcher::new(1_000_000, Arc::clone(&backoff), Arc::default(), metrics, inbox);
     let mut world = World {
         plans,
         start,
@@ -159,6 +162,9 @@ pub(super) fn play(plans: &Plans) -> History {
     for (flight, plan) in plans.flights.iter().enumerate() {
         arrival += plan.arrives;
         world.schedule(arrival, Event::Enter(flight));
+    }
+    for &(at, limit) in &plans.limits {
+        world.schedule(at, Event::Limit(limit));
     }
     for &(at, length) in &plans.pauses {
         world.schedule(at, Event::Pause(length));
@@ -250,6 +256,15 @@ impl World<'_> {
                 }
                 self.has_news = true;
                 self.hear(now);
+            }
+            Event::Limit(limit) => {
+                let pace = Pace {
+                    limit: NonZeroU32::new(limit).unwrap(),
+                    ..lock(&self.backoff).pace()
+                };
+                lock(&self.backoff).set_pace(pace);
+                let max_queue = 1_000_000;
+                self.tell(now, |_| Message::Configured { max_queue }, 0);
             }
             Event::Pause(length) => {
                 self.wants_no_more(now);
