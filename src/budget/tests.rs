@@ -1,5 +1,6 @@
 //! What the budget promises, in simulated time.
 
+mod handles;
 mod world;
 
 use proptest::prelude::*;
@@ -232,4 +233,13 @@ fn a_permit_dropped_unused_makes_room_at_once() {
     plans.flights[1].gives_up = GivesUp::Unused(ms(600));
     let history = play(&plans);
     assert_eq!(history.granted[2], history.granted[1] + ms(600));
+}
+
+/// The world counts wake-ups, and refuses timers that are over already.
+#[test]
+fn the_highest_limit_keeps_nobody_waiting_and_the_dispatcher_not_busy() {
+    let limit = 1_000_000;
+    let history = play(&rush(limit, 1_000, Duration::ZERO));
+    let last = history.granted.iter().max().copied().unwrap();
+    assert_eq!(last, hold() + interval(limit) * 999);
 }

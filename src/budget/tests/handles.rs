@@ -1,0 +1,198 @@
+//! The dispatcher as the task that it is, told what to do by the handles that flights have, on tokio's paused clock.
+
+use tokio::runtime::Handle;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
+
+use super::super::*;
+use super::world::{MARGIN, hold, interval};
+use super::{SECOND, ms};
+use crate::account::Caller;
+use crate::metrics::Metrics;
+
+/// Longer than any turn takes to come.
+const FOR_EVER: Duration = Duration::from_hours(1);
+
+/// A connection, as far as the budget looks at it.
+struct Open;
+
+impl Connected for Open {}
+
+fn client() -> Client {
+    Client {
+        caller: Caller::Token("client".into()),
+        name: None,
+    }
+}
+
+fn metrics() -> AccountMetrics {
+    Metrics::new().unwrap().account("music")
+}
+
+fn budget(limit: u32, metrics: AccountMetrics) -> Budget {
+    let pace = Pace {
+        limit: NonZeroU32::new(limit).unwrap(),
+        margin: MARGIN,
+        not_before: Instant::now() + hold(),
+    };
+    Budget::new(pace, 1_000_000, metrics)
+}
+
+/// A flight's whole way to its permit.
+async fn permit(budget: &Budget) -> Permit {
+    let standing = budget.standing(false);
+    let _place = standing.join(client(), 1, Instant::now() + FOR_EVER);
+    let turn = standing.enter(Entry::InTurn).await.unwrap();
+    turn.permit(&Open).await.unwrap()
+}
+
+/// So many flights, each of which writes at once; gives when.
+fn flights(budget: &Budget, count: usize) -> JoinSet<Instant> {
+    let mut flights = JoinSet::new();
+    for _ in 0..count {
+        let budget = budget.clone();
+        flights.spawn(async move {
+            let permit = permit(&budget).await;
+            let now = Instant::now();
+            permit.written(now);
+            now
+        });
+    }
+    flights
+}
+
+/// Lets everybody do what there is to do now.
+async fn settle() {
+    sleep(ms(1)).await;
+}
+
+/// tokio's timers tell milliseconds.
+#[track_caller]
+fn assert_at(at: Instant, expected: Instant) {
+    assert!(
+        at >= expected && at <= expected + ms(1),
+        "{:?} from when it should be",
+        expected.max(at) - expected.min(at)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_dispatcher_ends_when_the_last_budget_and_the_last_standing_are_gone() {
+    let dispatchers = || Handle::current().metrics().num_alive_tasks();
+    let budget = budget(15, metrics());
+    let another = budget.clone();
+    drop(budget);
+    let standing = another.standing(false);
+    drop(another);
+    settle().await;
+    assert_eq!(dispatchers(), 1, "a flight stands");
+    let place = standing.join(client(), 1, Instant::now() + FOR_EVER);
+    let turn = standing.enter(Entry::InTurn).await.unwrap();
+    drop((standing, place));
+    settle().await;
+    assert_eq!(dispatchers(), 1, "it has been called forward");
+    let permit = turn.permit(&Open).await.unwrap();
+    settle().await;
+    assert_eq!(dispatchers(), 0, "it has what it came for");
+    permit.written(Instant::now());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_gauges_that_accounts_share_lose_what_one_that_goes_added_and_no_more() {
+    let metrics = metrics();
+    let shown = || {
+        let [foreground, background] = metrics.queue_length.each_ref().map(prometheus::IntGauge::get);
+        (foreground, background, metrics.paused.get())
+    };
+    let (goes, stays) = (budget(15, metrics.clone()), budget(15, metrics.clone()));
+    let waiting = flights(&goes, 5);
+    let kept = goes.standing(true);
+    kept.keep();
+    let entered = tokio::spawn({
+        let kept = kept.clone();
+        async move { kept.enter(Entry::InTurn).await.is_ok() }
+    });
+    goes.rate_limited(Some(SECOND), Instant::now());
+    let others = flights(&stays, 2);
+    settle().await;
+    assert_eq!(shown(), (7, 1, 1));
+    drop((waiting, goes, kept));
+    entered.abort();
+    settle().await;
+    assert_eq!(shown(), (2, 0, 0));
+    others.join_all().await;
+    assert_eq!(shown(), (0, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_million_a_second_is_a_limit_like_any_other() {
+    let start = Instant::now();
+    let budget = budget(1_000_000, metrics());
+    let written = flights(&budget, 10_000).join_all().await;
+    assert_at(*written.iter().min().unwrap(), start + hold());
+    // Timers tell milliseconds, and each finds as many ready as are called ahead: no million, and no waiting either.
+    let last = *written.iter().max().unwrap();
+    assert!(last <= start + hold() + SECOND, "{:?}", last - start);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pause_in_the_middle_of_a_queue_holds_everybody_up_and_nobody_rushes_after_it() {
+    let start = Instant::now();
+    let budget = budget(15, metrics());
+    let flights = flights(&budget, 60);
+    let paused = start + hold() + interval(15) * 19 + ms(10);
+    sleep_until(paused).await;
+    budget.rate_limited(Some(SECOND * 2), paused);
+    let mut written = flights.join_all().await;
+    written.sort();
+    for (number, at) in (0..20).zip(&written) {
+        assert_at(*at, start + hold() + interval(15) * number);
+    }
+    assert_at(written[20], paused + SECOND * 2);
+    // At half the rate, and then ever a little faster, up to the whole.
+    let gaps: Vec<_> = written[20..].windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(gaps[0] >= ms(136) && gaps[0] <= ms(138), "{gaps:?}");
+    assert!(gaps.is_sorted_by(|gap, next| *next <= *gap + ms(1)), "{gaps:?}");
+    assert!(gaps.iter().all(|gap| *gap >= interval(15)), "{gaps:?}");
+    assert!(gaps[38] < ms(110), "{gaps:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_permit_counts_from_its_write_and_no_longer_once_it_is_dropped_unused() {
+    let first = Instant::now() + hold();
+    let due = first + interval(1);
+    let used = [
+        // Held for so long, written or not, and when the next one comes.
+        (ms(1500), true, first + ms(1500) + ms(1010)),
+        (ms(500), true, first + ms(500) + ms(1010)),
+        (ms(0), true, due),
+        (ms(1500), false, first + ms(1500)),
+        (ms(500), false, due),
+    ];
+    let mut played = JoinSet::new();
+    for (held, is_written, next) in used {
+        let budget = budget(1, metrics());
+        played.spawn(async move {
+            let of_budget = budget.clone();
+            let holder = async move {
+                let permit = permit(&of_budget).await;
+                assert_at(Instant::now(), first);
+                sleep(held).await;
+                if is_written {
+                    permit.written(Instant::now());
+                }
+            };
+            let (second, ()) = tokio::join!(
+                async {
+                    // Behind the first.
+                    settle().await;
+                    let _permit = permit(&budget).await;
+                    Instant::now()
+                },
+                holder
+            );
+            assert_at(second, next);
+        });
+    }
+    played.join_all().await;
+}
