@@ -54,6 +54,11 @@ impl Pace {
         Duration::from_secs(1) + self.margin
     }
 
+    /// Permits a second, while nothing slows the account down.
+    pub fn rate(&self) -> f64 {
+        self.interval().as_secs_f64().recip()
+    }
+
     /// How long a written query counts against `limit`: 1 s, plus the third of `margin` that is left for the way
     /// upstream to differ between two of them.
     fn window(&self) -> Duration {

@@ -173,7 +173,7 @@ impl Gateway {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
             self.accounts.sweep(now);
-            self.accounts.show_live(now);
+            self.accounts.show(now);
             self.upstream.sweep(now);
             self.cache.maintain();
         }
@@ -181,7 +181,7 @@ impl Gateway {
 
     /// Brings the gauges up to date that are costly to keep so.
     pub fn refresh_metrics(&self) {
-        self.accounts.show_live(Instant::now());
+        self.accounts.show(Instant::now());
         self.cache.maintain();
     }
 

@@ -217,7 +217,10 @@ impl Metrics {
             budget_rate: register(
                 &registry,
                 prometheus::GaugeVec::new(
-                    opts("budget_rate", "Permits a second that the account's pace allows."),
+                    opts(
+                        "budget_rate",
+                        "Permits a second that the account's pace allows; the lowest where accounts share a label.",
+                    ),
                     &["account"],
                 )?,
             )?,
@@ -366,8 +369,7 @@ pub struct AccountMetrics {
     pub budget_wait: Histogram,
     /// Flights that wait for a permit: in the foreground, in the background.
     pub queue_length: [IntGauge; 2],
-    /// Permits a second that the pace allows.
-    pub rate: prometheus::Gauge,
+    rate: prometheus::Gauge,
     shed: [IntCounter; Shed::ALL.len()],
     /// Accounts under this label that an upstream 429 has paused.
     pub paused: IntGauge,
@@ -392,6 +394,11 @@ impl AccountMetrics {
     pub fn attempted(&self, outcome: Outcome, took: Duration) {
         self.upstream_requests[outcome as usize].inc();
         self.upstream_request_duration.observe(took.as_secs_f64());
+    }
+
+    /// Shows how many permits a second the pace allows.
+    pub fn rate(&self, rate: f64) {
+        self.rate.set(rate);
     }
 
     /// Shows how many tasks are live, and how long their answers are fresh.

@@ -154,7 +154,6 @@ impl Dispatcher {
     ) -> Self {
         let clock = DueClock::new();
         let pace = lock(&backoff).pace();
-        metrics.rate.set(pace.interval().as_secs_f64().recip());
         Self {
             pace,
             max_queue,
@@ -281,15 +280,11 @@ impl Dispatcher {
 
     /// Shows whether the account is paused; gives when the pause ends.
     fn watch_pause(&mut self, now: Instant) -> Option<Instant> {
-        let (pause_ends, rate) = {
-            let backoff = lock(&self.backoff);
-            (backoff.paused_until(now), backoff.rate(now))
-        };
+        let pause_ends = lock(&self.backoff).paused_until(now);
         if pause_ends.is_some() != self.is_paused {
             self.is_paused = pause_ends.is_some();
             self.metrics.paused.add(if self.is_paused { 1 } else { -1 });
         }
-        self.metrics.rate.set(rate / self.pace.full_second().as_secs_f64());
         pause_ends
     }
 

@@ -262,18 +262,25 @@ impl Accounts {
         drop(forgotten);
     }
 
-    /// Shows each account's live tasks and their freshness lifetime at `now`; of the unlisted ones, which share a label,
-    /// all live tasks and the longest lifetime.
-    pub(super) fn show_live(&self, now: Instant) {
+    /// Shows each account's rate, its live tasks and their freshness lifetime at `now`; of the unlisted ones, which share
+    /// a label, the lowest rate, all live tasks and the longest lifetime.
+    pub(super) fn show(&self, now: Instant) {
         for asker in self.listed.values() {
             let account = &asker.account;
+            account.metrics.rate(account.budget.rate(now));
             account.metrics.live(account.watch.live(now), account.lifetime(now));
         }
         let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
-        let nobody = (0, self.make.fresh.floor);
-        let (tasks, lifetime) = unlisted.values().fold(nobody, |(tasks, longest), account| {
-            (tasks + account.watch.live(now), longest.max(account.lifetime(now)))
+        let nobody = (self.make.pace.rate(), 0, self.make.fresh.floor);
+        let (rate, tasks, lifetime) = unlisted.values().fold(nobody, |(lowest, tasks, longest), account| {
+            let rate = lowest.min(account.budget.rate(now));
+            (
+                rate,
+                tasks + account.watch.live(now),
+                longest.max(account.lifetime(now)),
+            )
         });
+        self.make.other.rate(rate);
         self.make.other.live(tasks, lifetime);
     }
 

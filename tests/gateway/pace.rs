@@ -4,10 +4,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::Response;
+use http_body_util::Full;
 use tokio::task::JoinSet;
+use tokio::time::sleep_until;
 
-use crate::harness::paused::{Behaviour, Paused, goodput, json, most_in_a_second, success};
-use crate::harness::{Gateway, KEY, Simulator, poll};
+use crate::harness::paused::{Behaviour, Paused, Query, goodput, json, most_in_a_second, running, success};
+use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
 
 /// 300 different tasks at once: everybody is answered, upstream sees each once.
 async fn three_hundred_tasks(behaviour: Behaviour) -> Arc<Paused> {
@@ -149,7 +153,105 @@ async fn an_upstream_429_pauses_the_account_and_the_flight_tries_once_more() {
     }
 }
 
-fn rate_limited(status: u16) -> http::Response<http_body_util::Full<bytes::Bytes>> {
+/// An account whose one task is answered 429 the second and the third time, so that its flight fails, too; and another
+/// that wants more than its budget. Both forms.
+#[tokio::test(start_paused = true)]
+async fn an_upstream_429_is_felt_by_its_account_alone_and_by_nobody_who_has_a_snapshot() {
+    fn answer(count: usize, task: &str, status: u16) -> Response<Full<Bytes>> {
+        match (task, count) {
+            ("limited", 1 | 2) => rate_limited(status),
+            (task, _) if task.starts_with("busy") => success(task),
+            _ => running(task),
+        }
+    }
+    let with_status = Behaviour {
+        answer: |count, task| answer(count, task, 429),
+        ..Behaviour::default()
+    };
+    let in_body = Behaviour {
+        answer: |count, task| answer(count, task, 200),
+        ..Behaviour::default()
+    };
+    for behaviour in [with_status, in_body] {
+        let (start, latency) = (tokio::time::Instant::now(), behaviour.latency);
+        let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+        let mut busy = JoinSet::new();
+        // For nine seconds.
+        for task in 0..120 {
+            let gateway = Arc::clone(&gateway);
+            busy.spawn(async move { gateway.poll("ak_busy", &format!("busy-{task}")).await });
+        }
+        let mut polls = JoinSet::new();
+        for (number, task) in (0..10)
+            .map(|task| format!("live-{task}"))
+            .chain(["limited".to_owned()])
+            .enumerate()
+        {
+            // Out of step with the pace.
+            let mut next = start + Duration::from_millis(11 * number as u64);
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move {
+                let mut replies = vec![gateway.poll(KEY, &task).await];
+                while next < start + Duration::from_secs(15) {
+                    next += Duration::from_millis(500);
+                    sleep_until(next).await;
+                    replies.push(gateway.poll(KEY, &task).await);
+                }
+                replies
+            });
+        }
+        let replies: Vec<_> = polls.join_all().await.into_iter().flatten().collect();
+        for reply in &replies {
+            assert_eq!(reply.status, 200, "{reply:?}");
+            assert_eq!(reply.json()["data"]["status"], "running", "{reply:?}");
+        }
+        let stood_in = |reply: &Reply| reply.header("cache-status").unwrap().ends_with("detail=rate_limited");
+        assert!(replies.iter().any(stood_in));
+        busy.join_all().await;
+        let queries = gateway.queries();
+        let of = |key: &'static str| queries.iter().filter(move |query| query.key == key);
+        for count in [1, 2] {
+            let limited = of(KEY).filter(|query| query.task == "limited").nth(count).unwrap();
+            let read = limited.at + latency;
+            let resumed = read + Duration::from_secs(2);
+            let in_pause = |query: &&Query| (read..resumed).contains(&query.at);
+            assert_eq!(of(KEY).filter(in_pause).count(), 0, "{queries:?}");
+            let others = of("ak_busy").filter(in_pause).count();
+            assert!(others >= 28, "{others} in two seconds");
+            // Who waited goes on when the pause is over, at half the pace or less.
+            let after: Vec<_> = of(KEY).map(|query| query.at).filter(|at| *at >= resumed).collect();
+            assert!(after[0] <= resumed + Duration::from_millis(1), "{after:?}");
+            assert!(after[1] - after[0] >= Duration::from_millis(130), "{after:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rate_that_is_shown_is_the_one_that_a_poll_would_find() {
+    let rate = "crun_gateway_budget_rate{account=\"other\"}";
+    let behaviour = Behaviour {
+        answer: |count, task| if count == 0 { rate_limited(429) } else { success(task) },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    let whole = 15.0 / 1.03;
+    assert_about(gateway.metric(rate), whole);
+    gateway.poll(KEY, "a").await;
+    assert_about(gateway.metric(rate), whole / 2.0);
+    // Of accounts that share a label, the slowest.
+    gateway.poll("ak_another", "a").await;
+    assert!(gateway.metric(rate) < 0.6 * whole);
+    // It has recovered though nobody asks.
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_about(gateway.metric(rate), whole);
+}
+
+#[track_caller]
+fn assert_about(value: f64, expected: f64) {
+    assert!((value / expected - 1.0).abs() < 0.02, "{value}, not {expected}");
+}
+
+fn rate_limited(status: u16) -> Response<Full<Bytes>> {
     let mut response = json(&serde_json::json!({ "code": 429, "message": "Rate limit exceeded", "data": null }));
     *response.status_mut() = http::StatusCode::from_u16(status).unwrap();
     response.headers_mut().insert("retry-after", "2".parse().unwrap());

@@ -1,6 +1,7 @@
 //! Paused time: the gateway over in-memory connections, upstream and clients alike, so that a promise about time is
 //! tested exactly and at once. Everything but the sockets is what runs in production.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -74,8 +75,16 @@ pub struct Paused {
     gateway: Arc<Gateway>,
     config: Config,
     metrics: Arc<Metrics>,
-    arrivals: Arc<Mutex<Vec<Instant>>>,
+    queries: Arc<Mutex<Vec<Query>>>,
     dials: Arc<Mutex<Vec<Instant>>>,
+}
+
+/// A query as it arrived upstream.
+#[derive(Clone, Debug)]
+pub struct Query {
+    pub at: Instant,
+    pub key: String,
+    pub task: String,
 }
 
 impl Paused {
@@ -83,16 +92,16 @@ impl Paused {
         let mut config = Config::default();
         config.upstream.url = "http://upstream".parse().unwrap();
         configure(&mut config);
-        let arrivals = Arc::new(Mutex::new(Vec::new()));
+        let queries = Arc::new(Mutex::new(Vec::new()));
         let dials = Arc::new(Mutex::new(Vec::new()));
-        let dial = dial(behaviour, Arc::clone(&arrivals), Arc::clone(&dials));
+        let dial = dial(behaviour, Arc::clone(&queries), Arc::clone(&dials));
         let metrics = Arc::new(Metrics::new().unwrap());
         let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics)).unwrap();
         Self {
             gateway,
             config,
             metrics,
-            arrivals,
+            queries,
             dials,
         }
     }
@@ -146,11 +155,16 @@ impl Paused {
             .unwrap()
     }
 
-    /// When each query arrived upstream, in order.
+    /// Each query that arrived upstream, in order.
+    pub fn queries(&self) -> Vec<Query> {
+        let mut queries = self.queries.lock().unwrap().clone();
+        queries.sort_by_key(|query| query.at);
+        queries
+    }
+
+    /// When each of them arrived.
     pub fn arrivals(&self) -> Vec<Instant> {
-        let mut arrivals = self.arrivals.lock().unwrap().clone();
-        arrivals.sort();
-        arrivals
+        self.queries().into_iter().map(|query| query.at).collect()
     }
 }
 
@@ -205,17 +219,17 @@ fn error(status: u16, code: u16) -> Response<Full<Bytes>> {
     response
 }
 
-fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>, dials: Arc<Mutex<Vec<Instant>>>) -> Dial {
+fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<Vec<Instant>>>) -> Dial {
     let start = Instant::now();
     let opened = Arc::new(Mutex::new(0));
-    let queries = Arc::new(Mutex::new(std::collections::HashMap::<String, usize>::new()));
+    let counts = Arc::new(Mutex::new(HashMap::<String, usize>::new()));
     Arc::new(move || {
         let number = {
             let mut opened = opened.lock().unwrap();
             *opened += 1;
             *opened - 1
         };
-        let (behaviour, arrivals, queries) = (behaviour.clone(), Arc::clone(&arrivals), Arc::clone(&queries));
+        let (behaviour, queries, counts) = (behaviour.clone(), Arc::clone(&queries), Arc::clone(&counts));
         dials.lock().unwrap().push(Instant::now());
         Box::pin(async move {
             match behaviour.away(start.elapsed()) {
@@ -229,7 +243,6 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>, dials: Arc<Mut
             let (busy, mut is_busy) = watch::channel(false);
             let busy = Arc::new(busy);
             let service = service_fn(move |request: Request<Incoming>| {
-                arrivals.lock().unwrap().push(Instant::now());
                 let task = request
                     .uri()
                     .query()
@@ -237,9 +250,14 @@ fn dial(behaviour: Behaviour, arrivals: Arc<Mutex<Vec<Instant>>>, dials: Arc<Mut
                     .strip_prefix("task_id=")
                     .unwrap()
                     .to_owned();
+                queries.lock().unwrap().push(Query {
+                    at: Instant::now(),
+                    key: request.headers()["x-api-key"].to_str().unwrap().to_owned(),
+                    task: task.clone(),
+                });
                 let count = {
-                    let mut queries = queries.lock().unwrap();
-                    let count = queries.entry(task.clone()).or_default();
+                    let mut counts = counts.lock().unwrap();
+                    let count = counts.entry(task.clone()).or_default();
                     *count += 1;
                     *count - 1
                 };
