@@ -5,14 +5,17 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crun_gateway::account::ApiKey;
+use crun_gateway::config::{Account, Client, Key, KeySource};
 use http::Method;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::harness::client::{bare, poll_request};
-use crate::harness::paused::{Behaviour, Paused};
+use crate::harness::paused::{Behaviour, Paused, goodput, most_in_a_second};
+use crate::harness::raw::{self, Raw};
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, KEY, Reply, Scripted, Simulator, TASK_INFO, poll_as, request};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Scripted, Simulator, TASK_INFO, poll, poll_as, request};
 
 const GREEDY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 const MODEST: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
@@ -58,14 +61,14 @@ async fn a_greedy_client_cannot_starve_another() {
 async fn a_modest_client_is_not_held_back_by_the_flight_it_joins() {
     let (gateway, _greedy) = with_a_greedy_client().await;
     let started = Instant::now();
-    assert_eq!(gateway.poll_from(MODEST, KEY, "greedy-900").await.status, 200);
-    assert!(
-        started.elapsed() <= Duration::from_millis(1500),
-        "{:?}",
-        started.elapsed()
-    );
+    let mut modest = JoinSet::new();
+    for task in ["modest-1", "modest-2", "modest-3", "modest-4", "greedy-900"] {
+        let gateway = Arc::clone(&gateway);
+        modest.spawn(async move { gateway.poll_from(MODEST, KEY, task).await });
+    }
+    assert_served_soon(modest, started).await;
     let arrivals = gateway.arrivals();
-    assert!(crate::harness::paused::most_in_a_second(&arrivals) <= 15);
+    assert!(most_in_a_second(&arrivals) <= 15);
 }
 
 #[tokio::test]
@@ -93,6 +96,120 @@ async fn a_greedy_client_cannot_starve_another_on_real_sockets() {
     }
     assert_served_soon(modest, started).await;
     assert_eq!(upstream.stats().await["violations"], 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn weights_are_shares_of_what_is_spent() {
+    let secret = |text: &str| Key {
+        key: ApiKey::new(text).unwrap(),
+        source: KeySource::Env("SECRET".to_owned()),
+    };
+    let client = |name: &str, weight| Client {
+        name: name.to_owned(),
+        token: secret(&format!("token-{name}")),
+        weight,
+        passthrough: false,
+    };
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.max_wait = Duration::from_secs(90);
+        config.accounts = vec![Account {
+            name: "music".to_owned(),
+            keys: vec![secret(KEY)],
+            clients: vec![client("studio", 2), client("shop", 1)],
+        }];
+    }));
+    // Both want more than their share of the first 300, and from one address: the token is the client.
+    let mut polls = JoinSet::new();
+    for task in 0..300 {
+        for client in ["shop", "studio"] {
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move {
+                let (token, task) = (format!("token-{client}"), format!("{client}-{task}"));
+                gateway.poll(&token, &task).await
+            });
+        }
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    let queries = gateway.queries();
+    assert!(queries.iter().all(|query| query.key == KEY));
+    let studio = queries[..300].iter().filter(|query| query.task.starts_with("studio"));
+    let studio = studio.count() as f64;
+    let ratio = studio / (300.0 - studio);
+    assert!((1.9..=2.1).contains(&ratio), "{studio} of 300");
+    assert!(goodput(&gateway.arrivals()) >= 14.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_hang_up_hold_nobody_up_and_what_was_not_sent_for_them_costs_nothing() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
+    // From here on a permit is due at once, and then every 69 ms.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let started = Instant::now();
+    let mut polls = JoinSet::new();
+    for task in 0..100_u32 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move {
+            let patience = Duration::from_millis(100 + u64::from(task));
+            let task = format!("leaves-{task}");
+            tokio::time::timeout(patience, gateway.poll(KEY, &task)).await.is_ok()
+        });
+    }
+    let answered = polls.join_all().await;
+    assert!(started.elapsed() < Duration::from_millis(200));
+    let asked = Instant::now();
+    assert_eq!(gateway.poll(KEY, "stays").await.status, 200);
+    // The next permit, and an answer.
+    let took = asked.elapsed();
+    assert!(took <= Duration::from_millis(69 + 100), "{took:?}");
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    // At 0, 69 and 137 ms for those who still waited then, and one for who stays.
+    let queries = gateway.queries();
+    assert_eq!(queries.len(), 4, "{queries:?}");
+    assert_eq!(queries[3].task, "stays");
+    assert!(answered.iter().filter(|answered| **answered).count() <= 3);
+}
+
+#[tokio::test]
+async fn clients_that_hang_up_hold_nobody_up_on_real_sockets() {
+    let upstream = Simulator::start(&["--latency", "100ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    // From here on permits are due.
+    assert_eq!(poll(gateway.address, "ended.first").await.status, 200);
+    let mut leaving = Vec::new();
+    for _ in 0..100 {
+        leaving.push(Raw::connect(gateway.address).await);
+    }
+    let started = Instant::now();
+    for (task, connection) in leaving.iter_mut().enumerate() {
+        connection
+            .send(raw::poll(&format!("ended.leaves-{task}")))
+            .await
+            .unwrap();
+    }
+    let length = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
+    while gateway.metric(length).await + (upstream.queries().await as f64) < 101.0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::sleep_until(started + Duration::from_millis(150)).await;
+    drop(leaving);
+    let asked = Instant::now();
+    assert_eq!(poll(gateway.address, "ended.stays").await.status, 200);
+    // A hundred before it would take 6.9 s.
+    let took = asked.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    // The first one, what became due since then, and at most two that had been called forward.
+    let due = 1.0 + started.elapsed().as_secs_f64() * 15.0 + 2.0;
+    let patience = Instant::now() + PATIENCE;
+    while gateway.metric(length).await > 0.0 {
+        assert!(Instant::now() < patience, "they still wait");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let stats = upstream.stats().await;
+    assert!(stats["requests"].as_f64().unwrap() <= due, "{due}: {stats}");
+    assert_eq!(stats["tasks"]["ended.stays"], 1);
+    assert_eq!(stats["violations"], 0);
 }
 
 fn secret(key: &str) -> tempfile::NamedTempFile {

@@ -67,16 +67,15 @@ impl Gateway {
 
     pub async fn start_with_env(upstream: &str, config: &str, env: &[(&str, &str)]) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        let upstream = if config.contains("\nupstream:") || config.starts_with("upstream:") {
-            String::new()
-        } else {
-            format!("upstream: {{ url: \"{upstream}\" }}\n")
-        };
-        write!(
-            file,
-            "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nworker_threads: 2\n{upstream}{config}\n"
-        )
-        .unwrap();
+        let has = |field: &str| config.lines().any(|line| line.starts_with(field));
+        let unless_given = [
+            ("listen:", "\"127.0.0.1:0\"".to_owned()),
+            ("upstream:", format!("{{ url: \"{upstream}\" }}")),
+        ];
+        for (field, value) in unless_given.iter().filter(|(field, _)| !has(field)) {
+            writeln!(file, "{field} {value}").unwrap();
+        }
+        writeln!(file, "admin: \"127.0.0.1:0\"\nworker_threads: 2\n{config}").unwrap();
         let mut command = Command::new(BINARY);
         command.arg("--config").arg(file.path()).envs(env.iter().copied());
         let mut child = command
