@@ -9,6 +9,7 @@
 //! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
+//! - `restart`: the process that comes next spends no second twice
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `stop`: a stop loses nothing
@@ -40,5 +41,6 @@ mod outage;
 mod pace;
 mod passthrough;
 mod requests;
+mod restart;
 mod stop;
 mod tls;

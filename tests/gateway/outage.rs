@@ -2,9 +2,11 @@
 //! when it is back, so is everything.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::task::JoinSet;
+use tokio::net::TcpListener;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::harness::paused::{Away, Behaviour, Paused, goodput, json, most_in_a_second, running};
@@ -415,9 +417,37 @@ async fn a_flight_that_connects_slowly_goes_on_without_the_poll_that_has_a_snaps
     assert_eq!(gateway.arrivals().len(), 2);
 }
 
+/// Somebody in upstream's place who hangs up on everybody, and counts them.
+struct HangsUp {
+    task: JoinHandle<()>,
+    count: Arc<AtomicUsize>,
+}
+
+impl HangsUp {
+    async fn start(listen: &str) -> Self {
+        let listener = TcpListener::bind(listen).await.unwrap();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let task = tokio::spawn(async move {
+            while listener.accept().await.is_ok() {
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        Self { task, count }
+    }
+
+    /// Gives the place free; says how many there were.
+    async fn leave(self) -> usize {
+        self.task.abort();
+        let _ = self.task.await;
+        self.count.load(Ordering::SeqCst)
+    }
+}
+
 #[tokio::test]
-async fn on_real_sockets_upstream_is_gone_for_eight_seconds() {
+async fn on_real_sockets_upstream_is_gone_for_a_minute() {
     const TASKS: usize = 12;
+    const HALF: Duration = Duration::from_secs(30);
     let options = ["--latency", "100ms"];
     let upstream = Simulator::start(&options).await;
     let gateway = Gateway::start(&upstream.url, "").await;
@@ -442,19 +472,27 @@ async fn on_real_sockets_upstream_is_gone_for_eight_seconds() {
         assert_eq!(polled.reply.status, 200);
     }
     sleep(seconds(2.1)).await;
+    // At first nobody listens.
     let listen = upstream.kill().await;
     let away = Instant::now();
-    while away.elapsed() < seconds(8.0) {
+    let mut took = Vec::new();
+    let mut hangs_up = None;
+    let mut hangs_up_since = away;
+    while away.elapsed() < 2 * HALF {
+        if away.elapsed() >= HALF && hangs_up.is_none() {
+            hangs_up_since = Instant::now();
+            hangs_up = Some(HangsUp::start(&listen).await);
+        }
         let is_open = gateway.metric(BREAKER).await > 0.5;
-        assert!(is_open || away.elapsed() < seconds(4.0), "it opens");
+        assert!(is_open || away.elapsed() < seconds(4.0), "it opens, and stays so");
         for polled in poll_all().await {
             assert_eq!(polled.reply.status, 200, "{:?}", polled.reply);
-            assert!(!is_open || polled.took < Duration::from_millis(50), "{:?}", polled.took);
             assert!(
                 !is_open || polled.detail() == Some("upstream_unavailable"),
                 "{:?}",
                 polled.reply
             );
+            took.extend(is_open.then_some(polled.took));
         }
         if is_open {
             let new = poll(address, "running.new").await;
@@ -463,6 +501,15 @@ async fn on_real_sockets_upstream_is_gone_for_eight_seconds() {
         }
         sleep(seconds(0.2)).await;
     }
+    // Exactly is what paused time shows. Here a machine that other tests share may hold up any one poll, but not one in a
+    // hundred: that would be a gateway that waits for something.
+    took.sort();
+    let slowest = took[took.len() * 99 / 100];
+    assert!(slowest < Duration::from_millis(50), "of {}: {slowest:?}", took.len());
+    // One probe every 1.5 s, as long as somebody polls every 0.2 s; and nothing else.
+    let most = 1.0 + hangs_up_since.elapsed().as_secs_f64() / 1.5;
+    let probes = hangs_up.unwrap().leave().await as f64;
+    assert!((10.0..=most).contains(&probes), "{probes}");
     let upstream = Simulator::start_at(&listen, &options).await;
     let back = Instant::now();
     let first = loop {

@@ -125,6 +125,11 @@ impl Gateway {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::SIGTERM).unwrap();
     }
 
+    /// Ends it at once, by SIGKILL.
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
+
     pub async fn exit(&mut self) -> ExitStatus {
         timeout(PATIENCE, self.child.wait())
             .await
