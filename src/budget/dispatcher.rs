@@ -196,9 +196,7 @@ impl Dispatcher {
                 () = ring.changed.notified(), if when_changed => {}
             }
         }
-        self.queue = FairQueue::default();
-        self.called.clear();
-        self.show();
+        // Every flight is over by now, or its standing would hold the inbox open; a pause may not be.
         self.metrics.paused.sub(i64::from(self.is_paused));
     }
 

@@ -2,7 +2,7 @@
 
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use super::super::*;
 use super::world::{MARGIN, hold, interval};
@@ -194,5 +194,8 @@ async fn a_permit_counts_from_its_write_and_no_longer_once_it_is_dropped_unused(
             assert_at(second, next);
         });
     }
-    played.join_all().await;
+    let patience = SECOND * 10;
+    timeout(patience, played.join_all())
+        .await
+        .expect("the second one comes");
 }
