@@ -134,6 +134,11 @@ impl Cache {
         self.not_found.invalidate(&key);
     }
 
+    /// Whether any state of the account's tasks is kept.
+    pub fn holds_any(&self, account: AccountId) -> bool {
+        self.shares.holds(account)
+    }
+
     /// Lets moka do what it has put off, and shows how much is kept.
     pub fn maintain(&self) {
         self.tasks.run_pending_tasks();

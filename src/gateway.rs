@@ -1,7 +1,7 @@
 //! The life of a request: the only module that knows all the parts.
 //!
 //! ```text
-//! handle ─▶ poll    who asks, for which task, until when
+//! handle ─▶ poll    who asks, with a key that upstream accepts, for which task, until when
 //!           answer  cache: fresh? ───────────────────────▶ hit
 //!                   flight: someone already fetching? ───▶ wait, collapsed
 //!           fly     the leader, a task that belongs to no client:
@@ -9,14 +9,18 @@
 //!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
 //! ```
 //! What follows from the attempt that a flight makes: `gateway::attempt`. While the breaker is open nobody flies:
-//! `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`.
+//! `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`. What upstream
+//! thinks of the key stands before it all: `gateway::clearance`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
 
 mod accounts;
 mod admission;
+mod asker;
 mod attempt;
+mod clearance;
 mod credential;
+mod keys;
 mod max_age;
 mod outage;
 mod passthrough;
@@ -33,7 +37,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-use crate::account::{AccountId, ApiKey};
+use crate::account::AccountId;
 use crate::budget::{Entry, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
@@ -44,8 +48,11 @@ use crate::outcome::Served;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
-use accounts::{Account, Accounts, Asker};
+use accounts::{Account, Accounts};
+use asker::Asker;
 use attempt::outcome;
+use clearance::{is_in_vain, is_refused_key};
+use keys::Key;
 pub use response::Body;
 use response::CacheStatus;
 
@@ -74,7 +81,8 @@ pub struct Gateway {
     strangers: (AccountMetrics, ClientRequests),
 }
 
-type FlightKey = (AccountId, TaskId);
+/// With the place of the key that flies alone: upstream has yet to accept it.
+type FlightKey = (AccountId, TaskId, Option<usize>);
 
 /// How far a flight is, as its followers see it.
 #[derive(Clone, Debug)]
@@ -101,7 +109,9 @@ enum Landed {
     /// Another flight had just kept a fresh answer.
     Kept(Arc<Answer>),
     /// Upstream's answer to a query with this key.
-    Fetched(Arc<Answer>, ApiKey),
+    Fetched(Arc<Answer>, Arc<Key>),
+    /// Unspent: meanwhile upstream refused the key, or had no credits for the account.
+    InVain,
     Failed(Error),
 }
 
@@ -172,7 +182,7 @@ impl Gateway {
         loop {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
-            self.accounts.sweep(now);
+            self.accounts.sweep(now, |account| self.cache.holds_any(account));
             self.accounts.show(now);
             self.upstream.sweep(now);
             self.cache.maintain();
@@ -194,7 +204,7 @@ impl Gateway {
         request_id: &HeaderValue,
     ) -> Response<Body> {
         let arrived = Instant::now();
-        let poll = match self.read_poll(method, uri, headers, peer, arrived) {
+        let mut poll = match self.read_poll(method, uri, headers, peer, arrived) {
             Ok(poll) => poll,
             Err(error) => {
                 let (metrics, requests) = &self.strangers;
@@ -202,8 +212,9 @@ impl Gateway {
                 return refuse(&error, OTHER, request_id);
             }
         };
+        let answered = self.answer_to_key(&mut poll).await;
         let account = &poll.asker.account;
-        match self.answer(&poll).await {
+        match answered {
             Ok(Answered { served, cache, answer }) => {
                 let now = Instant::now();
                 let took = now.saturating_duration_since(arrived);
@@ -255,33 +266,41 @@ impl Gateway {
         })
     }
 
-    /// The answer for one poll, by its deadline at the latest.
+    /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
     async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
         let deadline = poll.arrived + self.config.budget.max_wait;
         let account = &poll.asker.account;
         account.watch.asked(&poll.task, poll.arrived);
         let live = self.lifetime_for(poll);
+        let on_trial = poll.asker.is_refused();
         let kept = self.cache.get(account.id, &poll.task, poll.arrived, live);
-        let was_stale = match kept {
+        let was_stale = match kept.filter(|_| !on_trial) {
             Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
             kept => kept.is_some(),
         };
+        if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
+            return Ok(answered);
+        }
         let mut asker = poll.asker.clone();
         let client = asker.client(poll.peer, poll.name.as_ref());
         let latest = self.latest_turn(poll.arrived);
         loop {
+            if let Some(answered) = Self::refused_meanwhile(&mut asker, poll.arrived) {
+                return Ok(answered);
+            }
             if self.upstream.breaker().is_open() {
                 let error = self.turn_away(&asker, &poll.task);
                 return self.stand_in(poll, error.detail()).ok_or(error);
             }
-            let (progress, leader) = self.flights.join((account.id, poll.task.clone()), || {
+            let alone = asker.is_refused().then_some(asker.key.place);
+            let (progress, leader) = self.flights.join((account.id, poll.task.clone(), alone), || {
                 Progress::new(account.budget.standing(was_stale))
             });
             let standing = progress.borrow().standing.clone();
             let mut place = standing.join(client.clone(), asker.weight(), latest);
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
-                self.launch(leader, &asker, &poll.task, live);
+                self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live));
             }
             let landed = tokio::select! {
                 biased;
@@ -296,17 +315,14 @@ impl Gateway {
                 None => self.answer_without_landing(poll, progress, None, was_stale, collapsed),
                 Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
                 // Fresh enough for the client that opened the flight, but not for this one.
-                Some(Landed::Kept(_)) => continue,
+                Some(Landed::Kept(_) | Landed::InVain) => continue,
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
-                // Another key's refusal says nothing about this one.
-                Some(Landed::Fetched(answer, key)) if is_refused_key(&answer) && key != asker.key => continue,
-                Some(Landed::Fetched(answer, _)) if is_refused_key(&answer) => {
-                    // A token stands for all of its account's keys.
-                    if let Some(next) = asker.with_next_key() {
-                        asker = next;
-                        continue;
-                    }
-                    Ok(forwarded(answer, was_stale, collapsed))
+                // Another key's refusal says nothing about this one, and a token stands for all of its account's keys.
+                Some(Landed::Fetched(answer, key))
+                    if is_refused_key(&answer)
+                        && (!Arc::ptr_eq(&key, &asker.key) || asker.take_next_key(poll.arrived)) =>
+                {
+                    continue;
                 }
                 Some(Landed::Fetched(answer, _)) if answer.reading.class.yields_to_snapshot() => {
                     let detail = outcome(answer.reading.class).label();
@@ -333,6 +349,9 @@ impl Gateway {
 
     /// The snapshot that may be served instead of an error.
     fn stand_in(&self, poll: &Poll, detail: &'static str) -> Option<Answered> {
+        if poll.asker.is_refused() {
+            return None;
+        }
         let now = Instant::now();
         let snapshot = self.cache.snapshot(poll.asker.account.id, &poll.task, now)?;
         let max_stale = self.config.cache.max_stale;
@@ -341,10 +360,17 @@ impl Gateway {
             .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
     }
 
-    /// Sends the leader off, on nobody's behalf. `live` is how long live answers are fresh for this poll.
-    fn launch(self: &Arc<Self>, leader: Leader<FlightKey, Progress>, asker: &Asker, task: &TaskId, live: Duration) {
+    /// Sends the leader off, on nobody's behalf. `live` is how long live answers are fresh for this poll; without it, what
+    /// is kept will not do, however fresh.
+    fn launch(
+        self: &Arc<Self>,
+        leader: Leader<FlightKey, Progress>,
+        asker: &Asker,
+        task: &TaskId,
+        live: Option<Duration>,
+    ) {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
-        let (key, task) = (asker.key.clone(), task.clone());
+        let (key, task) = (Arc::clone(&asker.key), task.clone());
         self.spawn(gateway.fly(leader, account, key, task, live));
     }
 
@@ -364,16 +390,15 @@ impl Gateway {
         self: Arc<Self>,
         leader: Leader<FlightKey, Progress>,
         account: Arc<Account>,
-        key: ApiKey,
+        key: Arc<Key>,
         task: TaskId,
-        live: Duration,
+        live: Option<Duration>,
     ) {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
-        let now = Instant::now();
-        if let Some(answer) = self
-            .cache
-            .get(account.id, &task, now, live)
-            .filter(|answer| answer.is_fresh(now, live))
+        let launched = Instant::now();
+        if let Some(live) = live
+            && let Some(answer) = self.cache.get(account.id, &task, launched, live)
+            && answer.is_fresh(launched, live)
         {
             return leader.land(Landed::Kept(answer).stage());
         }
@@ -387,6 +412,9 @@ impl Gateway {
                 Some(Ok(turn)) => turn,
                 Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account)).stage()),
             };
+            if is_in_vain(&account, &key, launched) {
+                return leader.land(Landed::InVain.stage());
+            }
             leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             let mut connects = 1;
             let ready = loop {
@@ -402,6 +430,9 @@ impl Gateway {
             let Some(Some(permit)) = while_awaited(&leader, breaker, turn.permit(&ready)).await else {
                 return self.give_up(leader);
             };
+            if is_in_vain(&account, &key, launched) {
+                return leader.land(Landed::InVain.stage());
+            }
             // Upstream may have closed it while the permit was not yet due. The permit counts as spent now for as long as it
             // is not written, so it may wait for another connection: that one is late, and still within the limit.
             let ready = if ready.is_closed() {
@@ -515,9 +546,4 @@ fn refuse(error: &Error, account: &str, request_id: &HeaderValue) -> Response<Bo
         "poll refused"
     );
     response::error(error)
-}
-
-/// Whether an answer is about the key that was sent rather than about the task.
-fn is_refused_key(answer: &Answer) -> bool {
-    matches!(answer.code(), 401..=403)
 }

@@ -103,6 +103,8 @@ pub struct Metrics {
     budget_rate: prometheus::GaugeVec,
     budget_shed: IntCounterVec,
     upstream_paused: IntGaugeVec,
+    upstream_keys_refused: IntGaugeVec,
+    upstream_credits_missing: IntGaugeVec,
     /// 1 while the breaker is open or half-open.
     pub upstream_breaker_open: IntGauge,
     live_tasks: IntGaugeVec,
@@ -238,6 +240,26 @@ impl Metrics {
                     &["account"],
                 )?,
             )?,
+            upstream_keys_refused: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts(
+                        "upstream_keys_refused",
+                        "Keys that upstream refused when it was last asked.",
+                    ),
+                    &["account"],
+                )?,
+            )?,
+            upstream_credits_missing: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts(
+                        "upstream_credits_missing",
+                        "Accounts for which upstream's last word was missing credits (402).",
+                    ),
+                    &["account"],
+                )?,
+            )?,
             upstream_breaker_open: register(
                 &registry,
                 IntGauge::with_opts(opts(
@@ -314,6 +336,8 @@ impl Metrics {
             rate: self.budget_rate.with_label_values(&[account]),
             shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
             paused: self.upstream_paused.with_label_values(&[account]),
+            keys_refused: self.upstream_keys_refused.with_label_values(&[account]),
+            credits_missing: self.upstream_credits_missing.with_label_values(&[account]),
             live_tasks: self.live_tasks.with_label_values(&[account]),
             freshness: self.freshness.with_label_values(&[account]),
         }
@@ -373,6 +397,10 @@ pub struct AccountMetrics {
     shed: [IntCounter; Shed::ALL.len()],
     /// Accounts under this label that an upstream 429 has paused.
     pub paused: IntGauge,
+    /// Keys under this label that upstream refuses.
+    pub keys_refused: IntGauge,
+    /// Accounts under this label that have no credits.
+    pub credits_missing: IntGauge,
     live_tasks: IntGauge,
     freshness: prometheus::Gauge,
 }

@@ -59,6 +59,16 @@ pub struct Keeping {
 }
 
 impl Keeping {
+    /// For `lifetime` and no longer: what is remembered beside the cache.
+    pub fn briefly(lifetime: Duration) -> Self {
+        Self {
+            lifetime: Some(lifetime),
+            keep: lifetime,
+            ended: false,
+            settling_since: None,
+        }
+    }
+
     /// For how long an answer received at `now` (`unix_now` on the wall clock, in seconds) is kept; `before` is what was
     /// kept for the task so far.
     pub fn of(
@@ -99,15 +109,7 @@ impl Keeping {
                 })
             }
             Class::Terminal => Some(ended()),
-            Class::NotFound => {
-                let keep = cache.not_found;
-                Some(Self {
-                    lifetime: Some(keep),
-                    keep,
-                    ended: false,
-                    settling_since: None,
-                })
-            }
+            Class::NotFound => Some(Self::briefly(cache.not_found)),
             Class::RateLimited
             | Class::Refused
             | Class::Unavailable

@@ -70,6 +70,11 @@ impl Shares {
         holdings.bytes -= u64::from(weight);
     }
 
+    /// Whether an account holds anything.
+    pub(super) fn holds(&self, account: AccountId) -> bool {
+        self.holdings().by_account.contains_key(&account)
+    }
+
     /// While an answer of `weight` for `account` would overfill the cache and somebody holds more than half: the answer
     /// of theirs to evict or to spare.
     pub(super) fn candidate(&self, account: AccountId, weight: u32) -> Option<(AccountId, TaskId)> {

@@ -5,15 +5,15 @@
 //! follows from the key, so its cached answers outlive that.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use http::HeaderValue;
 use tokio::time::Instant;
 
-use crate::account::{AccountId, AccountIds, ApiKey, Caller, Client};
+use super::asker::{Asker, Token};
+use super::keys::{Key, Refusal};
+use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{Config, Fresh, UnknownKeys};
 use crate::error::Error;
@@ -23,9 +23,6 @@ use crate::watch::Watch;
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
 const IDLE: Duration = Duration::from_mins(1);
-
-/// Of a client's own name for itself, so many characters count.
-const LONGEST_NAME: usize = 64;
 
 /// An account, from here on without its keys.
 #[derive(Debug)]
@@ -38,9 +35,11 @@ pub(super) struct Account {
     pub(super) watch: Watch,
     pub(super) metrics: AccountMetrics,
     /// The counters of clients that are not configured.
-    others: ClientRequests,
-    /// Its listed keys, in their order: what client tokens stand for.
-    keys: Vec<ApiKey>,
+    pub(super) others: ClientRequests,
+    /// Upstream's 402.
+    pub(super) credits: Refusal,
+    /// Its keys, in their order: what client tokens stand for.
+    pub(super) keys: Vec<Arc<Key>>,
     /// Milliseconds from the directory's start to the last poll, or to the last sweep that found it in use.
     asked_ms: AtomicU64,
 }
@@ -49,71 +48,6 @@ impl Account {
     /// The freshness lifetime of its live answers at `now`.
     pub(super) fn lifetime(&self, now: Instant) -> Duration {
         self.watch.lifetime(self.budget.rate(now), now)
-    }
-}
-
-/// A configured client: its token stands for its account's keys.
-#[derive(Debug)]
-struct Token {
-    name: Arc<str>,
-    weight: u32,
-    passthrough: bool,
-    requests: ClientRequests,
-}
-
-/// Who asks: on which account, with which key, and as which client.
-#[derive(Clone, Debug)]
-pub(super) struct Asker {
-    pub(super) account: Arc<Account>,
-    /// The key that goes upstream.
-    pub(super) key: ApiKey,
-    token: Option<Arc<Token>>,
-}
-
-impl Asker {
-    /// The client, for fairness: its token or, without one, its address; within that the name that it gave itself.
-    pub(super) fn client(&self, peer: IpAddr, name: Option<&HeaderValue>) -> Client {
-        let caller = match &self.token {
-            Some(token) => Caller::Token(Arc::clone(&token.name)),
-            None => Caller::Address(peer.to_canonical()),
-        };
-        let name = name.and_then(|name| name.to_str().ok()).map(|name| {
-            let end = name.char_indices().nth(LONGEST_NAME).map_or(name.len(), |(end, _)| end);
-            Arc::from(&name[..end])
-        });
-        Client { caller, name }
-    }
-
-    /// How many turns the client gets for one of an address's.
-    pub(super) fn weight(&self) -> u32 {
-        self.token.as_ref().map_or(1, |token| token.weight)
-    }
-
-    /// The client's counters.
-    pub(super) fn requests(&self) -> &ClientRequests {
-        self.token
-            .as_ref()
-            .map_or(&self.account.others, |token| &token.requests)
-    }
-
-    /// Whether it may use the paths that are streamed through: a token only where configuration says so, since that
-    /// spends money.
-    pub(super) fn may_pass_through(&self) -> bool {
-        self.token.as_ref().is_none_or(|token| token.passthrough)
-    }
-
-    /// Whether it presented a token, and the key is one that it stands for.
-    pub(super) fn has_token(&self) -> bool {
-        self.token.is_some()
-    }
-
-    /// The same asker with the account's next key, after upstream refused the one before. A client that presented a key
-    /// of its own has no other.
-    pub(super) fn with_next_key(&self) -> Option<Self> {
-        self.token.as_ref()?;
-        let mut keys = self.account.keys.iter().skip_while(|key| **key != self.key);
-        let key = keys.nth(1)?.clone();
-        Some(Self { key, ..self.clone() })
     }
 }
 
@@ -129,6 +63,7 @@ struct Maker {
     pace: Pace,
     max_queue: usize,
     fresh: Fresh,
+    started: Instant,
 }
 
 /// The directory of accounts.
@@ -137,6 +72,8 @@ pub(super) struct Accounts {
     /// By key and by client token.
     listed: HashMap<ApiKey, Asker>,
     unlisted: RwLock<HashMap<ApiKey, Arc<Account>>>,
+    /// What is known of unlisted keys whose accounts are forgotten.
+    dormant: Mutex<HashMap<ApiKey, Arc<Key>>>,
     unknown_keys: UnknownKeys,
     max_unlisted: usize,
     started: Instant,
@@ -161,11 +98,12 @@ impl Accounts {
             },
             max_queue: config.budget.max_queue,
             fresh: config.cache.fresh,
+            started,
         };
         let mut listed = HashMap::new();
         for configured in &config.accounts {
-            let keys: Vec<_> = configured.keys.iter().map(|listed| listed.key.clone()).collect();
-            let account = Arc::new(maker.listed(&configured.name, keys.clone()));
+            let keys = configured.keys.iter().map(|listed| listed.key.clone());
+            let account = Arc::new(maker.listed(&configured.name, keys));
             for client in &configured.clients {
                 let token = Arc::new(Token {
                     name: client.name.as_str().into(),
@@ -174,18 +112,21 @@ impl Accounts {
                     requests: maker.metrics.client(&configured.name, &client.name),
                 });
                 // An account without a key is refused by `config`.
-                let Some(key) = keys.first().cloned() else { continue };
+                let Some(key) = account.keys.first().cloned() else {
+                    continue;
+                };
                 let (account, token) = (Arc::clone(&account), Some(token));
                 listed.insert(client.token.key.clone(), Asker { account, key, token });
             }
-            for key in keys {
+            for key in account.keys.iter().cloned() {
                 let (account, token) = (Arc::clone(&account), None);
-                listed.insert(key.clone(), Asker { account, key, token });
+                listed.insert(key.secret.clone(), Asker { account, key, token });
             }
         }
         Self {
             listed,
             unlisted: RwLock::default(),
+            dormant: Mutex::default(),
             unknown_keys: config.unknown_keys,
             max_unlisted: config.max_accounts,
             started,
@@ -202,7 +143,9 @@ impl Accounts {
             return Ok(asker.clone());
         }
         let account = self.unlisted(key, now)?;
-        let (key, token) = (key.clone(), None);
+        // An unlisted account is its key's.
+        let key = account.keys.first().cloned().ok_or(Error::Internal)?;
+        let token = None;
         Ok(Asker { account, key, token })
     }
 
@@ -229,7 +172,8 @@ impl Accounts {
         if unlisted.len() >= self.max_unlisted {
             return Err(Error::TooManyAccounts);
         }
-        let account = Arc::new(self.make.unlisted(key, asked_ms));
+        let known = self.dormant().remove(key);
+        let account = Arc::new(self.make.unlisted(key, known, asked_ms));
         unlisted.insert(key.clone(), Arc::clone(&account));
         Ok(account)
     }
@@ -244,11 +188,12 @@ impl Accounts {
         self.unknown_keys == UnknownKeys::Forward
     }
 
-    /// Forgets unlisted accounts that nobody has used in a minute.
-    pub(super) fn sweep(&self, now: Instant) {
+    /// Forgets unlisted accounts that nobody has used in a minute. What upstream said of their keys stays known as long as
+    /// it counts: an accepted key's for ten minutes, a refused key's while any answer is kept (`holds`) that it must not get.
+    pub(super) fn sweep(&self, now: Instant, holds: impl Fn(AccountId) -> bool) {
         let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
-        let forgotten: Vec<_> = unlisted
+        let forgotten: HashMap<_, _> = unlisted
             .extract_if(|_, account| {
                 // A poll or a flight under way holds the account, too. It may ask upstream long after its poll came, and
                 // a budget formed anew knows nothing of that.
@@ -258,8 +203,26 @@ impl Accounts {
                 account.asked_ms.load(Ordering::Relaxed) < oldest && !account.budget.is_paused(now)
             })
             .collect();
+        {
+            // Under both locks: whoever forms an account anew finds what was known.
+            let mut dormant = self.dormant();
+            for (secret, account) in &forgotten {
+                dormant.extend(account.keys.first().map(|key| (secret.clone(), Arc::clone(key))));
+            }
+            dormant.retain(|secret, key| {
+                if key.is_refused() {
+                    holds(self.make.ids.unlisted(secret))
+                } else {
+                    !key.is_due(now)
+                }
+            });
+        }
         drop(unlisted);
         drop(forgotten);
+    }
+
+    fn dormant(&self) -> MutexGuard<'_, HashMap<ApiKey, Arc<Key>>> {
+        self.dormant.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shows each account's rate, its live tasks and their freshness lifetime at `now`; of the unlisted ones, which share
@@ -290,21 +253,28 @@ impl Accounts {
 }
 
 impl Maker {
-    fn listed(&self, name: &str, keys: Vec<ApiKey>) -> Account {
+    fn listed(&self, name: &str, secrets: impl Iterator<Item = ApiKey>) -> Account {
         let (id, metrics) = (self.ids.listed(name), self.metrics.account(name));
         let others = self.metrics.client(name, OTHER);
+        let key = |(place, secret)| Arc::new(self.key(secret, place + 1, &metrics));
         Account {
-            keys,
+            keys: secrets.enumerate().map(key).collect(),
             ..self.account(id, name.into(), metrics, others)
         }
     }
 
-    fn unlisted(&self, key: &ApiKey, asked_ms: u64) -> Account {
-        let id = self.ids.unlisted(key);
+    fn unlisted(&self, secret: &ApiKey, known: Option<Arc<Key>>, asked_ms: u64) -> Account {
+        let id = self.ids.unlisted(secret);
+        let key = known.unwrap_or_else(|| Arc::new(self.key(secret.clone(), 1, &self.other)));
         Account {
+            keys: vec![key],
             asked_ms: AtomicU64::new(asked_ms),
             ..self.account(id, OTHER.into(), self.other.clone(), self.others.clone())
         }
+    }
+
+    fn key(&self, secret: ApiKey, place: usize, metrics: &AccountMetrics) -> Key {
+        Key::new(secret, place, self.started, metrics.keys_refused.clone())
     }
 
     fn account(&self, id: AccountId, label: Arc<str>, metrics: AccountMetrics, others: ClientRequests) -> Account {
@@ -314,6 +284,7 @@ impl Maker {
             budget: Budget::new(self.pace, self.max_queue, metrics.clone()),
             pool: self.upstream.pool(),
             watch: Watch::new(self.fresh),
+            credits: Refusal::new(metrics.credits_missing.clone()),
             metrics,
             others,
             keys: Vec::new(),
@@ -397,12 +368,12 @@ mod tests {
     async fn an_unlisted_account_is_forgotten_after_an_idle_minute_and_keeps_its_id() {
         let accounts = directory(|_| {});
         let id = accounts.asked_at(0, "ak_one").id;
-        accounts.sweep(accounts.at(60));
+        accounts.sweep(accounts.at(60), |_| false);
         assert_eq!(accounts.remembered(), 1);
         accounts.asked_at(30, "ak_one");
-        accounts.sweep(accounts.at(61));
+        accounts.sweep(accounts.at(61), |_| false);
         assert_eq!(accounts.remembered(), 1, "it was asked for 31 s ago");
-        accounts.sweep(accounts.at(91));
+        accounts.sweep(accounts.at(91), |_| false);
         assert_eq!(accounts.remembered(), 0);
         assert_eq!(
             accounts.asked_at(100, "ak_one").id,
@@ -415,13 +386,13 @@ mod tests {
     async fn an_account_is_not_forgotten_while_a_flight_holds_it() {
         let accounts = directory(|_| {});
         let flight = accounts.asked_at(0, "ak_one");
-        accounts.sweep(accounts.at(600));
+        accounts.sweep(accounts.at(600), |_| false);
         assert!(Arc::ptr_eq(&flight, &accounts.asked_at(0, "ak_one")));
-        accounts.sweep(accounts.at(600));
+        accounts.sweep(accounts.at(600), |_| false);
         drop(flight);
-        accounts.sweep(accounts.at(660));
+        accounts.sweep(accounts.at(660), |_| false);
         assert_eq!(accounts.remembered(), 1, "what the flight asked for still counts");
-        accounts.sweep(accounts.at(661));
+        accounts.sweep(accounts.at(661), |_| false);
         assert_eq!(accounts.remembered(), 0);
     }
 
@@ -431,9 +402,9 @@ mod tests {
         let pause = Some(Duration::from_mins(5));
         let budget = accounts.asked_at(0, "ak_one").budget.clone();
         assert_eq!(budget.rate_limited(pause, accounts.at(0)), Duration::from_mins(5));
-        accounts.sweep(accounts.at(299));
+        accounts.sweep(accounts.at(299), |_| false);
         assert_eq!(accounts.remembered(), 1);
-        accounts.sweep(accounts.at(300));
+        accounts.sweep(accounts.at(300), |_| false);
         assert_eq!(accounts.remembered(), 0);
     }
 
@@ -441,7 +412,7 @@ mod tests {
     async fn a_listed_account_is_never_forgotten() {
         let accounts = directory(|_| {});
         let id = accounts.asked_at(0, MUSIC[0]).id;
-        accounts.sweep(accounts.at(6000));
+        accounts.sweep(accounts.at(6000), |_| false);
         assert_eq!(accounts.asked_at(6000, MUSIC[1]).id, id);
     }
 
@@ -454,7 +425,7 @@ mod tests {
         let refused = accounts.of(&key("ak_three"), accounts.at(0));
         assert_eq!(refused.unwrap_err(), Error::TooManyAccounts);
         accounts.asked_at(50, "ak_two");
-        accounts.sweep(accounts.at(61));
+        accounts.sweep(accounts.at(61), |_| false);
         accounts.asked_at(61, "ak_three");
         assert_eq!(accounts.remembered(), 2);
     }

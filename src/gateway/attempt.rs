@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 use super::accounts::Account;
+use super::clearance::learn;
+use super::keys::Key;
 use super::{Gateway, MOST_ATTEMPTS};
-use crate::account::ApiKey;
 use crate::budget::Permit;
 use crate::error::Error;
 use crate::outcome::Outcome;
@@ -21,14 +22,14 @@ impl Gateway {
     pub(super) async fn ask(
         &self,
         account: &Account,
-        key: &ApiKey,
+        key: &Key,
         task: &TaskId,
         attempt: u32,
         ready: Ready,
         permit: Permit,
     ) -> Result<Arc<Answer>, Failed> {
         let sent = Instant::now();
-        let result = ready.send(permit, key, task).await;
+        let result = ready.send(permit, &key.secret, task).await;
         let took = sent.elapsed();
         let breaker = self.upstream.breaker();
         match result {
@@ -40,6 +41,7 @@ impl Gateway {
                 if outcome == Outcome::RateLimited {
                     pause(account, &answer);
                 }
+                learn(account, key, &answer);
                 // Closed only now: whoever asks from here on finds the answer kept and the account paused.
                 if outcome == Outcome::Unavailable {
                     breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
@@ -97,14 +99,18 @@ impl Gateway {
 
 /// Lets upstream's 429 slow the account down.
 fn pause(account: &Account, answer: &Answer) {
-    let asked = answer.retry_after.as_ref().and_then(|value| value.to_str().ok());
-    let asked = asked.and_then(|value| task::retry_after(value, SystemTime::now()));
-    let pause = account.budget.rate_limited(asked, Instant::now());
+    let pause = account.budget.rate_limited(retry_after(answer), Instant::now());
     tracing::warn!(
         account = &*account.label,
         pause_s = pause.as_secs_f64(),
         "upstream rate-limits this account: somebody else spends it too, or budget.limit is too high"
     );
+}
+
+/// How long upstream wants to be left alone.
+pub(super) fn retry_after(answer: &Answer) -> Option<Duration> {
+    let value = answer.retry_after.as_ref()?.to_str().ok()?;
+    task::retry_after(value, SystemTime::now())
 }
 
 fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {

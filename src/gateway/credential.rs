@@ -4,7 +4,7 @@ use http::HeaderMap;
 use http::header::AUTHORIZATION;
 
 use super::Gateway;
-use super::accounts::Asker;
+use super::asker::Asker;
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::accounts::Asker;
 use super::admission::leave_behind;
+use super::asker::Asker;
 use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
 use crate::budget::Entry;
 use crate::error::Error;

@@ -77,7 +77,7 @@ impl Gateway {
         };
         let key = match listed {
             Some(asker) if !asker.may_pass_through() => return Err(Error::TokenMayNotPass),
-            Some(asker) => asker.has_token().then(|| asker.key.clone()),
+            Some(asker) => asker.has_token().then(|| asker.fit_key().secret.clone()),
             None if self.accounts.forwards_unknown() => None,
             None => return Err(Error::UnknownKey),
         };

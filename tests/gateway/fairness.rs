@@ -290,5 +290,12 @@ async fn a_token_stands_for_its_accounts_keys_and_goes_nowhere() {
     request(gateway.address, hidden).await.assert_is_our_error(401);
     let heads = upstream.heads().concat();
     assert!(heads.contains("POST /api/v1/client/job/CreateTask"), "{heads}");
+    let created = upstream.heads().into_iter().filter(|head| head.starts_with("POST "));
+    for head in created {
+        assert!(
+            head.contains("x-api-key: ak_good"),
+            "not the key that upstream refuses: {head}"
+        );
+    }
     assert!(!heads.contains("token-"), "a token is ours and goes nowhere: {heads}");
 }

@@ -8,6 +8,7 @@
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
+//! - `keys`: keys that upstream refuses or has not confirmed lately, and missing credits
 //! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `restart`: the process that comes next spends no second twice
 //! - `requests`: what a poll may look like, and how bad ones are refused
@@ -37,6 +38,7 @@ mod fidelity;
 mod freshness;
 mod harness;
 mod isolation;
+mod keys;
 mod outage;
 mod pace;
 mod passthrough;

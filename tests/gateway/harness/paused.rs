@@ -41,6 +41,8 @@ pub struct Behaviour {
     pub idle: Option<Duration>,
     /// The answer to the n-th query (from 0) of a task.
     pub answer: fn(usize, &str) -> Response<Full<Bytes>>,
+    /// What upstream says to a key, so long after the start and whatever the task; `None` is what `answer` says.
+    pub to_key: fn(&str, Duration) -> Option<Response<Full<Bytes>>>,
     /// From when until when, since the start, upstream is away, and how.
     pub outage: Option<(Range<Duration>, Away)>,
 }
@@ -65,6 +67,7 @@ impl Default for Behaviour {
             latency: Duration::from_millis(100),
             idle: None,
             answer: |_, task| success(task),
+            to_key: |_, _| None,
             outage: None,
         }
     }
@@ -104,6 +107,12 @@ impl Paused {
             queries,
             dials,
         }
+    }
+
+    /// Forgets from now on what nobody uses any more, as a running gateway does.
+    pub fn sweep(&self) {
+        let gateway = Arc::clone(&self.gateway);
+        tokio::spawn(async move { gateway.sweep().await });
     }
 
     /// Polls over a connection of its own.
@@ -165,6 +174,12 @@ impl Paused {
     /// When each of them arrived.
     pub fn arrivals(&self) -> Vec<Instant> {
         self.queries().into_iter().map(|query| query.at).collect()
+    }
+
+    /// When those with `key` arrived.
+    pub fn arrivals_with(&self, key: &str) -> Vec<Instant> {
+        let queries = self.queries().into_iter().filter(|query| query.key == key);
+        queries.map(|query| query.at).collect()
     }
 }
 
@@ -250,9 +265,11 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
                     .strip_prefix("task_id=")
                     .unwrap()
                     .to_owned();
+                let at = Instant::now();
+                let key = request.headers()["x-api-key"].to_str().unwrap().to_owned();
                 queries.lock().unwrap().push(Query {
-                    at: Instant::now(),
-                    key: request.headers()["x-api-key"].to_str().unwrap().to_owned(),
+                    at,
+                    key: key.clone(),
                     task: task.clone(),
                 });
                 let count = {
@@ -275,7 +292,9 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
                     Ok(match away {
                         Some(Away::Status(status)) => error(status, status),
                         Some(Away::Code(code)) => error(200, code),
-                        Some(Away::Refuses | Away::Silent) | None => (behaviour.answer)(count, &task),
+                        Some(Away::Refuses | Away::Silent) | None => {
+                            (behaviour.to_key)(&key, at - start).unwrap_or_else(|| (behaviour.answer)(count, &task))
+                        }
                     })
                 }
             });

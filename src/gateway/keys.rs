@@ -1,0 +1,349 @@
+//! What upstream last said of each key, and of an account's credits: state alone, asked on every poll, so mostly atomics.
+//!
+//! A refusal is remembered, with upstream's own bytes, for seconds; then one poll may ask again, and until its answer is
+//! there everybody else still gets the remembered one: that bounds what a refused key costs, however many tasks are polled
+//! with it. That upstream accepts a key is good for ten minutes. Answers arrive in any order: what was asked later counts.
+//! What follows for a poll: `gateway::clearance`.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::HeaderValue;
+use prometheus::IntGauge;
+use tokio::time::Instant;
+
+use crate::account::ApiKey;
+use crate::stored::{Answer, Keeping};
+
+/// How long a refusal is remembered. Clients poll every 2 to 5 s, so a key that is accepted again, or an account that has
+/// credits again, is without answers for hardly longer than one interval, and what is refused costs a query in 5 s, 1.4 %
+/// of the budget.
+pub(super) const REMEMBERED: Duration = Duration::from_secs(5);
+
+/// The longest that upstream's `Retry-After` makes a refusal remembered. It knows when credits or a key come back no better
+/// than we do: an operator who has just mended it shall not wait for more than a minute.
+const LONGEST_REMEMBERED: Duration = Duration::from_mins(1);
+
+/// How long a key is good after an answer that accepted it, and how long a client token's earlier key, once refused, is
+/// left alone.
+pub(super) const CONFIRMED: Duration = Duration::from_mins(10);
+
+/// The largest body that is remembered for each key: refusals are some hundred bytes, an HTML page some thousand.
+const LARGEST_BODY: usize = 64 << 10;
+
+/// A key, and what upstream thinks of it.
+#[derive(Debug)]
+pub(super) struct Key {
+    pub(super) secret: ApiKey,
+    /// Its place among its account's keys, from 1: all of it that a log may say.
+    pub(super) place: usize,
+    pub(super) refusal: Refusal,
+    epoch: Instant,
+    /// Microseconds after `epoch` from which on upstream's last word is too old; 0 when there is none.
+    due_us: AtomicU64,
+}
+
+impl Key {
+    /// A key of which upstream has said nothing. `epoch` is an instant before all others, `refused` the gauge of its account's
+    /// refused keys.
+    pub(super) fn new(secret: ApiKey, place: usize, epoch: Instant, refused: IntGauge) -> Self {
+        Self {
+            secret,
+            place,
+            refusal: Refusal::new(refused),
+            epoch,
+            due_us: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether upstream refused it when it was last asked.
+    pub(super) fn is_refused(&self) -> bool {
+        self.refusal.stands()
+    }
+
+    /// Whether upstream has not said anything of it for [`CONFIRMED`].
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.due_us.load(Ordering::Relaxed) <= self.us(now)
+    }
+
+    /// Claims the query that finds out, for one of those who saw that it is due.
+    pub(super) fn claim(&self, now: Instant) -> bool {
+        let due = self.due_us.load(Ordering::Relaxed);
+        let next = self.us(now + CONFIRMED);
+        due <= self.us(now)
+            && self
+                .due_us
+                .compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+    }
+
+    /// The claimed query was not sent after all: somebody else may, a little later.
+    pub(super) fn disclaim(&self, now: Instant) {
+        self.due_us.fetch_min(self.us(now + REMEMBERED), Ordering::Relaxed);
+    }
+
+    /// Upstream said something of it, to a question `asked` at this instant.
+    pub(super) fn heard(&self, asked: Instant) {
+        self.due_us.fetch_max(self.us(asked + CONFIRMED), Ordering::Relaxed);
+    }
+
+    fn us(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.epoch).as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Upstream's last refusal, for as long as nothing says otherwise. Shown in a gauge while it stands.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    /// Whether `word` holds one: most polls look at nothing else.
+    stands: AtomicBool,
+    word: Mutex<Word>,
+    shown: IntGauge,
+}
+
+/// Upstream's last word.
+#[derive(Debug, Default)]
+struct Word {
+    refused: Option<Remembered>,
+    /// When the latest question was asked to which upstream gave another answer.
+    otherwise: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Remembered {
+    answer: Arc<Answer>,
+    until: Instant,
+}
+
+impl Refusal {
+    pub(super) fn new(shown: IntGauge) -> Self {
+        Self {
+            stands: AtomicBool::new(false),
+            word: Mutex::default(),
+            shown,
+        }
+    }
+
+    /// Whether upstream refused when it was last asked, remembered or not.
+    pub(super) fn stands(&self) -> bool {
+        self.stands.load(Ordering::Relaxed)
+    }
+
+    /// The refusal, while it is remembered at `now`. `None` lets the one who asked go and ask upstream: the refusal is
+    /// then remembered for a while longer, for all others.
+    pub(super) fn recall(&self, now: Instant) -> Option<Arc<Answer>> {
+        if !self.stands() {
+            return None;
+        }
+        let mut word = self.word();
+        let remembered = word.refused.as_mut()?;
+        if remembered.until <= now {
+            remembered.until = now + REMEMBERED;
+            return None;
+        }
+        Some(Arc::clone(&remembered.answer))
+    }
+
+    /// The refusal, if it came at `start` or later.
+    pub(super) fn since(&self, start: Instant) -> Option<Arc<Answer>> {
+        if !self.stands() {
+            return None;
+        }
+        let answer = Arc::clone(&self.word().refused.as_ref()?.answer);
+        (answer.received >= start).then_some(answer)
+    }
+
+    /// Upstream refused, and wants to be left alone for `retry_after`. True when it had not before.
+    pub(super) fn set(&self, answer: &Answer, retry_after: Option<Duration>) -> bool {
+        let keep = retry_after.map_or(REMEMBERED, |asked| asked.clamp(REMEMBERED, LONGEST_REMEMBERED));
+        let mut word = self.word();
+        let last = word.refused.as_ref().map(|refused| refused.answer.asked);
+        if last.max(word.otherwise).is_some_and(|last| last > answer.asked) {
+            return false;
+        }
+        let before = word.refused.replace(Remembered {
+            answer: Arc::new(remembered(answer, keep)),
+            until: answer.received + keep,
+        });
+        self.stands.store(true, Ordering::Relaxed);
+        if before.is_none() {
+            self.shown.inc();
+        }
+        before.is_none()
+    }
+
+    /// Upstream gave another answer, to a question `asked` at this instant. True when a refusal stood till then.
+    pub(super) fn clear(&self, asked: Instant) -> bool {
+        let mut word = self.word();
+        word.otherwise = word.otherwise.max(Some(asked));
+        let is_over = word
+            .refused
+            .as_ref()
+            .is_some_and(|refused| refused.answer.asked <= asked);
+        if is_over {
+            word.refused = None;
+            self.stands.store(false, Ordering::Relaxed);
+            self.shown.dec();
+        }
+        is_over
+    }
+
+    /// A poisoned lock means a panic in a few lines that cannot leave half a change behind.
+    fn word(&self) -> MutexGuard<'_, Word> {
+        self.word.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Refusal {
+    fn drop(&mut self) {
+        if self.stands() {
+            self.shown.dec();
+        }
+    }
+}
+
+/// What is remembered of an answer: not its room, which belongs to bodies in flight, nor a body beyond all measure, in
+/// whose place goes an envelope that says the same.
+fn remembered(answer: &Answer, keep: Duration) -> Answer {
+    let is_small = answer.body.len() <= LARGEST_BODY;
+    let (body, content_type) = if is_small {
+        (answer.body.clone(), answer.content_type.clone())
+    } else {
+        let code = answer.code();
+        let envelope = format!(
+            r#"{{"code":{code},"message":"crun-gateway: upstream answered code {code} a moment ago","data":null}}"#
+        );
+        (
+            Bytes::from(envelope),
+            Some(HeaderValue::from_static("application/json")),
+        )
+    };
+    let mut copy = Answer::new(answer.status, body, answer.reading, answer.asked, answer.received);
+    copy.content_type = content_type;
+    copy.retry_after.clone_from(&answer.retry_after);
+    copy.keeping = Some(Keeping::briefly(keep));
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use http::StatusCode;
+
+    use super::*;
+    use crate::task::{self, TaskId};
+
+    const BODY: &[u8] = br#"{"code":401,"message":"Unauthorized","data":null}"#;
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// A refusal that was asked for and received at these instants.
+    fn refused(body: &'static [u8], asked: Instant, received: Instant) -> Answer {
+        let task = TaskId::from_query(Some("task_id=a")).unwrap();
+        let reading = task::read(401, body, &task);
+        let body = Bytes::from_static(body);
+        Answer::new(StatusCode::UNAUTHORIZED, body, reading, asked, received)
+    }
+
+    fn gauge() -> IntGauge {
+        IntGauge::new("refused", "refused").unwrap()
+    }
+
+    #[test]
+    fn a_refusal_is_remembered_for_seconds_and_then_one_asks_again() {
+        let (start, refusal) = (Instant::now(), Refusal::new(gauge()));
+        assert!(refusal.recall(start).is_none() && !refusal.stands());
+        assert!(refusal.set(&refused(BODY, start, start), None));
+        let last = start + REMEMBERED - Duration::from_nanos(1);
+        assert_eq!(refusal.recall(last).unwrap().body, BODY);
+        assert!(refusal.recall(start + seconds(5)).is_none(), "one asks again");
+        assert!(refusal.recall(start + seconds(5)).is_some(), "and no other");
+        assert!(refusal.recall(start + seconds(9)).is_some());
+        assert!(refusal.recall(start + seconds(10)).is_none(), "its answer never came");
+        assert!(refusal.stands(), "whatever is remembered");
+    }
+
+    #[test]
+    fn retry_after_makes_it_longer_up_to_a_minute() {
+        for (retry_after, remembered) in [(1, 5), (5, 5), (20, 20), (60, 60), (300, 60)] {
+            let (start, refusal) = (Instant::now(), Refusal::new(gauge()));
+            refusal.set(&refused(BODY, start, start), Some(seconds(retry_after)));
+            let end = start + seconds(remembered);
+            let answer = refusal.recall(end - Duration::from_nanos(1)).unwrap();
+            assert_eq!(answer.ttl(start, Duration::ZERO), i64::try_from(remembered).unwrap());
+            assert!(refusal.recall(end).is_none(), "{retry_after}");
+        }
+    }
+
+    #[test]
+    fn what_was_asked_later_counts() {
+        let (start, refusal) = (Instant::now(), Refusal::new(gauge()));
+        let late = |asked: u64| refused(BODY, start + seconds(asked), start + seconds(9));
+        assert!(!refusal.clear(start + seconds(2)), "nothing stood");
+        assert!(!refusal.set(&late(1), None) && !refusal.stands());
+        assert!(refusal.set(&late(3), None) && refusal.stands());
+        assert!(!refusal.clear(start + seconds(2)) && refusal.stands());
+        assert!(!refusal.set(&late(4), None), "it stood before");
+        assert!(!refusal.set(&late(3), Some(seconds(60))), "older than what stands");
+        assert!(refusal.recall(start + seconds(14)).is_none(), "and lengthens nothing");
+        assert!(refusal.clear(start + seconds(5)) && !refusal.stands());
+    }
+
+    #[test]
+    fn since_tells_what_came_meanwhile() {
+        let (start, refusal) = (Instant::now(), Refusal::new(gauge()));
+        assert!(refusal.since(start).is_none());
+        refusal.set(&refused(BODY, start, start + seconds(1)), None);
+        assert!(refusal.since(start + seconds(1)).is_some());
+        assert!(refusal.since(start + Duration::from_millis(1001)).is_none());
+    }
+
+    #[test]
+    fn the_gauge_shows_what_stands() {
+        let (start, shown) = (Instant::now(), gauge());
+        let (one, other) = (Refusal::new(shown.clone()), Refusal::new(shown.clone()));
+        one.set(&refused(BODY, start, start), None);
+        one.set(&refused(BODY, start, start), None);
+        other.set(&refused(BODY, start, start), None);
+        assert_eq!(shown.get(), 2);
+        one.clear(start);
+        one.clear(start);
+        assert_eq!(shown.get(), 1);
+        drop((one, other));
+        assert_eq!(shown.get(), 0);
+    }
+
+    #[test]
+    fn a_body_beyond_measure_is_remembered_by_its_code() {
+        static HUGE: [u8; LARGEST_BODY + 1] = [b' '; LARGEST_BODY + 1];
+        let (start, refusal) = (Instant::now(), Refusal::new(gauge()));
+        refusal.set(&refused(&HUGE, start, start), None);
+        let answer = refusal.recall(start).unwrap();
+        assert!(answer.body.starts_with(br#"{"code":401,"#), "{answer:?}");
+        assert_eq!(answer.status, 401);
+        refusal.set(&refused(&HUGE[1..], start, start), None);
+        assert_eq!(refusal.recall(start).unwrap().body.len(), LARGEST_BODY);
+    }
+
+    #[test]
+    fn a_key_is_due_ten_minutes_after_upstreams_last_word() {
+        let start = Instant::now();
+        let key = Key::new(ApiKey::new("ak_1").unwrap(), 1, start, gauge());
+        assert!(key.is_due(start), "nothing was ever said");
+        key.heard(start + seconds(1));
+        assert!(!key.is_due(start + seconds(600)));
+        assert!(key.is_due(start + seconds(601)));
+        key.heard(start);
+        assert!(key.is_due(start + seconds(601)), "an older answer changes nothing");
+        assert!(!key.claim(start + seconds(600)));
+        assert!(key.claim(start + seconds(601)));
+        assert!(!key.claim(start + seconds(601)), "one claims it");
+        assert!(!key.is_due(start + seconds(1200)));
+        key.disclaim(start + seconds(602));
+        assert!(!key.is_due(start + seconds(606)));
+        assert!(key.claim(start + seconds(607)));
+    }
+}
