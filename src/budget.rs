@@ -134,6 +134,11 @@ impl Budget {
         self.0.tell(Message::Configured { max_queue });
     }
 
+    /// Whether both are handles of one budget.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The pace when nothing slows it down.
     pub fn pace(&self) -> Pace {
         lock(&self.0.backoff).pace()

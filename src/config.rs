@@ -8,6 +8,7 @@ mod fields;
 mod problem;
 mod reader;
 mod render;
+mod restart;
 mod secret;
 mod values;
 

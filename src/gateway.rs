@@ -31,6 +31,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use hyper::body::Incoming;
@@ -71,7 +72,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Everything that a request passes through.
 #[derive(Debug)]
 pub struct Gateway {
-    config: Config,
+    config: ArcSwap<Config>,
     accounts: Accounts,
     cache: Cache,
     flights: Flights<FlightKey, Progress>,
@@ -151,8 +152,20 @@ impl Gateway {
             upstream,
             strangers: (metrics.account(OTHER), metrics.client(OTHER, OTHER)),
             metrics,
-            config,
+            config: ArcSwap::from_pointee(config),
         }))
+    }
+
+    /// What is in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    /// Takes a changed configuration over, from the next poll and the next permit on. What needs a restart is the caller's
+    /// business ([`Config::taken_over`]).
+    pub fn configure(&self, config: Config) {
+        self.accounts.configure(&config, Instant::now());
+        self.config.store(Arc::new(config));
     }
 
     /// Answers one request.
@@ -212,7 +225,18 @@ impl Gateway {
                 return refuse(&error, OTHER, request_id);
             }
         };
-        let answered = self.answer_to_key(&mut poll).await;
+        let answered = loop {
+            match self.answer_to_key(&mut poll).await {
+                // A changed configuration has taken its key to another account: whatever went wrong was the old one's.
+                Err(_) if poll.asker.account.superseded.is_cancelled() => {
+                    match self.read_poll(method, uri, headers, peer, arrived) {
+                        Ok(anew) => poll = anew,
+                        Err(error) => break Err(error),
+                    }
+                }
+                answered => break answered,
+            }
+        };
         let account = &poll.asker.account;
         match answered {
             Ok(Answered { served, cache, answer }) => {
@@ -260,7 +284,7 @@ impl Gateway {
             arrived,
             asker,
             peer,
-            name: headers.get(&self.config.client_header).cloned(),
+            name: headers.get(&self.config.load().client_header).cloned(),
             task,
             max_age: max_age::wanted(headers),
         })
@@ -268,7 +292,7 @@ impl Gateway {
 
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
     async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
-        let deadline = poll.arrived + self.config.budget.max_wait;
+        let deadline = poll.arrived + self.config.load().budget.max_wait;
         let account = &poll.asker.account;
         account.watch.asked(&poll.task, poll.arrived);
         let live = self.lifetime_for(poll);
@@ -341,7 +365,7 @@ impl Gateway {
         let lifetime = poll.asker.account.lifetime(poll.arrived);
         match poll.max_age {
             Some(max_age) if poll.asker.account.budget.waiting() == 0 => {
-                lifetime.min(max_age.max(self.config.cache.fresh.floor))
+                lifetime.min(max_age.max(self.config.load().cache.fresh.floor))
             }
             Some(_) | None => lifetime,
         }
@@ -354,7 +378,7 @@ impl Gateway {
         }
         let now = Instant::now();
         let snapshot = self.cache.snapshot(poll.asker.account.id, &poll.task, now)?;
-        let max_stale = self.config.cache.max_stale;
+        let max_stale = self.config.load().cache.max_stale;
         snapshot
             .may_stand_in(now, max_stale)
             .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
@@ -407,7 +431,7 @@ impl Gateway {
         let mut attempt = 1;
         loop {
             let entry = if attempt == 1 { Entry::InTurn } else { Entry::Again };
-            let turn = match while_awaited(&leader, breaker, standing.enter(entry)).await {
+            let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
                 None => return self.give_up(leader),
                 Some(Ok(turn)) => turn,
                 Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account)).stage()),
@@ -419,7 +443,7 @@ impl Gateway {
             let mut connects = 1;
             let ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
-                match while_awaited(&leader, breaker, account.pool.connect(&task, attempt > 1)).await {
+                match while_awaited(&leader, &account, breaker, account.pool.connect(&task, attempt > 1)).await {
                     None => return self.give_up(leader),
                     Some(Ok(ready)) => break ready,
                     Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
@@ -427,7 +451,7 @@ impl Gateway {
                 }
             };
             leader.update(|progress| progress.phase = Phase::Waiting);
-            let Some(Some(permit)) = while_awaited(&leader, breaker, turn.permit(&ready)).await else {
+            let Some(Some(permit)) = while_awaited(&leader, &account, breaker, turn.permit(&ready)).await else {
                 return self.give_up(leader);
             };
             if is_in_vain(&account, &key, launched) {
@@ -436,7 +460,7 @@ impl Gateway {
             // Upstream may have closed it while the permit was not yet due. The permit counts as spent now for as long as it
             // is not written, so it may wait for another connection: that one is late, and still within the limit.
             let ready = if ready.is_closed() {
-                match while_awaited(&leader, breaker, account.pool.connect(&task, true)).await {
+                match while_awaited(&leader, &account, breaker, account.pool.connect(&task, true)).await {
                     None => return self.give_up(leader),
                     Some(Ok(ready)) => ready,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
@@ -481,15 +505,18 @@ impl Landed {
     }
 }
 
-/// What `future` gives, or `None` once nobody waits for the flight or the breaker has opened.
+/// What `future` gives, or `None` once nobody waits for the flight, the breaker has opened, or a changed configuration has
+/// taken one of the account's keys elsewhere.
 async fn while_awaited<T>(
     leader: &Leader<FlightKey, Progress>,
+    account: &Account,
     breaker: &Breaker,
     future: impl Future<Output = T>,
 ) -> Option<T> {
     tokio::select! {
         biased;
         () = breaker.opened() => None,
+        () = account.superseded.cancelled() => None,
         value = future => Some(value),
         () = leader.deserted() => None,
     }

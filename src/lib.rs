@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! simulator                                the simulated upstream and the demo fleet
-//! server  admin                            edges: accept and drain · metrics and health
+//! server  admin  reload                    edges: accept and drain · metrics and health · a changed configuration
 //! gateway                                  the life of a request: knows all the parts
 //! cache  flight  upstream  watch           the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when
@@ -23,6 +23,7 @@ pub mod flight;
 pub mod gateway;
 pub mod metrics;
 pub mod outcome;
+pub mod reload;
 pub mod server;
 pub mod simulator;
 pub mod stored;
@@ -71,13 +72,20 @@ pub struct Shutdown {
     pub now: CancellationToken,
 }
 
-/// Serves until `shutdown` says otherwise; returns when everything is drained, or `config.drain` is over.
+/// Serves `config`, and what becomes of it at its `source`, until `shutdown` says otherwise; returns when everything is drained, or `config.drain` is over.
 ///
 /// # Errors
 /// When the configured upstream cannot be used or the admin port cannot be served.
-pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    source: Option<reload::Source>,
+    listeners: Listeners,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new().context("metrics")?);
     let dial = upstream::tcp(config.upstream.url.clone());
+    metrics.config_reload_success.set(1);
+    metrics.config_reload_timestamp.set(reload::unix_now());
     let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;
     let health = Health::new(shutdown.drain.clone());
     let stop_admin = CancellationToken::new();
@@ -106,17 +114,16 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
         let gateway = Arc::clone(&gateway);
         async move { gateway.sweep().await }
     });
-    server::serve(
-        listeners.clients,
-        gateway,
-        &config,
-        metrics,
-        shutdown.drain,
-        shutdown.now,
-    )
-    .await;
+    let reload = source.map(|source| {
+        let watch = reload::watch(source, Arc::clone(&gateway), Arc::clone(&metrics));
+        tokio::spawn(watch)
+    });
+    server::serve(listeners.clients, gateway, metrics, shutdown.drain, shutdown.now).await;
     beat.abort();
     sweep.abort();
+    if let Some(reload) = reload {
+        reload.abort();
+    }
     stop_admin.cancel();
     // It ends within a turn of its runtime; a panic there was reported by the hook.
     let _ = tokio::task::spawn_blocking(|| admin.join()).await;

@@ -3,16 +3,20 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Registry, reload};
 
 use crun_gateway::config::{Config, Log, LogFormat};
+use crun_gateway::reload::Source;
 use crun_gateway::simulator::{self, DemoArgs, UpstreamArgs};
 use crun_gateway::{Listeners, Shutdown};
 
@@ -51,7 +55,7 @@ const BAD_CONFIG: u8 = 2;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
-        None => load(&cli.file).map_or_else(Ok, |config| serve(config).map(|()| ExitCode::SUCCESS)),
+        None => load(&cli.file).map_or_else(Ok, |config| serve(config, cli.file).map(|()| ExitCode::SUCCESS)),
         Some(Command::Check(file)) => load(&file).map_or_else(Ok, |config| {
             std::io::stdout().write_all(config.render().as_bytes())?;
             Ok(ExitCode::SUCCESS)
@@ -73,14 +77,22 @@ fn load(file: &ConfigFile) -> Result<Config, ExitCode> {
     })
 }
 
-fn serve(config: Config) -> anyhow::Result<()> {
-    init_log(&config.log);
+fn serve(config: Config, file: ConfigFile) -> anyhow::Result<()> {
+    let level = init_log(&config.log);
     let runtime = runtime(config.worker_threads)?;
     let done = runtime.block_on(async {
         let shutdown = Shutdown::default();
         tokio::spawn(cancel_on_signals(shutdown.drain.clone(), shutdown.now.clone())?);
+        let now = Arc::new(Notify::new());
+        tokio::spawn(notify_on_hangup(Arc::clone(&now))?);
+        let source = Source {
+            path: file.config,
+            now,
+            // The log outlives everything that could have a level to set.
+            set_level: Box::new(move |to| drop(level.modify(|filter| *filter = targets(to)))),
+        };
         let listeners = Listeners::bind(&config)?;
-        crun_gateway::run(config, listeners, shutdown).await
+        crun_gateway::run(config, Some(source), listeners, shutdown).await
     });
     // Dropped, it would wait for look-ups of names that are under way, and those know no deadline.
     runtime.shutdown_background();
@@ -109,7 +121,7 @@ fn demo(args: DemoArgs) -> anyhow::Result<ExitCode> {
                 drain,
                 ..Shutdown::default()
             };
-            crun_gateway::run(config, Listeners { clients, admin }, shutdown).await
+            crun_gateway::run(config, None, Listeners { clients, admin }, shutdown).await
         };
         simulator::demo(args, stop.cancelled_owned(), gateway).await
     })?;
@@ -142,18 +154,34 @@ fn cancel_on_signals(
     })
 }
 
-/// To stderr. Our own words at the configured level; other crates' only as warnings, since what they print about a request
-/// is not under our control.
-fn init_log(log: &Log) {
-    let filter = Targets::new()
+/// SIGHUP asks for the configuration to be read anew.
+fn notify_on_hangup(asked: Arc<Notify>) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
+    Ok(async move {
+        while hangup.recv().await.is_some() {
+            asked.notify_one();
+        }
+    })
+}
+
+/// Our own words at the configured level; other crates' only as warnings, since what they print about a request is not
+/// under our control.
+fn targets(level: tracing::Level) -> Targets {
+    Targets::new()
         .with_default(tracing::Level::WARN)
-        .with_target("crun_gateway", log.level);
+        .with_target("crun_gateway", level)
+}
+
+/// To stderr. Gives what changes the level.
+fn init_log(log: &Log) -> reload::Handle<Targets, Registry> {
+    let (filter, level) = reload::Layer::new(targets(log.level));
     let registry = tracing_subscriber::registry().with(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     match log.format {
         LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
     }
+    level
 }
 
 fn complain(text: &str) {

@@ -115,6 +115,10 @@ pub struct Metrics {
     pub cache_bytes: IntGauge,
     cache_evictions: IntCounterVec,
     passthrough_requests: Vec<IntCounter>,
+    /// 1 while the configuration last read is in force.
+    pub config_reload_success: IntGauge,
+    /// When one was last taken over, in seconds since 1970.
+    pub config_reload_timestamp: prometheus::Gauge,
     /// Panics caught; each is a bug.
     pub panics: IntCounter,
     /// Client connections open now.
@@ -300,6 +304,20 @@ impl Metrics {
                 .iter()
                 .map(|class| passthrough.with_label_values(&[class]))
                 .collect(),
+            config_reload_success: register(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "config_reload_success",
+                    "1 while the configuration last read is in force, 0 while it is wrong and the one before is.",
+                ))?,
+            )?,
+            config_reload_timestamp: register(
+                &registry,
+                prometheus::Gauge::with_opts(opts(
+                    "config_reload_timestamp_seconds",
+                    "When a configuration was last taken over, in seconds since 1970.",
+                ))?,
+            )?,
             panics: register(
                 &registry,
                 IntCounter::with_opts(opts("panics_total", "Panics caught; each is a bug."))?,

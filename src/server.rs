@@ -19,7 +19,6 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::{Config, Limits};
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 pub use connection::serve_connection;
@@ -49,18 +48,16 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Accepts and serves clients until `draining` is cancelled, then drains: returns when the last connection has closed, or
-/// `config.drain` has passed, or `now` is cancelled.
+/// `drain` has passed, or `now` is cancelled.
 pub async fn serve(
     listener: TcpListener,
     gateway: Arc<Gateway>,
-    config: &Config,
     metrics: Arc<Metrics>,
     draining: CancellationToken,
     now: CancellationToken,
 ) {
     let server = Server {
-        gateway,
-        limits: config.limits.clone(),
+        gateway: Arc::clone(&gateway),
         admitted: Arc::default(),
         metrics,
         draining: draining.clone(),
@@ -68,7 +65,7 @@ pub async fn serve(
     };
     let until_closed = async {
         draining.cancelled().await;
-        sleep(GRACE.min(config.drain)).await;
+        sleep(GRACE.min(gateway.config().drain)).await;
     };
     tokio::select! {
         () = server.accept_all(&listener) => {}
@@ -79,7 +76,7 @@ pub async fn serve(
     server.tracker.close();
     tokio::select! {
         () = server.tracker.wait() => {}
-        () = sleep(config.drain.saturating_sub(GRACE)) => {
+        () = sleep(gateway.config().drain.saturating_sub(GRACE)) => {
             tracing::warn!(connections = server.tracker.len(), "drain time is over: closing what is left");
         }
         () = now.cancelled() => {}
@@ -88,7 +85,6 @@ pub async fn serve(
 
 struct Server {
     gateway: Arc<Gateway>,
-    limits: Limits,
     admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
     metrics: Arc<Metrics>,
     draining: CancellationToken,
@@ -133,7 +129,7 @@ impl Server {
                 return;
             }
         };
-        let (gateway, limits) = (Arc::clone(&self.gateway), self.limits.clone());
+        let (gateway, limits) = (Arc::clone(&self.gateway), self.gateway.config().limits.clone());
         let draining = self.draining.clone();
         self.tracker.spawn(async move {
             let _place = place;
@@ -146,10 +142,11 @@ impl Server {
         let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
         let of_peer = admitted.get(&peer).copied().unwrap_or(0);
         let in_all = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
-        if in_all >= self.limits.connections {
+        let limits = &self.gateway.config().limits;
+        if in_all >= limits.connections {
             return Err("limits.connections");
         }
-        if self.limits.connections_per_address.is_some_and(|most| of_peer >= most) {
+        if limits.connections_per_address.is_some_and(|most| of_peer >= most) {
             return Err("limits.connections_per_address");
         }
         admitted.insert(peer, of_peer + 1);

@@ -23,12 +23,12 @@ const MOST_TASKS: usize = 100_000;
 /// One account's live tasks.
 #[derive(Debug)]
 pub struct Watch {
-    fresh: Fresh,
     tasks: Mutex<Tasks>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Tasks {
+    fresh: Fresh,
     by_id: HashMap<TaskId, Asked>,
     /// Every task once, under an instant no later than when it was last asked for. A poll moves `Asked::last` alone, so
     /// it neither allocates nor sorts; a task is filed anew when its old instant comes up, once in a window.
@@ -44,10 +44,15 @@ struct Asked {
 impl Watch {
     /// Nothing is live yet.
     pub fn new(fresh: Fresh) -> Self {
+        let (by_id, filed) = (HashMap::new(), BTreeSet::new());
         Self {
-            fresh,
-            tasks: Mutex::default(),
+            tasks: Mutex::new(Tasks { fresh, by_id, filed }),
         }
+    }
+
+    /// Changes the bounds of the freshness lifetime.
+    pub fn configure(&self, fresh: Fresh) {
+        self.lock().fresh = fresh;
     }
 
     /// Somebody asked for a task at `now`: if it is live, it stays so.
@@ -82,13 +87,14 @@ impl Watch {
 
     /// How long a live answer is fresh at `now`, for an account that may ask `rate` times a second.
     pub fn lifetime(&self, rate: f64, now: Instant) -> Duration {
-        freshness(self.live(now), rate, self.fresh)
+        let tasks = self.current(now);
+        freshness(tasks.by_id.len(), rate, tasks.fresh)
     }
 
     /// The tasks without those that nobody has asked for in a window before `now`.
     fn current(&self, now: Instant) -> MutexGuard<'_, Tasks> {
         let mut tasks = self.lock();
-        tasks.expire(now, self.fresh.ceiling * 2);
+        tasks.expire(now);
         tasks
     }
 
@@ -98,7 +104,8 @@ impl Watch {
 }
 
 impl Tasks {
-    fn expire(&mut self, now: Instant, window: Duration) {
+    fn expire(&mut self, now: Instant) {
+        let window = self.fresh.ceiling * 2;
         let is_over = |since: Instant| now.saturating_duration_since(since) > window;
         while self.filed.first().is_some_and(|(filed, _)| is_over(*filed))
             && let Some((_, task)) = self.filed.pop_first()

@@ -14,7 +14,7 @@ const ROWS: &[&[&str]] = &[
     &["budget"],
     &["cache", "flight", "upstream", "watch"],
     &["gateway"],
-    &["server", "admin"],
+    &["server", "admin", "reload"],
     &["simulator"],
     &["lib", "main"],
 ];

@@ -1,25 +1,30 @@
 //! Which account a key belongs to, and what each account has: its budget, its connections, its live tasks, its counters.
 //!
-//! Listed keys are looked up without a lock. A key that is listed nowhere is an account of its own; at most `max_accounts`
-//! of these are remembered, and one that was idle for a minute is forgotten, never while upstream has it paused. Its id
-//! follows from the key, so its cached answers outlive that.
+//! Listed keys are looked up without a lock; a changed configuration swaps the whole directory. A key that is listed
+//! nowhere is an account of its own; at most `max_accounts` of these are remembered, and one that was idle for a minute is
+//! forgotten, never while upstream has it paused. Its id follows from the key, so its cached answers outlive that.
+
+mod maker;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use super::asker::{Asker, Token};
+use super::asker::Asker;
 use super::keys::{Key, Refusal};
 use crate::account::{AccountId, AccountIds, ApiKey};
-use crate::budget::{Budget, Pace};
-use crate::config::{Config, Fresh, UnknownKeys};
+use crate::budget::Budget;
+use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::upstream::{Pool, Upstream};
 use crate::watch::Watch;
+use maker::{Maker, Rules};
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
 const IDLE: Duration = Duration::from_mins(1);
@@ -32,14 +37,16 @@ pub(super) struct Account {
     pub(super) label: Arc<str>,
     pub(super) budget: Budget,
     pub(super) pool: Pool,
-    pub(super) watch: Watch,
+    pub(super) watch: Arc<Watch>,
     pub(super) metrics: AccountMetrics,
     /// The counters of clients that are not configured.
     pub(super) others: ClientRequests,
     /// Upstream's 402.
-    pub(super) credits: Refusal,
+    pub(super) credits: Arc<Refusal>,
     /// Its keys, in their order: what client tokens stand for.
     pub(super) keys: Vec<Arc<Key>>,
+    /// Cancelled: one of its keys has come under another budget. What is not sent yet has to be asked for anew.
+    pub(super) superseded: CancellationToken,
     /// Milliseconds from the directory's start to the last poll, or to the last sweep that found it in use.
     asked_ms: AtomicU64,
 }
@@ -49,33 +56,32 @@ impl Account {
     pub(super) fn lifetime(&self, now: Instant) -> Duration {
         self.watch.lifetime(self.budget.rate(now), now)
     }
+
+    /// Who presents an unlisted key, whose account this is.
+    fn its_own(self: Arc<Self>) -> Result<Asker, Error> {
+        let key = self.keys.first().cloned().ok_or(Error::Internal)?;
+        let (account, token) = (self, None);
+        Ok(Asker { account, key, token })
+    }
 }
 
-/// What a new account is made of.
+/// What configuration says, as it is looked up: swapped whole.
 #[derive(Debug)]
-struct Maker {
-    ids: AccountIds,
-    upstream: Upstream,
-    metrics: Arc<Metrics>,
-    /// The handles that all unlisted accounts share.
-    other: AccountMetrics,
-    others: ClientRequests,
-    pace: Pace,
-    max_queue: usize,
-    fresh: Fresh,
-    started: Instant,
-}
-
-/// The directory of accounts.
-#[derive(Debug)]
-pub(super) struct Accounts {
+struct Directory {
     /// By key and by client token.
     listed: HashMap<ApiKey, Asker>,
+    rules: Rules,
+}
+
+/// Every account there is.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    directory: ArcSwap<Directory>,
     unlisted: RwLock<HashMap<ApiKey, Arc<Account>>>,
     /// What is known of unlisted keys whose accounts are forgotten.
     dormant: Mutex<HashMap<ApiKey, Arc<Key>>>,
-    unknown_keys: UnknownKeys,
-    max_unlisted: usize,
+    /// What keys spend that were listed once: upstream does not forget because we do.
+    retired: Mutex<HashMap<ApiKey, Budget>>,
     started: Instant,
     make: Maker,
 }
@@ -84,54 +90,91 @@ impl Accounts {
     /// The accounts of `config`; those that it does not list form as they are asked for. Nothing is granted before
     /// `started` plus 1 s plus `budget.margin`.
     pub(super) fn new(config: &Config, upstream: Upstream, metrics: Arc<Metrics>, started: Instant) -> Self {
-        let margin = config.budget.margin;
-        let maker = Maker {
+        let make = Maker {
             ids: AccountIds::default(),
             upstream,
             other: metrics.account(OTHER),
             others: metrics.client(OTHER, OTHER),
             metrics,
-            pace: Pace {
-                limit: config.budget.limit,
-                margin,
-                not_before: started + Duration::from_secs(1) + margin,
-            },
-            max_queue: config.budget.max_queue,
-            fresh: config.cache.fresh,
             started,
         };
-        let mut listed = HashMap::new();
-        for configured in &config.accounts {
-            let keys = configured.keys.iter().map(|listed| listed.key.clone());
-            let account = Arc::new(maker.listed(&configured.name, keys));
-            for client in &configured.clients {
-                let token = Arc::new(Token {
-                    name: client.name.as_str().into(),
-                    weight: client.weight,
-                    passthrough: client.passthrough,
-                    requests: maker.metrics.client(&configured.name, &client.name),
-                });
-                // An account without a key is refused by `config`.
-                let Some(key) = account.keys.first().cloned() else {
-                    continue;
-                };
-                let (account, token) = (Arc::clone(&account), Some(token));
-                listed.insert(client.token.key.clone(), Asker { account, key, token });
-            }
-            for key in account.keys.iter().cloned() {
-                let (account, token) = (Arc::clone(&account), None);
-                listed.insert(key.secret.clone(), Asker { account, key, token });
-            }
-        }
+        let rules = Rules::of(config, started);
+        let accounts = config.accounts.iter().map(|configured| {
+            let budget = rules.budget(&make.metrics.account(&configured.name));
+            make.listed(configured, None, budget, &rules)
+        });
+        let listed = make.askers(&config.accounts, accounts.collect());
         Self {
-            listed,
+            directory: ArcSwap::from_pointee(Directory { listed, rules }),
             unlisted: RwLock::default(),
             dormant: Mutex::default(),
-            unknown_keys: config.unknown_keys,
-            max_unlisted: config.max_accounts,
+            retired: Mutex::default(),
             started,
-            make: maker,
+            make,
         }
+    }
+
+    /// Takes a changed configuration over, from the next poll and the next permit on.
+    ///
+    /// An account that keeps its name keeps its budget and its answers, whatever keys it has now; a key that is listed no
+    /// longer keeps its budget, and not its answers. Where a key comes under another budget than it had, flights of the
+    /// old one end unspent, and the new one grants nothing until what the old one spent no longer counts.
+    pub(super) fn configure(&self, config: &Config, now: Instant) {
+        let rules = Rules::of(config, self.started);
+        let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.directory.load_full();
+        let listed_before: HashMap<_, _> = before
+            .keys()
+            .map(|(key, account)| (key.clone(), Arc::clone(account)))
+            .collect();
+        let spent = |key: &ApiKey| {
+            let account = listed_before.get(key).or_else(|| unlisted.get(key));
+            account.map_or_else(|| retired.get(key).cloned(), |account| Some(account.budget.clone()))
+        };
+        let accounts: Vec<_> = config
+            .accounts
+            .iter()
+            .map(|configured| {
+                let prior = listed_before
+                    .values()
+                    .find(|account| *account.label == *configured.name);
+                let budget = prior.map_or_else(
+                    || rules.budget(&self.make.metrics.account(&configured.name)),
+                    |prior| prior.budget.clone(),
+                );
+                let mut spent = configured.keys.iter().filter_map(|listed| spent(&listed.key));
+                let not_before = if spent.any(|other| !other.is(&budget)) {
+                    now + Duration::from_secs(1) + rules.pace.margin
+                } else {
+                    budget.pace().not_before
+                };
+                rules.hold_for(&budget, not_before);
+                self.make.listed(configured, prior, budget, &rules)
+            })
+            .collect();
+        let listed = self.make.askers(&config.accounts, accounts);
+        let directory = Directory { listed, rules };
+        for (key, account) in listed_before.iter().chain(unlisted.iter()) {
+            let asker = directory.listed.get(key);
+            if asker.is_some_and(|asker| !asker.account.budget.is(&account.budget)) {
+                account.superseded.cancel();
+            }
+        }
+        retired.extend(
+            listed_before
+                .into_iter()
+                .map(|(key, account)| (key, account.budget.clone())),
+        );
+        retired.retain(|key, _| !directory.listed.contains_key(key));
+        unlisted.retain(|key, _| !directory.listed.contains_key(key));
+        for account in unlisted.values() {
+            account.watch.configure(rules.fresh);
+        }
+        for budget in unlisted.values().map(|account| &account.budget).chain(retired.values()) {
+            rules.hold_for(budget, budget.pace().not_before);
+        }
+        self.directory.store(Arc::new(directory));
     }
 
     /// Who presents `key`, an account's or a client token.
@@ -139,20 +182,13 @@ impl Accounts {
     /// # Errors
     /// [`Error::UnknownKey`] when unlisted keys are rejected, [`Error::TooManyAccounts`] when too many are remembered.
     pub(super) fn of(&self, key: &ApiKey, now: Instant) -> Result<Asker, Error> {
-        if let Some(asker) = self.listed.get(key) {
+        if let Some(asker) = self.directory.load().listed.get(key) {
             return Ok(asker.clone());
         }
-        let account = self.unlisted(key, now)?;
-        // An unlisted account is its key's.
-        let key = account.keys.first().cloned().ok_or(Error::Internal)?;
-        let token = None;
-        Ok(Asker { account, key, token })
+        self.unlisted(key, now)
     }
 
-    fn unlisted(&self, key: &ApiKey, now: Instant) -> Result<Arc<Account>, Error> {
-        if self.unknown_keys == UnknownKeys::Reject {
-            return Err(Error::UnknownKey);
-        }
+    fn unlisted(&self, key: &ApiKey, now: Instant) -> Result<Asker, Error> {
         let asked_ms = self.ms(now);
         let known = self
             .unlisted
@@ -160,32 +196,44 @@ impl Accounts {
             .unwrap_or_else(PoisonError::into_inner)
             .get(key)
             .cloned();
-        if let Some(account) = known {
+        if let Some(account) = known
+            && self.forwards_unknown()
+        {
             account.asked_ms.store(asked_ms, Ordering::Relaxed);
-            return Ok(account);
+            return account.its_own();
         }
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
-        // Between the two locks another poll may have formed it.
-        if let Some(account) = unlisted.get(key) {
-            return Ok(Arc::clone(account));
+        // Before this lock another poll may have formed it, or a changed configuration may list it.
+        let directory = self.directory.load();
+        if let Some(asker) = directory.listed.get(key) {
+            return Ok(asker.clone());
         }
-        if unlisted.len() >= self.max_unlisted {
+        if directory.rules.unknown_keys == UnknownKeys::Reject {
+            return Err(Error::UnknownKey);
+        }
+        if let Some(account) = unlisted.get(key) {
+            return Arc::clone(account).its_own();
+        }
+        if unlisted.len() >= directory.rules.max_unlisted {
             return Err(Error::TooManyAccounts);
         }
         let known = self.dormant().remove(key);
-        let account = Arc::new(self.make.unlisted(key, known, asked_ms));
+        let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        let budget = retired.get(key).cloned();
+        let budget = budget.unwrap_or_else(|| directory.rules.budget(&self.make.other));
+        let account = Arc::new(self.make.unlisted(key, known, budget, &directory.rules, asked_ms));
         unlisted.insert(key.clone(), Arc::clone(&account));
-        Ok(account)
+        account.its_own()
     }
 
     /// Who presents `key`, if configuration lists it.
-    pub(super) fn listed(&self, key: &ApiKey) -> Option<&Asker> {
-        self.listed.get(key)
+    pub(super) fn listed(&self, key: &ApiKey) -> Option<Asker> {
+        self.directory.load().listed.get(key).cloned()
     }
 
     /// Whether a key that is listed nowhere may go upstream.
     pub(super) fn forwards_unknown(&self) -> bool {
-        self.unknown_keys == UnknownKeys::Forward
+        self.directory.load().rules.unknown_keys == UnknownKeys::Forward
     }
 
     /// Forgets unlisted accounts that nobody has used in a minute. What upstream said of their keys stays known as long as
@@ -228,13 +276,13 @@ impl Accounts {
     /// Shows each account's rate, its live tasks and their freshness lifetime at `now`; of the unlisted ones, which share
     /// a label, the lowest rate, all live tasks and the longest lifetime.
     pub(super) fn show(&self, now: Instant) {
-        for asker in self.listed.values() {
-            let account = &asker.account;
+        let directory = self.directory.load();
+        for (_, account) in directory.keys() {
             account.metrics.rate(account.budget.rate(now));
             account.metrics.live(account.watch.live(now), account.lifetime(now));
         }
         let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
-        let nobody = (self.make.pace.rate(), 0, self.make.fresh.floor);
+        let nobody = (directory.rules.pace.rate(), 0, directory.rules.fresh.floor);
         let (rate, tasks, lifetime) = unlisted.values().fold(nobody, |(lowest, tasks, longest), account| {
             let rate = lowest.min(account.budget.rate(now));
             (
@@ -252,44 +300,11 @@ impl Accounts {
     }
 }
 
-impl Maker {
-    fn listed(&self, name: &str, secrets: impl Iterator<Item = ApiKey>) -> Account {
-        let (id, metrics) = (self.ids.listed(name), self.metrics.account(name));
-        let others = self.metrics.client(name, OTHER);
-        let key = |(place, secret)| Arc::new(self.key(secret, place + 1, &metrics));
-        Account {
-            keys: secrets.enumerate().map(key).collect(),
-            ..self.account(id, name.into(), metrics, others)
-        }
-    }
-
-    fn unlisted(&self, secret: &ApiKey, known: Option<Arc<Key>>, asked_ms: u64) -> Account {
-        let id = self.ids.unlisted(secret);
-        let key = known.unwrap_or_else(|| Arc::new(self.key(secret.clone(), 1, &self.other)));
-        Account {
-            keys: vec![key],
-            asked_ms: AtomicU64::new(asked_ms),
-            ..self.account(id, OTHER.into(), self.other.clone(), self.others.clone())
-        }
-    }
-
-    fn key(&self, secret: ApiKey, place: usize, metrics: &AccountMetrics) -> Key {
-        Key::new(secret, place, self.started, metrics.keys_refused.clone())
-    }
-
-    fn account(&self, id: AccountId, label: Arc<str>, metrics: AccountMetrics, others: ClientRequests) -> Account {
-        Account {
-            id,
-            label,
-            budget: Budget::new(self.pace, self.max_queue, metrics.clone()),
-            pool: self.upstream.pool(),
-            watch: Watch::new(self.fresh),
-            credits: Refusal::new(metrics.credits_missing.clone()),
-            metrics,
-            others,
-            keys: Vec::new(),
-            asked_ms: AtomicU64::new(0),
-        }
+impl Directory {
+    /// Every listed key, and its account; client tokens are no keys.
+    fn keys(&self) -> impl Iterator<Item = (&ApiKey, &Arc<Account>)> {
+        let keys = self.listed.iter().filter(|(_, asker)| !asker.has_token());
+        keys.map(|(key, asker)| (key, &asker.account))
     }
 }
 

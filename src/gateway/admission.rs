@@ -20,7 +20,7 @@ impl Gateway {
     /// The latest instant at which a turn serves a poll that `arrived` then: upstream needs its time, too. Half of
     /// `budget.max_wait` at most: where upstream is slower than that, trying is the only way to learn that it no longer is.
     pub(super) fn latest_turn(&self, arrived: Instant) -> Instant {
-        let max_wait = self.config.budget.max_wait;
+        let max_wait = self.config.load().budget.max_wait;
         arrived + max_wait - self.upstream.p90().min(max_wait / 2)
     }
 
@@ -63,7 +63,7 @@ impl Gateway {
         let now = Instant::now();
         let late_by = late_by.unwrap_or_else(|| account.budget.paused_for(now));
         Error::BudgetSpent {
-            limit: self.config.budget.limit,
+            limit: self.config.load().budget.limit,
             retry_after: account.budget.retry_after(late_by, now),
         }
     }
@@ -73,7 +73,7 @@ impl Gateway {
         account.metrics.shed(Shed::QueueFull);
         let now = Instant::now();
         Error::QueueFull {
-            limit: self.config.budget.limit,
+            limit: self.config.load().budget.limit,
             retry_after: account.budget.retry_after(account.budget.paused_for(now), now),
         }
     }

@@ -78,7 +78,13 @@ impl Gateway {
         } = fetched;
         let reading = task::read(status.as_u16(), &body, task);
         let before = self.cache.snapshot(account.id, task, received);
-        let keeping = Keeping::of(&reading, before.as_deref(), received, unix_now(), &self.config.cache);
+        let keeping = Keeping::of(
+            &reading,
+            before.as_deref(),
+            received,
+            unix_now(),
+            &self.config.load().cache,
+        );
         let mut answer = Answer::new(status, body, reading, asked, received);
         answer.content_type = content_type;
         answer.retry_after = retry_after;

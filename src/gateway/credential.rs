@@ -4,7 +4,6 @@ use http::HeaderMap;
 use http::header::AUTHORIZATION;
 
 use super::Gateway;
-use super::asker::Asker;
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
 
@@ -24,7 +23,7 @@ impl Gateway {
 
     /// The client tokens among a request's Bearers.
     pub(super) fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
-        bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(Asker::has_token))
+        bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(|asker| asker.has_token()))
     }
 }
 

@@ -62,6 +62,7 @@ impl Gateway {
         let path = request.uri().path();
         let is_open = self
             .config
+            .load()
             .passthrough
             .iter()
             .any(|prefix| path.starts_with(prefix.as_str()));

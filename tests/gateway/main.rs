@@ -11,6 +11,7 @@
 //! - `keys`: keys that upstream refuses or has not confirmed lately, and missing credits
 //! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `restart`: the process that comes next spends no second twice
+//! - `reload`: a changed configuration is taken over, whole or not at all
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `stop`: a stop loses nothing
@@ -42,6 +43,7 @@ mod keys;
 mod outage;
 mod pace;
 mod passthrough;
+mod reload;
 mod requests;
 mod restart;
 mod stop;

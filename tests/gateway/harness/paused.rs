@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use crun_gateway::config::Config;
+use crun_gateway::account::ApiKey;
+use crun_gateway::config::{self, Config};
 use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
@@ -144,6 +145,23 @@ impl Paused {
             headers: head.headers,
             body,
         }
+    }
+
+    /// Takes over a configuration that lists these accounts, each with its keys.
+    pub fn list(&self, accounts: &[(&str, &[&str])]) {
+        let key = |text: &&str| config::Key {
+            key: ApiKey::new(text).unwrap(),
+            source: config::KeySource::Env("KEY".to_owned()),
+        };
+        let account = |(name, keys): &(&str, &[&str])| config::Account {
+            name: (*name).to_owned(),
+            keys: keys.iter().map(key).collect(),
+            clients: Vec::new(),
+        };
+        self.gateway.configure(Config {
+            accounts: accounts.iter().map(account).collect(),
+            ..self.config.clone()
+        });
     }
 
     /// When each connection to upstream began to be opened, in order.

@@ -50,13 +50,27 @@ pub fn config_file(text: &str) -> tempfile::NamedTempFile {
     file
 }
 
+/// `config` (YAML) with what every test has, where it does not say otherwise.
+fn complete(upstream: &str, config: &str) -> String {
+    let has = |field: &str| config.lines().any(|line| line.starts_with(field));
+    let unless_given = [
+        ("listen:", "\"127.0.0.1:0\"".to_owned()),
+        ("upstream:", format!("{{ url: \"{upstream}\" }}")),
+    ];
+    let given = unless_given.iter().filter(|(field, _)| !has(field));
+    let given: Vec<_> = given.map(|(field, value)| format!("{field} {value}\n")).collect();
+    let lines = given.concat();
+    format!("{lines}admin: \"127.0.0.1:0\"\nworker_threads: 2\n{config}\n")
+}
+
 /// A running gateway; it is killed with the test.
 pub struct Gateway {
     pub address: SocketAddr,
     pub admin: SocketAddr,
     child: Child,
     log: Arc<Mutex<String>>,
-    _config: tempfile::NamedTempFile,
+    config: tempfile::NamedTempFile,
+    upstream: String,
 }
 
 impl Gateway {
@@ -66,16 +80,7 @@ impl Gateway {
     }
 
     pub async fn start_with_env(upstream: &str, config: &str, env: &[(&str, &str)]) -> Self {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        let has = |field: &str| config.lines().any(|line| line.starts_with(field));
-        let unless_given = [
-            ("listen:", "\"127.0.0.1:0\"".to_owned()),
-            ("upstream:", format!("{{ url: \"{upstream}\" }}")),
-        ];
-        for (field, value) in unless_given.iter().filter(|(field, _)| !has(field)) {
-            writeln!(file, "{field} {value}").unwrap();
-        }
-        writeln!(file, "admin: \"127.0.0.1:0\"\nworker_threads: 2\n{config}").unwrap();
+        let file = config_file(&complete(upstream, config));
         let mut command = Command::new(BINARY);
         command.arg("--config").arg(file.path()).envs(env.iter().copied());
         let mut child = command
@@ -110,7 +115,8 @@ impl Gateway {
             admin: field("admin"),
             child,
             log,
-            _config: file,
+            config: file,
+            upstream: upstream.to_owned(),
         }
     }
 
@@ -119,10 +125,21 @@ impl Gateway {
         self.log.lock().unwrap().clone()
     }
 
+    /// Changes its configuration, as `start` made it, and sends SIGHUP.
+    pub fn reconfigure(&self, config: &str) {
+        let changed = config_file(&complete(&self.upstream, config));
+        changed.persist(self.config.path()).unwrap();
+        self.signal(nix::sys::signal::SIGHUP);
+    }
+
     /// Sends SIGTERM.
     pub fn terminate(&self) {
+        self.signal(nix::sys::signal::SIGTERM);
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
         let id = i32::try_from(self.child.id().unwrap()).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::SIGTERM).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), signal).unwrap();
     }
 
     /// Ends it at once, by SIGKILL.

@@ -1,0 +1,184 @@
+//! What accounts are made of: formed as configuration lists them, or by an unlisted key that is asked with, and formed anew
+//! where a changed configuration says something else of one.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::super::asker::{Asker, Token};
+use super::super::keys::{Key, Refusal};
+use super::Account;
+use crate::account::{AccountId, AccountIds, ApiKey};
+use crate::budget::{Budget, Pace};
+use crate::config::{self, Config, Fresh, UnknownKeys};
+use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
+use crate::upstream::Upstream;
+use crate::watch::Watch;
+
+/// What accounts are made of, whatever configuration says.
+#[derive(Debug)]
+pub(super) struct Maker {
+    pub(super) ids: AccountIds,
+    pub(super) upstream: Upstream,
+    pub(super) metrics: Arc<Metrics>,
+    /// The handles that all unlisted accounts share.
+    pub(super) other: AccountMetrics,
+    pub(super) others: ClientRequests,
+    pub(super) started: Instant,
+}
+
+/// What configuration says of every account.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    pub(super) unknown_keys: UnknownKeys,
+    pub(super) max_unlisted: usize,
+    /// A new account's.
+    pub(super) pace: Pace,
+    pub(super) max_queue: usize,
+    pub(super) fresh: Fresh,
+}
+
+impl Rules {
+    pub(super) fn of(config: &Config, started: Instant) -> Self {
+        let margin = config.budget.margin;
+        Self {
+            unknown_keys: config.unknown_keys,
+            max_unlisted: config.max_accounts,
+            pace: Pace {
+                limit: config.budget.limit,
+                margin,
+                not_before: started + Duration::from_secs(1) + margin,
+            },
+            max_queue: config.budget.max_queue,
+            fresh: config.cache.fresh,
+        }
+    }
+
+    pub(super) fn budget(&self, metrics: &AccountMetrics) -> Budget {
+        Budget::new(self.pace, self.max_queue, metrics.clone())
+    }
+
+    /// Brings them to a budget that is there, which grants nothing before `not_before`.
+    pub(super) fn hold_for(&self, budget: &Budget, not_before: Instant) {
+        let pace = Pace {
+            not_before,
+            ..self.pace
+        };
+        budget.configure(pace, self.max_queue);
+    }
+}
+
+impl Maker {
+    /// A configured account. Of the one before under its name, `prior`, it keeps all that its keys do not decide.
+    pub(super) fn listed(
+        &self,
+        configured: &config::Account,
+        prior: Option<&Arc<Account>>,
+        budget: Budget,
+        rules: &Rules,
+    ) -> Arc<Account> {
+        let secrets = || configured.keys.iter().map(|listed| &listed.key);
+        if let Some(prior) = prior {
+            prior.watch.configure(rules.fresh);
+            if secrets().eq(prior.keys.iter().map(|key| &key.secret)) {
+                return Arc::clone(prior);
+            }
+        }
+        let (id, label) = (self.ids.listed(&configured.name), configured.name.as_str().into());
+        let metrics = self.metrics.account(&configured.name);
+        let others = self.metrics.client(&configured.name, OTHER);
+        let key = |(secret, place): (&ApiKey, usize)| {
+            let known = prior.and_then(|prior| prior.keys.get(place - 1));
+            let known = known.filter(|known| known.secret == *secret).cloned();
+            known.unwrap_or_else(|| self.key(secret, place, &metrics))
+        };
+        let keys = secrets().zip(1..).map(key).collect();
+        let account = self.account(id, label, keys, budget, rules, metrics, others);
+        Arc::new(match prior {
+            Some(prior) => Account {
+                pool: prior.pool.clone(),
+                watch: Arc::clone(&prior.watch),
+                credits: Arc::clone(&prior.credits),
+                ..account
+            },
+            None => account,
+        })
+    }
+
+    /// Who may present what, by key and by client token.
+    pub(super) fn askers(&self, configured: &[config::Account], accounts: Vec<Arc<Account>>) -> HashMap<ApiKey, Asker> {
+        let mut listed = HashMap::new();
+        for (configured, account) in configured.iter().zip(accounts) {
+            for client in &configured.clients {
+                let token = Arc::new(Token {
+                    name: client.name.as_str().into(),
+                    weight: client.weight,
+                    passthrough: client.passthrough,
+                    requests: self.metrics.client(&configured.name, &client.name),
+                });
+                // An account without a key is refused by `config`.
+                let Some(key) = account.keys.first().cloned() else {
+                    continue;
+                };
+                let (account, token) = (Arc::clone(&account), Some(token));
+                listed.insert(client.token.key.clone(), Asker { account, key, token });
+            }
+            for key in account.keys.iter().cloned() {
+                let (account, token) = (Arc::clone(&account), None);
+                listed.insert(key.secret.clone(), Asker { account, key, token });
+            }
+        }
+        listed
+    }
+
+    pub(super) fn unlisted(
+        &self,
+        secret: &ApiKey,
+        known: Option<Arc<Key>>,
+        budget: Budget,
+        rules: &Rules,
+        asked_ms: u64,
+    ) -> Account {
+        let key = known.unwrap_or_else(|| self.key(secret, 1, &self.other));
+        let (id, metrics, others) = (self.ids.unlisted(secret), self.other.clone(), self.others.clone());
+        Account {
+            asked_ms: AtomicU64::new(asked_ms),
+            ..self.account(id, OTHER.into(), vec![key], budget, rules, metrics, others)
+        }
+    }
+
+    fn key(&self, secret: &ApiKey, place: usize, metrics: &AccountMetrics) -> Arc<Key> {
+        let refused = metrics.keys_refused.clone();
+        Arc::new(Key::new(secret.clone(), place, self.started, refused))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "they are what an account is")]
+    fn account(
+        &self,
+        id: AccountId,
+        label: Arc<str>,
+        keys: Vec<Arc<Key>>,
+        budget: Budget,
+        rules: &Rules,
+        metrics: AccountMetrics,
+        others: ClientRequests,
+    ) -> Account {
+        Account {
+            id,
+            label,
+            budget,
+            pool: self.upstream.pool(),
+            watch: Arc::new(Watch::new(rules.fresh)),
+            credits: Arc::new(Refusal::new(metrics.credits_missing.clone())),
+            metrics,
+            others,
+            keys,
+            superseded: CancellationToken::new(),
+            asked_ms: AtomicU64::new(0),
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! A changed configuration, taken over while the gateway runs.
+//!
+//! Kubernetes changes a mounted `ConfigMap` or Secret by swapping a symlink in the folder above, which a watch on the file
+//! misses; so what the configuration says is read anew every few seconds, with all the files that it names, and compared.
+//! SIGHUP does it at once. It is checked first and taken over whole, or not at all: then everything stays as it was, and
+//! the log says what is wrong and what to do.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::config::{Config, Problems};
+use crate::gateway::Gateway;
+use crate::metrics::Metrics;
+
+/// How often the configuration is read anew. The kubelet takes up to a minute to bring a change into a pod.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Where the configuration comes from, and what a change of it concerns outside the gateway.
+pub struct Source {
+    /// The file.
+    pub path: PathBuf,
+    /// Notified: read it now.
+    pub now: Arc<Notify>,
+    /// Sets the log's level.
+    pub set_level: Box<dyn Fn(tracing::Level) + Send>,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What was said last, so that it is not said every few seconds.
+#[derive(Default)]
+struct Said {
+    problems: Option<Problems>,
+    needs_restart: Vec<&'static str>,
+}
+
+/// Takes over what changes in `source`, for as long as it is polled.
+pub async fn watch(source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>) {
+    let mut said = Said::default();
+    loop {
+        let is_asked = timeout(INTERVAL, source.now.notified()).await.is_ok();
+        if is_asked {
+            said = Said::default();
+        }
+        let path = source.path.clone();
+        // Files may lie on a network's disk.
+        let load = tokio::task::spawn_blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
+        let Ok(loaded) = load.await else { continue };
+        match loaded {
+            Ok(config) => {
+                said.problems = None;
+                take_over(config, &source, &gateway, &metrics, &mut said, is_asked);
+                metrics.config_reload_success.set(1);
+            }
+            Err(problems) if said.problems.as_ref() == Some(&problems) => {}
+            Err(problems) => {
+                metrics.config_reload_success.set(0);
+                for problem in &problems {
+                    tracing::error!(%problem, "the changed configuration is not taken over: everything stays as it was");
+                }
+                said.problems = Some(problems);
+            }
+        }
+    }
+}
+
+fn take_over(config: Config, source: &Source, gateway: &Gateway, metrics: &Metrics, said: &mut Said, is_asked: bool) {
+    let running = gateway.config();
+    let (config, needs_restart) = config.taken_over(&running);
+    let is_changed = config != *running;
+    if is_changed {
+        (source.set_level)(config.log.level);
+        let (limit, accounts) = (config.budget.limit, config.accounts.len());
+        gateway.configure(config);
+        metrics.config_reload_timestamp.set(unix_now());
+        tracing::info!(limit, accounts, "the changed configuration is taken over");
+    } else if is_asked && needs_restart.is_empty() {
+        tracing::info!("the configuration has not changed");
+    }
+    if needs_restart != said.needs_restart {
+        if !needs_restart.is_empty() {
+            tracing::warn!(
+                fields = needs_restart.join(", "),
+                "these fields of the changed configuration need a restart: they stay as they were"
+            );
+        }
+        said.needs_restart = needs_restart;
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_now() -> f64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
+}

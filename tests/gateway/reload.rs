@@ -1,0 +1,262 @@
+//! A changed configuration is taken over while the gateway runs, whole or not at all, and loses nothing.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::harness::paused::{Behaviour, Paused, most_in_a_second};
+use crate::harness::scripted::response;
+use crate::harness::{Gateway, KEY, PATIENCE, Scripted, Simulator, poll, poll_as};
+
+const TAKEN_OVER: &str = "the changed configuration is taken over";
+
+/// A folder as the kubelet mounts a Secret: the files are links into a folder behind a link, which alone is swapped.
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let mounted = Self(tempfile::tempdir().unwrap());
+        mounted.swap(files);
+        for (name, _) in files {
+            symlink(Path::new("..data").join(name), mounted.path(name)).unwrap();
+        }
+        mounted
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn swap(&self, files: &[(&str, &str)]) {
+        let content = tempfile::Builder::new()
+            .prefix("..")
+            .tempdir_in(self.0.path())
+            .unwrap()
+            .keep();
+        for (name, text) in files {
+            fs::write(content.join(name), text).unwrap();
+        }
+        let link = self.path("..new");
+        symlink(&content, &link).unwrap();
+        fs::rename(link, self.path("..data")).unwrap();
+    }
+
+    /// `{ file: … }`, for a configuration.
+    fn file(&self, name: &str) -> String {
+        format!("{{ file: \"{}\" }}", self.path(name).display())
+    }
+}
+
+/// Waits until the log has so many lines with `text`.
+async fn logged(gateway: &Gateway, text: &str, times: usize) {
+    let found = async {
+        while gateway.log().matches(text).count() < times {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let is_there = tokio::time::timeout(PATIENCE, found).await.is_ok();
+    assert!(is_there, "not {times} times {text:?} in\n{}", gateway.log());
+}
+
+/// Polls as `token` without a break until told to stop; every answer has to be a 200. Gives how many there were.
+fn keep_polling(address: SocketAddr, token: &'static str, stop: &Arc<AtomicBool>) -> JoinSet<usize> {
+    let mut clients = JoinSet::new();
+    for client in 0..10 {
+        let stop = Arc::clone(stop);
+        clients.spawn(async move {
+            let mut answered = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let task = format!("ended.{client}-{}", answered / 20);
+                let reply = poll_as(address, token, &task).await;
+                assert_eq!(reply.status, 200, "{reply:?}");
+                answered += 1;
+            }
+            answered
+        });
+    }
+    clients
+}
+
+#[tokio::test]
+async fn a_key_is_rotated_under_load_without_a_failed_request() {
+    let upstream = Simulator::start(&["--latency", "20ms"]).await;
+    let secrets = Mounted::new(&[("key", "ak_old"), ("token", "token-app")]);
+    let config = format!(
+        "accounts: [{{ name: music, keys: [{}], clients: [{{ name: app, token: {} }}] }}]\nbudget: {{ limit: 200 }}",
+        secrets.file("key"),
+        secrets.file("token")
+    );
+    let gateway = Gateway::start(&upstream.url, &config).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients = keep_polling(gateway.address, "token-app", &stop);
+    while upstream.queries().await < 20 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    // Nobody tells the gateway: it finds out.
+    secrets.swap(&[("key", "ak_new"), ("token", "token-app")]);
+    logged(&gateway, TAKEN_OVER, 1).await;
+    let before = upstream.stats().await["accounts"].as_array().unwrap().len();
+    assert!(before <= 2);
+    let new_is_used = async {
+        while upstream.stats().await["accounts"].as_array().unwrap().len() < 2 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, new_is_used)
+        .await
+        .expect("the new key is sent");
+    stop.store(true, Ordering::Relaxed);
+    assert!(clients.join_all().await.iter().sum::<usize>() > 100);
+    assert_eq!(
+        gateway.metric("crun_gateway_config_reload_success").await.to_string(),
+        "1"
+    );
+}
+
+#[tokio::test]
+async fn kept_answers_outlive_a_reload_and_a_removed_key_loses_them() {
+    let upstream = Scripted::start(Duration::ZERO, |head| {
+        let key = head.split_once("x-api-key: ").unwrap().1.split("\r\n").next().unwrap();
+        let body = format!(
+            r#"{{"code":200,"message":"success","data":{{"task_id":"same","status":"failed","result":{{"message":"for {key}"}}}}}}"#
+        );
+        response("200 OK", "Content-Type: application/json\r\n", body.as_bytes())
+    })
+    .await;
+    let secrets = Mounted::new(&[("one", "ak_one"), ("two", "ak_two")]);
+    let both = format!(
+        "accounts: [{{ name: music, keys: [{}, {}] }}]",
+        secrets.file("one"),
+        secrets.file("two")
+    );
+    let gateway = Gateway::start(&upstream.url, &both).await;
+    let message = async |key| poll_as(gateway.address, key, "same").await.json()["data"]["result"]["message"].clone();
+    assert_eq!(message("ak_one").await, "for ak_one");
+    gateway.reconfigure(&format!(
+        "accounts: [{{ name: music, keys: [{}] }}]",
+        secrets.file("one")
+    ));
+    logged(&gateway, TAKEN_OVER, 1).await;
+    assert_eq!(message("ak_one").await, "for ak_one");
+    assert_eq!(upstream.queries(), 1, "it was kept");
+    assert_eq!(message("ak_two").await, "for ak_two", "an account of its own");
+    gateway.reconfigure(&format!(
+        "unknown_keys: reject\naccounts: [{{ name: music, keys: [{}] }}]",
+        secrets.file("one")
+    ));
+    logged(&gateway, TAKEN_OVER, 2).await;
+    assert_eq!(poll_as(gateway.address, "ak_two", "same").await.status, 401);
+    assert_eq!(message("ak_one").await, "for ak_one");
+    assert_eq!(upstream.queries(), 2);
+}
+
+#[tokio::test]
+async fn a_wrong_configuration_changes_nothing_and_says_what_is_wrong() {
+    let upstream = Simulator::start(&[]).await;
+    let gateway = Gateway::start(&upstream.url, "client_header: x-team").await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    gateway.reconfigure("budget: { limit: 0 }\nlog: { level: loud }");
+    logged(&gateway, "is not taken over", 2).await;
+    for field in ["budget.limit: ", "log.level: "] {
+        assert!(gateway.log().contains(field), "{}", gateway.log());
+    }
+    assert_eq!(
+        gateway.metric("crun_gateway_config_reload_success").await.to_string(),
+        "0"
+    );
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    gateway.reconfigure("budget: { limit: 12 }");
+    logged(&gateway, TAKEN_OVER, 1).await;
+    assert_eq!(
+        gateway.metric("crun_gateway_config_reload_success").await.to_string(),
+        "1"
+    );
+    let rate = gateway.metric("crun_gateway_budget_rate{account=\"other\"}").await;
+    assert!((rate - 12.0 / 1.03).abs() < 0.01, "{rate}");
+}
+
+#[tokio::test]
+async fn what_needs_a_restart_is_named_and_the_rest_is_taken_over() {
+    let upstream = Simulator::start(&[]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    assert!(!gateway.log().contains("poll answered"));
+    gateway.reconfigure(
+        "cache: { max_bytes: \"64MiB\" }\nlog: { level: debug, format: json }\nlimits: { body_bytes: \"32MiB\" }",
+    );
+    logged(&gateway, TAKEN_OVER, 1).await;
+    logged(&gateway, "need a restart", 1).await;
+    assert!(
+        gateway
+            .log()
+            .contains("fields=\"cache.max_bytes, limits.body_bytes, log.format\""),
+        "{}",
+        gateway.log()
+    );
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    logged(&gateway, "poll answered", 1).await;
+}
+
+#[tokio::test]
+async fn changes_ten_times_a_second_never_bring_more_than_the_limit_upstream() {
+    let upstream = Simulator::start(&["--latency", "50ms", "--account-keys", "ak_one,ak_two"]).await;
+    let secrets = Mounted::new(&[("one", "ak_one"), ("two", "ak_two")]);
+    let (one, two) = (secrets.file("one"), secrets.file("two"));
+    // The same account all the time, and never more than 15 a second; who is listed where, and the limit, change.
+    let configs = [
+        format!("budget: {{ limit: 15, max_wait: \"60s\" }}\naccounts: [{{ name: music, keys: [{one}, {two}] }}]"),
+        format!("budget: {{ limit: 14, max_wait: \"60s\" }}\naccounts: [{{ name: music, keys: [{one}, {two}] }}]"),
+        format!("budget: {{ limit: 15, max_wait: \"60s\" }}\naccounts: [{{ name: songs, keys: [{two}, {one}] }}]"),
+    ];
+    let gateway = Gateway::start(&upstream.url, &configs[0]).await;
+    let mut polls = JoinSet::new();
+    for task in 0..150 {
+        let address = gateway.address;
+        let key = if task % 2 == 0 { "ak_one" } else { "ak_two" };
+        polls.spawn(async move { poll_as(address, key, &format!("ended.{task}")).await });
+    }
+    // Two changes of the limit in three: an account formed anew grants nothing for a second.
+    for change in 0..60 {
+        gateway.reconfigure(&configs[change % 2]);
+        sleep(Duration::from_millis(100)).await;
+    }
+    gateway.reconfigure(&configs[2]);
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    let stats = upstream.stats().await;
+    assert_eq!(stats["violations"], 0, "{stats}");
+    assert_eq!(stats["requests"], 150, "nobody was asked about twice");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_comes_under_another_budget_brings_nothing_more_upstream() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.max_wait = Duration::from_mins(1);
+    }));
+    let mut polls = JoinSet::new();
+    for task in 0..100 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await });
+    }
+    sleep(Duration::from_secs(3)).await;
+    let asked = gateway.arrivals().len();
+    assert!((20..40).contains(&asked), "{asked}");
+    gateway.list(&[("music", &[KEY])]);
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "moved to the new account's queue: {reply:?}");
+    }
+    let arrivals = gateway.arrivals();
+    assert_eq!(arrivals.len(), 100, "nobody was asked about twice");
+    assert!(most_in_a_second(&arrivals) <= 15);
+    let pause = arrivals[asked] - arrivals[asked - 1];
+    assert!(pause >= Duration::from_millis(1030), "{pause:?}");
+    assert!(pause <= Duration::from_millis(1130), "{pause:?}");
+}
