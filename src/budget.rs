@@ -5,15 +5,18 @@
 //! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
 //! One dispatcher task an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
-//! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time, and `budget/ring.rs` holds the instants at which requests
-//! were really written, which is what the promise is about: never more than `limit` of them in any sliding second. What
-//! happens to the answers is none of this module's business.
+//! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time, and
+//! `budget/ring.rs` holds the instants at which requests were really written, which is what the promise is about: never
+//! more than `limit` of them in any sliding second. `budget/history.rs` and `budget/spending.rs` remember the
+//! last minutes, for people to look at. What happens to the answers is none of this module's business.
 
 mod admission;
 mod backoff;
 mod dispatcher;
 mod fair_queue;
+mod history;
 mod ring;
+mod spending;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -29,7 +32,12 @@ use admission::{PollId, Promised};
 use backoff::Backoff;
 use dispatcher::{Dispatcher, Message};
 use fair_queue::Flight;
-use ring::Stamp;
+pub use history::SECONDS as HISTORY_SECONDS;
+use ring::{Ring, Stamp};
+pub use spending::Spent;
+
+/// Of an account's clients, so many are shown by name.
+const MOST_SHOWN: usize = 20;
 
 /// How an account's queries are paced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +87,21 @@ struct Shared {
     next_poll: AtomicU64,
     backoff: Arc<Mutex<Backoff>>,
     promised: Mutex<Promised>,
+    ring: Arc<Ring>,
     metrics: AccountMetrics,
+}
+
+/// Who waits for an account's permits, and who got them lately.
+#[derive(Clone, Debug)]
+pub struct Shares {
+    /// Clients that stand in the queue.
+    pub clients: usize,
+    /// Those with most places in it, and how many each has: a flight has one under every client that waits for it.
+    pub places: Vec<(Client, usize)>,
+    /// Flights that wait on nobody's behalf.
+    pub background: usize,
+    /// Who got permits.
+    pub spent: Spent,
 }
 
 /// The queue is as long as it may be, and this flight had to give way.
@@ -115,6 +137,7 @@ impl Budget {
             metrics.clone(),
             messages,
         );
+        let ring = dispatcher.ring();
         tokio::spawn(dispatcher.run());
         Self(Arc::new(Shared {
             inbox,
@@ -123,6 +146,7 @@ impl Budget {
             next_poll: AtomicU64::new(0),
             backoff,
             promised: Mutex::default(),
+            ring,
             metrics,
         }))
     }
@@ -178,6 +202,26 @@ impl Budget {
     /// How many flights wait for a permit.
     pub fn waiting(&self) -> usize {
         self.0.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Queries written in each of the [`HISTORY_SECONDS`] whole seconds before `now`, the oldest first.
+    pub fn history(&self, now: Instant) -> Vec<u32> {
+        self.0.ring.history(now)
+    }
+
+    /// How many they are.
+    pub fn recent(&self, now: Instant) -> u64 {
+        self.0.ring.recent(now)
+    }
+
+    /// Who waits, and who spends. `None` when the process is ending; where the runtime of the dispatcher stands still,
+    /// it takes as long.
+    ///
+    /// Cancel safe.
+    pub async fn shares(&self) -> Option<Shares> {
+        let (shares, shown) = oneshot::channel();
+        self.0.tell(Message::Show { shares });
+        shown.await.ok()
     }
 
     /// When a poll that is turned away at `now` finds a place, if its turn would have come `late_by` too late. Each one that

@@ -24,7 +24,8 @@ use super::admission::{Admission, PollId};
 use super::backoff::Backoff;
 use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::ring::{Ring, Room, Stamp};
-use super::{Pace, lock};
+use super::spending::Spending;
+use super::{MOST_SHOWN, Pace, Shares, lock};
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
 
@@ -76,6 +77,8 @@ pub(super) enum Message {
     BackedOff,
     /// The pace has, and this is the longest queue.
     Configured { max_queue: usize },
+    /// Somebody wants to see who waits, and who spends.
+    Show { shares: oneshot::Sender<Shares> },
 }
 
 /// A flight called forward.
@@ -138,6 +141,7 @@ pub(super) struct Dispatcher {
     backoff: Arc<Mutex<Backoff>>,
     is_paused: bool,
     ring: Arc<Ring>,
+    spending: Spending,
     waiting: Arc<AtomicUsize>,
     metrics: AccountMetrics,
     /// What the gauges show of this account: foreground and background.
@@ -169,6 +173,7 @@ impl Dispatcher {
             limiter: limiter(pace, &clock),
             last: None,
             due: clock.start,
+            spending: Spending::new(clock.start),
             clock,
             backoff,
             is_paused: false,
@@ -177,6 +182,11 @@ impl Dispatcher {
             metrics,
             shown: (0, 0),
         }
+    }
+
+    /// The instants at which permits were written.
+    pub(super) fn ring(&self) -> Arc<Ring> {
+        Arc::clone(&self.ring)
     }
 
     /// Runs until the account's last handle is gone.
@@ -261,6 +271,21 @@ impl Dispatcher {
             }
             Message::BackedOff => {}
             Message::Configured { max_queue } => self.configure(max_queue),
+            // Nobody listens when whoever asked was out of patience.
+            Message::Show { shares } => drop(shares.send(self.shares(Instant::now()))),
+        }
+    }
+
+    fn shares(&mut self, now: Instant) -> Shares {
+        let places = self.queue.places();
+        Shares {
+            clients: places.len(),
+            places: places
+                .take(MOST_SHOWN)
+                .map(|(client, places)| (client.clone(), places))
+                .collect(),
+            background: self.queue.background(),
+            spent: self.spending.spent(now),
         }
     }
 
@@ -393,7 +418,7 @@ impl Dispatcher {
         let latest = now.checked_sub(behind).unwrap_or(now);
         let at = self.due.max(self.ready_since).max(resumed).max(latest).min(now);
         if self.conforms(at, rate) {
-            self.hand_over();
+            self.hand_over(now);
         }
         None
     }
@@ -432,12 +457,13 @@ impl Dispatcher {
     }
 
     /// Gives a permit to the earliest flight that has a connection and is still there.
-    fn hand_over(&mut self) {
+    fn hand_over(&mut self, now: Instant) {
         let mut stamp = self.ring.take();
         while let Some(flight) = self.first_ready() {
             match self.forget(flight).map(|grant| grant.send(stamp)) {
                 Some(Err(back)) => stamp = back,
-                Some(Ok(())) | None => return,
+                Some(Ok(())) => return self.spending.charge(self.queue.charged(flight), now),
+                None => return,
             }
         }
     }

@@ -75,6 +75,8 @@ struct Standing {
     /// Who waits for it: the client under whose name its place stands, and how many of that client's polls.
     clients: HashMap<Client, Waiters>,
     is_kept: bool,
+    /// Whose turn it had last: nobody's, if the background's.
+    charged: Option<Client>,
 }
 
 #[derive(Debug)]
@@ -110,6 +112,7 @@ impl FairQueue {
             is_again: false,
             clients: HashMap::new(),
             is_kept: false,
+            charged: None,
         };
         self.flights.insert(flight, standing);
     }
@@ -238,6 +241,16 @@ impl FairQueue {
         self.background.len()
     }
 
+    /// The client whose turn the flight had, and has its second attempts from; `None` if it was the background's.
+    pub(super) fn charged(&self, flight: Flight) -> Option<&Client> {
+        self.flights.get(&flight)?.charged.as_ref()
+    }
+
+    /// Clients with places and how many each has, most first.
+    pub(super) fn places(&self) -> impl ExactSizeIterator<Item = (&Client, usize)> {
+        self.by_places.iter().rev().map(|(places, client)| (client, *places))
+    }
+
     fn next(&mut self) -> Option<Flight> {
         if let Some((_, flight)) = self.again.first() {
             return Some(*flight);
@@ -269,8 +282,10 @@ impl FairQueue {
         let (_, name) = queue.turns.pop_first()?;
         let served = queue.names.get_mut(&name)?;
         served.turn = self.next_turn;
+        let (_, flight) = served.places.first_key_value()?;
+        self.flights.get_mut(flight)?.charged = Some(name.clone());
         queue.turns.insert(served.turn, name);
-        served.places.first_key_value().map(|(_, flight)| *flight)
+        Some(*flight)
     }
 
     /// Takes a flight out of every queue.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::history::History;
 use super::lock;
 
 /// The written instants of one account.
@@ -26,6 +27,8 @@ struct Slots {
     unwritten: usize,
     /// In order.
     written: VecDeque<Instant>,
+    /// Of the last minutes: nobody's permit depends on it.
+    history: History,
 }
 
 /// Whether there is room for one more.
@@ -55,6 +58,16 @@ impl Ring {
         }
     }
 
+    /// Queries written in each of the last whole seconds before `now`, the oldest first.
+    pub(super) fn history(&self, now: Instant) -> Vec<u32> {
+        lock(&self.slots).history.seconds(now)
+    }
+
+    /// How many they are.
+    pub(super) fn recent(&self, now: Instant) -> u64 {
+        lock(&self.slots).history.total(now)
+    }
+
     /// Takes a slot, from now until it is written and a window has passed, or until it is dropped unused.
     pub(super) fn take(self: &Arc<Self>) -> Stamp {
         lock(&self.slots).unwritten += 1;
@@ -75,6 +88,7 @@ impl Stamp {
         let mut slots = lock(&self.ring.slots);
         let at = slots.written.back().map_or(at, |last| at.max(*last));
         slots.written.push_back(at);
+        slots.history.count(at);
     }
 }
 
