@@ -1,5 +1,7 @@
-//! The platform's edge: metrics and health, on a thread and runtime of their own, so that it answers when the main one is
+//! The platform's edge: metrics, health and status page, on a thread and runtime of their own, so that it answers when the main one is
 //! busy. Nothing here changes state, and upstream's health is part of nothing here: cached answers outlive an outage.
+
+mod page;
 
 use std::convert::Infallible;
 use std::net::TcpListener;
@@ -17,12 +19,14 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, Status};
 use crate::metrics::Metrics;
+use page::Page;
 
 /// How long the main runtime may stand still before `/livez` says so.
 const STUCK: Duration = Duration::from_secs(30);
@@ -101,6 +105,7 @@ pub fn spawn(
         health,
         gateway,
         metrics,
+        page: Page::new()?,
     });
     let serve = move || {
         runtime.block_on(async {
@@ -123,6 +128,17 @@ struct Admin {
     health: Arc<Health>,
     gateway: Arc<Gateway>,
     metrics: Arc<Metrics>,
+    page: Page,
+}
+
+/// What `/status.json` tells.
+#[derive(Serialize)]
+struct Told {
+    /// What `/livez` and `/readyz` say.
+    live: bool,
+    ready: bool,
+    #[serde(flatten)]
+    status: Status,
 }
 
 async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
@@ -143,8 +159,8 @@ async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
         tokio::spawn(async move {
             let _place = place;
             let service = service_fn(move |request: Request<Incoming>| {
-                let response = admin.answer(request.method(), request.uri().path());
-                async move { Ok::<_, Infallible>(response) }
+                let admin = Arc::clone(&admin);
+                async move { Ok::<_, Infallible>(admin.answer(request.method(), request.uri().path()).await) }
             });
             // A scraper that goes away is none of our business.
             let _ = http1::Builder::new()
@@ -159,10 +175,11 @@ async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
 const INDEX: &str = "crun-gateway, admin port\n\n\
     /metrics  for Prometheus\n\
     /livez    200 while the main runtime turns\n\
-    /readyz   200 while clients are served, 503 at a stop\n";
+    /readyz   200 while clients are served, 503 at a stop\n\
+    /status   what happens now, for people; /status.json for programs\n";
 
 impl Admin {
-    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
         if method != Method::GET && method != Method::HEAD {
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET and HEAD only\n");
             response
@@ -180,7 +197,31 @@ impl Admin {
             ),
             "/readyz" if self.health.is_ready() => text(StatusCode::OK, "ok\n"),
             "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "starting or stopping\n"),
+            "/status" => self.page.response(),
+            "/status.json" => self.status().await,
             _ => text(StatusCode::NOT_FOUND, INDEX),
+        }
+    }
+
+    async fn status(&self) -> Response<Full<Bytes>> {
+        let told = Told {
+            live: self.health.is_live(),
+            ready: self.health.is_ready(),
+            status: self.gateway.status().await,
+        };
+        match serde_json::to_vec(&told) {
+            Ok(json) => {
+                let mut response = text(StatusCode::OK, "");
+                *response.body_mut() = Full::new(Bytes::from(json));
+                response
+                    .headers_mut()
+                    .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                response
+            }
+            Err(error) => {
+                tracing::error!(%error, "the status cannot be told");
+                text(StatusCode::INTERNAL_SERVER_ERROR, "the status cannot be told\n")
+            }
         }
     }
 

@@ -12,7 +12,8 @@
 //! `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`. What upstream
 //! thinks of the key stands before it all: `gateway::clearance`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
-//! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s.
+//! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s, and
+//! what the gateway tells of itself `gateway::status`'s.
 
 mod accounts;
 mod admission;
@@ -25,6 +26,8 @@ mod max_age;
 mod outage;
 mod passthrough;
 mod response;
+mod status;
+mod tally;
 
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
@@ -56,6 +59,7 @@ use clearance::{is_in_vain, is_refused_key};
 use keys::Key;
 pub use response::Body;
 use response::CacheStatus;
+pub use status::Status;
 
 /// A flight makes at most two attempts, both paid.
 const MOST_ATTEMPTS: u32 = 2;
@@ -242,9 +246,7 @@ impl Gateway {
             Ok(Answered { served, cache, answer }) => {
                 let now = Instant::now();
                 let took = now.saturating_duration_since(arrived);
-                account
-                    .metrics
-                    .answered(poll.asker.requests(), served, answer.code(), took);
+                account.answered(poll.asker.requests(), served, answer.code(), took);
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
                     account = &*account.label,
@@ -258,9 +260,7 @@ impl Gateway {
             }
             Err(error) => {
                 let (requests, code) = (poll.asker.requests(), error.status().as_u16());
-                account
-                    .metrics
-                    .answered(requests, Served::None, code, arrived.elapsed());
+                account.answered(requests, Served::None, code, arrived.elapsed());
                 refuse(&error, &account.label, request_id)
             }
         }
@@ -306,7 +306,8 @@ impl Gateway {
             return Ok(answered);
         }
         let mut asker = poll.asker.clone();
-        let client = asker.client(poll.peer, poll.name.as_ref());
+        let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
+        let client = asker.client(poll.peer, name);
         let latest = self.latest_turn(poll.arrived);
         loop {
             if let Some(answered) = Self::refused_meanwhile(&mut asker, poll.arrived) {

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! simulator                                the simulated upstream and the demo fleet
-//! server  admin  reload                    edges: accept and drain · metrics and health · a changed configuration
+//! server  admin  reload                    edges: accept, drain · metrics, health, status page · a changed configuration
 //! gateway                                  the life of a request: knows all the parts
 //! cache  flight  upstream  watch           the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when

@@ -6,22 +6,25 @@
 
 mod maker;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use http::HeaderValue;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::asker::Asker;
 use super::keys::{Key, Refusal};
+use super::tally::Tally;
 use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::Budget;
 use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
+use crate::outcome::Served;
 use crate::upstream::{Pool, Upstream};
 use crate::watch::Watch;
 use maker::{Maker, Rules};
@@ -39,6 +42,9 @@ pub(super) struct Account {
     pub(super) pool: Pool,
     pub(super) watch: Arc<Watch>,
     pub(super) metrics: AccountMetrics,
+    /// Of the unlisted ones that ever formed, which one it is: all that may be told of its name.
+    pub(super) number: Option<u64>,
+    pub(super) tally: Arc<Tally>,
     /// The counters of clients that are not configured.
     pub(super) others: ClientRequests,
     /// Upstream's 402.
@@ -55,6 +61,12 @@ impl Account {
     /// The freshness lifetime of its live answers at `now`.
     pub(super) fn lifetime(&self, now: Instant) -> Duration {
         self.watch.lifetime(self.budget.rate(now), now)
+    }
+
+    /// Counts a poll of `client` that was answered `served` with `code`, `after` its arrival.
+    pub(super) fn answered(&self, client: &ClientRequests, served: Served, code: u16, after: Duration) {
+        self.tally.count(served);
+        self.metrics.answered(client, served, code, after);
     }
 
     /// Who presents an unlisted key, whose account this is.
@@ -97,6 +109,7 @@ impl Accounts {
             others: metrics.client(OTHER, OTHER),
             metrics,
             started,
+            unlisted: AtomicU64::new(0),
         };
         let rules = Rules::of(config, started);
         let accounts = config.accounts.iter().map(|configured| {
@@ -231,18 +244,56 @@ impl Accounts {
         self.directory.load().listed.get(key).cloned()
     }
 
+    /// Whether what a client calls itself is a secret that is known: an account's key, or a token. That is nobody's name.
+    pub(super) fn is_secret(&self, name: &HeaderValue) -> bool {
+        let Some(key) = name.to_str().ok().and_then(ApiKey::new) else {
+            return false;
+        };
+        let is_unlisted = || {
+            let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+            unlisted.contains_key(&key) || self.dormant().contains_key(&key)
+        };
+        self.directory.load().listed.contains_key(&key) || is_unlisted()
+    }
+
+    /// What `tell` says of each listed account.
+    pub(super) fn each_listed<T>(&self, tell: impl Fn(&Account) -> T) -> Vec<T> {
+        let mut seen = HashSet::new();
+        let directory = self.directory.load();
+        let accounts = directory.keys().map(|(_, account)| &**account);
+        accounts.filter(|account| seen.insert(account.id)).map(tell).collect()
+    }
+
+    /// What `tell` says of the unlisted accounts; none can form meanwhile.
+    pub(super) fn with_unlisted<T>(&self, tell: impl FnOnce(&mut dyn Iterator<Item = &Account>) -> T) -> T {
+        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        tell(&mut unlisted.values().map(|account| &**account))
+    }
+
+    /// Queries a second that an account's pace allows while nothing slows it down.
+    pub(super) fn full_rate(&self) -> f64 {
+        self.directory.load().rules.pace.rate()
+    }
+
+    /// How long the directory is there.
+    pub(super) fn uptime(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.started)
+    }
+
     /// Whether a key that is listed nowhere may go upstream.
     pub(super) fn forwards_unknown(&self) -> bool {
         self.directory.load().rules.unknown_keys == UnknownKeys::Forward
     }
 
-    /// Forgets unlisted accounts that nobody has used in a minute. What upstream said of their keys stays known as long as
+    /// Forgets unlisted accounts that nobody has used in a minute, and of the others the polls of long ago. What upstream said of their keys stays known as long as
     /// it counts: an accepted key's for ten minutes, a refused key's while any answer is kept (`holds`) that it must not get.
     pub(super) fn sweep(&self, now: Instant, holds: impl Fn(AccountId) -> bool) {
+        self.each_listed(|account| account.tally.turn(now));
         let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
         let forgotten: HashMap<_, _> = unlisted
             .extract_if(|_, account| {
+                account.tally.turn(now);
                 // A poll or a flight under way holds the account, too. It may ask upstream long after its poll came, and
                 // a budget formed anew knows nothing of that.
                 if Arc::strong_count(account) > 1 {

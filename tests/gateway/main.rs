@@ -14,6 +14,7 @@
 //! - `reload`: a changed configuration is taken over, whole or not at all
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
+//! - `status`: the status page and what it is drawn from tell the truth, and no key
 //! - `stop`: a stop loses nothing
 //! - `tls`: upstream over HTTPS
 //! - `passthrough`: what is streamed through
@@ -46,5 +47,6 @@ mod passthrough;
 mod reload;
 mod requests;
 mod restart;
+mod status;
 mod stop;
 mod tls;

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::asker::{Asker, Token};
 use super::super::keys::{Key, Refusal};
+use super::super::tally::Tally;
 use super::Account;
 use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
@@ -29,6 +30,8 @@ pub(super) struct Maker {
     pub(super) other: AccountMetrics,
     pub(super) others: ClientRequests,
     pub(super) started: Instant,
+    /// Unlisted accounts that ever formed.
+    pub(super) unlisted: AtomicU64,
 }
 
 /// What configuration says of every account.
@@ -103,6 +106,7 @@ impl Maker {
                 pool: prior.pool.clone(),
                 watch: Arc::clone(&prior.watch),
                 credits: Arc::clone(&prior.credits),
+                tally: Arc::clone(&prior.tally),
                 ..account
             },
             None => account,
@@ -146,6 +150,7 @@ impl Maker {
         let key = known.unwrap_or_else(|| self.key(secret, 1, &self.other));
         let (id, metrics, others) = (self.ids.unlisted(secret), self.other.clone(), self.others.clone());
         Account {
+            number: Some(self.unlisted.fetch_add(1, Ordering::Relaxed) + 1),
             asked_ms: AtomicU64::new(asked_ms),
             ..self.account(id, OTHER.into(), vec![key], budget, rules, metrics, others)
         }
@@ -175,6 +180,8 @@ impl Maker {
             watch: Arc::new(Watch::new(rules.fresh)),
             credits: Arc::new(Refusal::new(metrics.credits_missing.clone())),
             metrics,
+            number: None,
+            tally: Arc::new(Tally::new(Instant::now())),
             others,
             keys,
             superseded: CancellationToken::new(),

@@ -131,7 +131,8 @@ impl Paused {
         self.ask_from(Ipv4Addr::LOCALHOST.into(), request).await
     }
 
-    async fn ask_from(&self, peer: IpAddr, request: Request<Full<Bytes>>) -> Reply {
+    /// The same for any request.
+    pub async fn ask_from(&self, peer: IpAddr, request: Request<Full<Bytes>>) -> Reply {
         let (near, far) = duplex(PIPE);
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
@@ -167,6 +168,11 @@ impl Paused {
     /// When each connection to upstream began to be opened, in order.
     pub fn dials(&self) -> Vec<Instant> {
         self.dials.lock().unwrap().clone()
+    }
+
+    /// What `/status.json` tells of the gateway.
+    pub async fn status(&self) -> serde_json::Value {
+        serde_json::to_value(self.gateway.status().await).unwrap()
     }
 
     /// The value of one series, named as in `/metrics`.

@@ -1,0 +1,99 @@
+//! An account's polls by how they were answered, since it formed and lately: what the status page shows. The metrics count
+//! the same for every label; accounts that share one are told apart only here.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::outcome::Served;
+
+/// What is told of lately covers one to two of these.
+const SPAN: Duration = Duration::from_mins(3);
+
+/// Polls, by [`Served`].
+pub(super) type Polls = [u64; Served::ALL.len()];
+
+#[derive(Debug)]
+pub(super) struct Tally {
+    start: Instant,
+    polls: [AtomicU64; Served::ALL.len()],
+    /// The counts at two instants: lately is since the first.
+    marks: Mutex<[(Instant, Polls); 2]>,
+}
+
+impl Tally {
+    /// Nothing is counted before `now`.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            start: now,
+            polls: Default::default(),
+            marks: Mutex::new([(now, Polls::default()); 2]),
+        }
+    }
+
+    /// One more poll was answered so.
+    pub(super) fn count(&self, served: Served) {
+        self.polls[served as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How long it has counted.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.start)
+    }
+
+    /// Polls since the account formed.
+    pub(super) fn total(&self) -> Polls {
+        self.polls.each_ref().map(|count| count.load(Ordering::Relaxed))
+    }
+
+    /// Polls of the last three to six minutes before `now`, and how long that is exactly; longer where nobody calls
+    /// [`Self::turn`].
+    pub(super) fn lately(&self, now: Instant) -> (Duration, Polls) {
+        let [(since, before), _] = *self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut polls = self.total();
+        for (count, before) in polls.iter_mut().zip(before) {
+            // Another thread may have marked what this one has not seen yet.
+            *count = count.saturating_sub(before);
+        }
+        (now.saturating_duration_since(since), polls)
+    }
+
+    /// Lets go of what is too old; to be called every few seconds.
+    pub(super) fn turn(&self, now: Instant) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let [_, (newer, _)] = *marks;
+        if now.saturating_duration_since(newer) >= SPAN {
+            *marks = [marks[1], (now, self.total())];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lately_is_three_to_six_minutes_and_the_total_is_all() {
+        let start = Instant::now();
+        let tally = Tally::new(start);
+        let mut longest = Duration::ZERO;
+        for second in 1..=1000 {
+            let now = start + Duration::from_secs(second);
+            tally.count(Served::Hit);
+            if second % 5 == 0 {
+                tally.turn(now);
+            }
+            let (span, polls) = tally.lately(now);
+            assert_eq!(polls[Served::Hit as usize], span.as_secs(), "one a second");
+            assert!(second < 180 || span >= SPAN, "{span:?}");
+            longest = longest.max(span);
+        }
+        assert!(
+            longest > SPAN && longest <= SPAN * 2 + Duration::from_secs(5),
+            "{longest:?}"
+        );
+        assert_eq!(tally.total(), [1000, 0, 0, 0, 0]);
+    }
+}
