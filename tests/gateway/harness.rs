@@ -1,5 +1,6 @@
 //! The real binary as gateway and as simulated upstream, a scripted upstream of raw bytes, and a client.
 
+pub mod browser;
 pub mod client;
 pub mod paused;
 pub mod process;

@@ -4,6 +4,7 @@
 //! time over in-memory connections (`harness::paused`).
 //!
 //! - `admission`: whoever cannot be served in time hears so at once
+//! - `browser`: the status page in headless Chromium (`tests/browser/run`)
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
@@ -32,6 +33,7 @@
 #![allow(clippy::cast_precision_loss, reason = "the counts of a test are small")]
 
 mod admission;
+mod browser;
 mod coalescing;
 mod commands;
 mod connections;
