@@ -519,7 +519,7 @@ async fn random_ids_of_one_client_take_nothing_from_another() {
         gateway.poll_from(MODEST, KEY, &format!("ended-{task}")).await;
     }
     let mut random = JoinSet::new();
-    for client in 0..60 {
+    for client in 0..40 {
         let gateway = Arc::clone(&gateway);
         random.spawn(async move {
             for number in 0..50 {
@@ -533,19 +533,22 @@ async fn random_ids_of_one_client_take_nothing_from_another() {
     let mut refetched = 0;
     while !flood.is_finished() {
         for task in 0..5 {
-            assert_hit(&gateway.poll_from(MODEST, KEY, &format!("ended-{task}")).await);
             let before = Instant::now();
             let reply = gateway.poll_from(MODEST, KEY, &format!("live-{task}")).await;
             assert_code(&reply, 200);
-            // Two who were called forward before it, every second turn, 100 ms for the answer; sixty wait.
+            // Two who were called forward before it, every second turn, 100 ms for the answer; forty wait.
             assert!(before.elapsed() <= Duration::from_millis(500), "{:?}", before.elapsed());
             refetched += usize::from(reply.header("cache-status").unwrap().contains("fwd="));
         }
         sleep(seconds(1)).await;
     }
     assert!(refetched > 100, "{refetched}");
+    // Nobody has asked for these since, so they would have been the first to go.
+    for task in 0..5 {
+        assert_hit(&gateway.poll_from(MODEST, KEY, &format!("ended-{task}")).await);
+    }
     let arrivals = gateway.arrivals();
-    assert!(arrivals.len() > 3000 && most_in_a_second(&arrivals) <= 15);
+    assert!(arrivals.len() > 2000 && most_in_a_second(&arrivals) <= 15);
 }
 
 #[tokio::test(start_paused = true)]
@@ -608,6 +611,10 @@ async fn on_real_sockets_refused_keys_and_missing_credits_cost_next_to_nothing()
         let most = 2 + started.elapsed().as_secs() / 5;
         let spent = upstream.queries().await - before;
         assert!(spent <= most, "{key}: {spent}");
+    }
+    // The last of what is to be logged.
+    while !gateway.log().contains("has no credits") {
+        sleep(Duration::from_millis(5)).await;
     }
     let log = gateway.log();
     assert_eq!(log.matches("upstream refuses this key").count(), 3, "{log}");
