@@ -86,8 +86,8 @@ pub struct Gateway {
     strangers: (AccountMetrics, ClientRequests),
 }
 
-/// With the place of the key that flies alone: upstream has yet to accept it.
-type FlightKey = (AccountId, TaskId, Option<usize>);
+/// With the number of the key that flies alone: upstream has yet to accept it.
+type FlightKey = (AccountId, TaskId, Option<u64>);
 
 /// How far a flight is, as its followers see it.
 #[derive(Clone, Debug)]
@@ -317,7 +317,7 @@ impl Gateway {
                 let error = self.turn_away(&asker, &poll.task);
                 return self.stand_in(poll, error.detail()).ok_or(error);
             }
-            let alone = asker.is_refused().then_some(asker.key.place);
+            let alone = asker.is_refused().then_some(asker.key.number);
             let (progress, leader) = self.flights.join((account.id, poll.task.clone(), alone), || {
                 Progress::new(account.budget.standing(was_stale))
             });

@@ -58,6 +58,12 @@ pub(super) struct Account {
 }
 
 impl Account {
+    /// A key's place among the account's, from 1: all of it that a log may say. 0 when it is listed no longer.
+    pub(super) fn place(&self, key: &Key) -> usize {
+        let place = self.keys.iter().position(|own| own.number == key.number);
+        place.map_or(0, |place| place + 1)
+    }
+
     /// The freshness lifetime of its live answers at `now`.
     pub(super) fn lifetime(&self, now: Instant) -> Duration {
         self.watch.lifetime(self.budget.rate(now), now)
@@ -109,6 +115,7 @@ impl Accounts {
             others: metrics.client(OTHER, OTHER),
             metrics,
             started,
+            next_key: AtomicU64::new(0),
             unlisted: AtomicU64::new(0),
         };
         let rules = Rules::of(config, started);

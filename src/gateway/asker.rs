@@ -147,7 +147,9 @@ impl Asker {
     /// Its key if upstream has not said anything of it lately, or one before it that it would rather use. A key that just
     /// `flew` needs no other query.
     pub(super) fn due(&self, now: Instant, flew: bool) -> Option<&Arc<Key>> {
-        let mut keys = self.keys().iter().take(self.key.place);
-        keys.find(|key| key.is_due(now) && !(flew && Arc::ptr_eq(key, &self.key)))
+        let keys = self.keys();
+        let own = keys.iter().position(|key| Arc::ptr_eq(key, &self.key))?;
+        let is_due = |key: &&Arc<Key>| key.is_due(now) && !(flew && Arc::ptr_eq(key, &self.key));
+        keys[..=own].iter().find(is_due)
     }
 }

@@ -52,8 +52,12 @@ impl Gateway {
         if self.upstream.breaker().is_open() || !key.claim(now) {
             return;
         }
-        tracing::debug!(account = &*account.label, key = key.place, "key not confirmed lately");
-        let flight = (account.id, poll.task.clone(), Some(key.place));
+        tracing::debug!(
+            account = &*account.label,
+            key = account.place(key),
+            "key not confirmed lately"
+        );
+        let flight = (account.id, poll.task.clone(), Some(key.number));
         let (mut progress, leader) = self
             .flights
             .join(flight, || Progress::new(account.budget.standing(true)));
@@ -99,7 +103,7 @@ pub(super) fn is_in_vain(account: &Account, key: &Key, wanted: Instant) -> bool 
 
 /// Learns from an answer what upstream thinks of the key that was sent, and of the account's credits.
 pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
-    let (label, place, code) = (&*account.label, key.place, answer.code());
+    let (label, place, code) = (&*account.label, account.place(key), answer.code());
     match code {
         401 | 403 => {
             key.heard(answer.asked);

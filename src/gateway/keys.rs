@@ -37,8 +37,8 @@ const LARGEST_BODY: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Key {
     pub(super) secret: ApiKey,
-    /// Its place among its account's keys, from 1: all of it that a log may say.
-    pub(super) place: usize,
+    /// Tells it from all others for as long as the process runs.
+    pub(super) number: u64,
     pub(super) refusal: Refusal,
     epoch: Instant,
     /// Microseconds after `epoch` from which on upstream's last word is too old; 0 when there is none.
@@ -48,10 +48,10 @@ pub(super) struct Key {
 impl Key {
     /// A key of which upstream has said nothing. `epoch` is an instant before all others, `refused` the gauge of its account's
     /// refused keys.
-    pub(super) fn new(secret: ApiKey, place: usize, epoch: Instant, refused: IntGauge) -> Self {
+    pub(super) fn new(secret: ApiKey, number: u64, epoch: Instant, refused: IntGauge) -> Self {
         Self {
             secret,
-            place,
+            number,
             refusal: Refusal::new(refused),
             epoch,
             due_us: AtomicU64::new(0),
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn a_key_is_due_ten_minutes_after_upstreams_last_word() {
         let start = Instant::now();
-        let key = Key::new(ApiKey::new("ak_1").unwrap(), 1, start, gauge());
+        let key = Key::new(ApiKey::new("ak_1").unwrap(), 0, start, gauge());
         assert!(key.is_due(start), "nothing was ever said");
         key.heard(start + seconds(1));
         assert!(!key.is_due(start + seconds(600)));

@@ -231,6 +231,22 @@ async fn a_refused_key_gets_nothing_that_is_kept_until_it_is_accepted_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refused_key_stays_refused_wherever_a_changed_configuration_lists_it() {
+    let start = Instant::now();
+    let gateway = Paused::start(bad_for_a_while(), one_account(&[BAD, GOOD]));
+    gateway.poll(GOOD, "ended").await;
+    sleep_until(start + seconds(101)).await;
+    assert_code(&gateway.poll(BAD, "new").await, 401);
+    for keys in [&["ak_new", BAD, GOOD][..], &[GOOD, BAD], &[BAD]] {
+        gateway.list(&[("music", keys)]);
+        let reply = gateway.poll(BAD, "ended").await;
+        assert_code(&reply, 401);
+        assert_eq!(detail(&reply), Some("key_refused"));
+    }
+    assert_eq!(gateway.arrivals_with(BAD).len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_key_refused_meanwhile_does_not_get_what_another_key_fetched() {
     let gateway = Arc::new(Paused::start(
         Behaviour {

@@ -30,6 +30,7 @@ pub(super) struct Maker {
     pub(super) other: AccountMetrics,
     pub(super) others: ClientRequests,
     pub(super) started: Instant,
+    pub(super) next_key: AtomicU64,
     /// Unlisted accounts that ever formed.
     pub(super) unlisted: AtomicU64,
 }
@@ -94,12 +95,12 @@ impl Maker {
         let (id, label) = (self.ids.listed(&configured.name), configured.name.as_str().into());
         let metrics = self.metrics.account(&configured.name);
         let others = self.metrics.client(&configured.name, OTHER);
-        let key = |(secret, place): (&ApiKey, usize)| {
-            let known = prior.and_then(|prior| prior.keys.get(place - 1));
-            let known = known.filter(|known| known.secret == *secret).cloned();
-            known.unwrap_or_else(|| self.key(secret, place, &metrics))
+        // Wherever it stands now: what upstream said of a key holds.
+        let key = |secret: &ApiKey| {
+            let known = prior.and_then(|prior| prior.keys.iter().find(|known| known.secret == *secret));
+            known.cloned().unwrap_or_else(|| self.key(secret, &metrics))
         };
-        let keys = secrets().zip(1..).map(key).collect();
+        let keys = secrets().map(key).collect();
         let account = self.account(id, label, keys, budget, rules, metrics, others);
         Arc::new(match prior {
             Some(prior) => Account {
@@ -147,7 +148,7 @@ impl Maker {
         rules: &Rules,
         asked_ms: u64,
     ) -> Account {
-        let key = known.unwrap_or_else(|| self.key(secret, 1, &self.other));
+        let key = known.unwrap_or_else(|| self.key(secret, &self.other));
         let (id, metrics, others) = (self.ids.unlisted(secret), self.other.clone(), self.others.clone());
         Account {
             number: Some(self.unlisted.fetch_add(1, Ordering::Relaxed) + 1),
@@ -156,9 +157,10 @@ impl Maker {
         }
     }
 
-    fn key(&self, secret: &ApiKey, place: usize, metrics: &AccountMetrics) -> Arc<Key> {
+    fn key(&self, secret: &ApiKey, metrics: &AccountMetrics) -> Arc<Key> {
+        let number = self.next_key.fetch_add(1, Ordering::Relaxed);
         let refused = metrics.keys_refused.clone();
-        Arc::new(Key::new(secret.clone(), place, self.started, refused))
+        Arc::new(Key::new(secret.clone(), number, self.started, refused))
     }
 
     #[allow(clippy::too_many_arguments, reason = "they are what an account is")]
