@@ -188,8 +188,18 @@ pub struct Fresh {
 /// What bounds the process.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
+    /// A request's head, in bytes.
+    pub header_bytes: usize,
+    /// A request's fields.
+    pub headers: usize,
     /// A request's head, from its first byte.
     pub header_timeout: Duration,
+    /// A request's body, in bytes.
+    pub request_body: u64,
+    /// A request and its answer, from the head's end to the answer's last byte.
+    pub request_timeout: Duration,
+    /// Requests being answered at once.
+    pub requests: usize,
     /// A connection on which nothing is asked.
     pub idle_timeout: Duration,
     /// Client connections in all.

@@ -39,6 +39,21 @@ pub enum Error {
     /// A path that is neither `TaskInfo` nor passed through.
     #[error("no such path here: the gateway serves GET /api/v1/client/job/TaskInfo and its passthrough paths")]
     NotFound,
+    /// What came is no HTTP/1.1 request, or one that two servers could read differently.
+    #[error("bad request: {0}")]
+    Malformed(&'static str),
+    /// A head that is larger than `limits.header_bytes` or has more fields than `limits.headers`.
+    #[error("the request's head is larger than limits.header_bytes, or has more fields than limits.headers")]
+    HeadTooLarge,
+    /// A request's body that is larger than `limits.request_body`.
+    #[error("the request's body is larger than limits.request_body")]
+    BodyTooLarge,
+    /// As many requests are being answered as `limits.requests` allows.
+    #[error("too many requests at once (limits.requests): try again")]
+    Overloaded,
+    /// A request has taken longer than `limits.request_timeout`.
+    #[error("the request took longer than limits.request_timeout")]
+    RequestTimeout,
     /// Nobody may wait any more.
     #[error("too many tasks wait for this account's budget (budget.max_queue)")]
     QueueFull {
@@ -88,11 +103,14 @@ impl Error {
             Self::MissingKey | Self::MalformedKey | Self::UnknownKey => StatusCode::UNAUTHORIZED,
             Self::TokenMayNotPass => StatusCode::FORBIDDEN,
             Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Malformed(_) => StatusCode::BAD_REQUEST,
+            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::UpstreamUnavailable { .. } | Self::NoConnection => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::UpstreamUnavailable { .. } | Self::NoConnection | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -109,6 +127,11 @@ impl Error {
             Self::TaskId(_) => "task_id",
             Self::MethodNotAllowed => "method",
             Self::NotFound => "path",
+            Self::Malformed(_) => "malformed",
+            Self::HeadTooLarge => "head_too_large",
+            Self::BodyTooLarge => "body_too_large",
+            Self::Overloaded => "overloaded",
+            Self::RequestTimeout => "request_timeout",
             Self::QueueFull { .. } => "queue_full",
             Self::BudgetSpent { .. } => "budget",
             Self::UpstreamUnavailable { .. } => "upstream_unavailable",
@@ -130,8 +153,14 @@ impl Error {
             | Self::TokenMayNotPass
             | Self::TaskId(_)
             | Self::MethodNotAllowed
-            | Self::NotFound => None,
-            Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => Some("http_request_denied"),
+            | Self::NotFound
+            | Self::Malformed(_)
+            | Self::HeadTooLarge
+            | Self::BodyTooLarge
+            | Self::RequestTimeout => None,
+            Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } | Self::Overloaded => {
+                Some("http_request_denied")
+            }
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
@@ -148,6 +177,7 @@ impl Error {
             | Self::BudgetSpent { retry_after, .. }
             | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
+            Self::Overloaded => Some(Duration::from_secs(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey
@@ -156,6 +186,10 @@ impl Error {
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound
+            | Self::Malformed(_)
+            | Self::HeadTooLarge
+            | Self::BodyTooLarge
+            | Self::RequestTimeout
             | Self::UpstreamTooLarge
             | Self::UpstreamEncoding
             | Self::Internal => None,
@@ -174,6 +208,11 @@ impl Error {
             | Self::TaskId(_)
             | Self::MethodNotAllowed
             | Self::NotFound
+            | Self::Malformed(_)
+            | Self::HeadTooLarge
+            | Self::BodyTooLarge
+            | Self::Overloaded
+            | Self::RequestTimeout
             | Self::UpstreamUnavailable { .. }
             | Self::NoConnection
             | Self::UpstreamTimeout

@@ -30,16 +30,14 @@ mod status;
 mod tally;
 
 use std::net::IpAddr;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use hyper::body::Incoming;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::account::AccountId;
 use crate::budget::{Entry, Standing};
@@ -47,6 +45,7 @@ use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
 use crate::flight::{Flights, Leader};
+pub use crate::metrics::InFlight;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::outcome::Served;
 use crate::stored::Answer;
@@ -172,6 +171,33 @@ impl Gateway {
         self.config.store(Arc::new(config));
     }
 
+    /// A place among `limits.requests`, for as long as a request is being answered.
+    ///
+    /// # Errors
+    /// [`Error::Overloaded`] when there is none.
+    pub fn place(&self) -> Result<InFlight, Error> {
+        let in_flight = InFlight::new(&self.metrics.requests_in_flight);
+        let most = i64::try_from(self.config.load().limits.requests).unwrap_or(i64::MAX);
+        if self.metrics.requests_in_flight.get() > most {
+            return Err(Error::Overloaded);
+        }
+        Ok(in_flight)
+    }
+
+    /// The answer to a request that goes no further, or to what is none; counted and logged. `headers` may name it.
+    pub fn refuse(&self, error: &Error, headers: &HeaderMap) -> Response<Body> {
+        let request_id = response::request_id(headers);
+        self.metrics.refused(error.detail());
+        let mut response = refuse(error, OTHER, &request_id);
+        response.headers_mut().insert(response::REQUEST_ID, request_id);
+        response
+    }
+
+    /// Everything that is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
@@ -185,11 +211,15 @@ impl Gateway {
                 self.pass_through(request).await
             }
         };
-        // Nothing that a request changes is left half done by a panic: locks here cover single steps.
-        let mut response = AssertUnwindSafe(answering).catch_unwind().await.unwrap_or_else(|_| {
-            self.metrics.panics.inc();
-            response::error(&Error::Internal)
-        });
+        let in_time = timeout(self.config.load().limits.request_timeout, answering);
+        let mut response = match self.metrics.contain(in_time).await {
+            Some(Ok(response)) => response,
+            Some(Err(_)) => {
+                self.metrics.refused(Error::RequestTimeout.detail());
+                refuse(&Error::RequestTimeout, OTHER, &request_id)
+            }
+            None => response::error(&Error::Internal),
+        };
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
@@ -401,12 +431,8 @@ impl Gateway {
 
     /// Runs `work` on nobody's behalf, and counts its panics.
     fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let panics = self.metrics.panics.clone();
-        tokio::spawn(async move {
-            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
-                panics.inc();
-            }
-        });
+        let metrics = Arc::clone(&self.metrics);
+        tokio::spawn(async move { metrics.contain(work).await });
     }
 
     /// The leader's way, from a place in the queue to an answer that is kept. Until its query is sent it gives up when

@@ -3,8 +3,10 @@
 //! Names follow prometheus.io/docs/practices/naming. Labels come from closed sets only: configured account names and
 //! `other`, and the words of `outcome`. Every series exists at 0 from the start, so that a first error is an increase.
 
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -88,6 +90,17 @@ pub fn code_class(code: u16) -> usize {
 
 const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
 
+/// Why the edge goes no further with a request or a connection.
+const REFUSALS: [&str; 7] = [
+    "malformed",
+    "head_too_large",
+    "body_too_large",
+    "overloaded",
+    "header_timeout",
+    "request_timeout",
+    "connections",
+];
+
 /// Every family.
 #[derive(Debug)]
 pub struct Metrics {
@@ -119,6 +132,9 @@ pub struct Metrics {
     pub config_reload_success: IntGauge,
     /// When one was last taken over, in seconds since 1970.
     pub config_reload_timestamp: prometheus::Gauge,
+    refused: IntCounterVec,
+    /// Requests that are being answered.
+    pub requests_in_flight: IntGauge,
     /// Panics caught; each is a bug.
     pub panics: IntCounter,
     /// Client connections open now.
@@ -318,6 +334,20 @@ impl Metrics {
                     "When a configuration was last taken over, in seconds since 1970.",
                 ))?,
             )?,
+            refused: register(
+                &registry,
+                IntCounterVec::new(
+                    opts(
+                        "refused_total",
+                        "Requests and connections that went no further, by why.",
+                    ),
+                    &["reason"],
+                )?,
+            )?,
+            requests_in_flight: register(
+                &registry,
+                IntGauge::with_opts(opts("requests_in_flight", "Requests that are being answered."))?,
+            )?,
             panics: register(
                 &registry,
                 IntCounter::with_opts(opts("panics_total", "Panics caught; each is a bug."))?,
@@ -334,6 +364,9 @@ impl Metrics {
         };
         for cause in Eviction::ALL {
             metrics.cache_evictions.with_label_values(&[cause.label()]);
+        }
+        for reason in REFUSALS {
+            metrics.refused.with_label_values(&[reason]);
         }
         Ok(metrics)
     }
@@ -377,6 +410,19 @@ impl Metrics {
         self.cache_evictions.with_label_values(&[cause.label()]).inc();
     }
 
+    /// Counts a request or a connection that went no further; `reason` is a word of the code, never the client's.
+    pub fn refused(&self, reason: &'static str) {
+        self.refused.with_label_values(&[reason]).inc();
+    }
+
+    /// Runs `work`; a panic in it is counted, and gives `None`.
+    ///
+    /// Nothing that work changes here is left half done by a panic: locks cover single steps.
+    pub async fn contain<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let done = AssertUnwindSafe(work).catch_unwind().await;
+        done.map_err(|_| self.panics.inc()).ok()
+    }
+
     /// Counts a request that was streamed through.
     pub fn passed_through(&self, code: u16) {
         self.passthrough_requests[code_class(code)].inc();
@@ -394,6 +440,24 @@ impl Metrics {
 
     /// The media type of [`Self::render`].
     pub const CONTENT_TYPE: &'static str = prometheus::TEXT_FORMAT;
+}
+
+/// A request's place among those that are being answered.
+#[derive(Debug)]
+pub struct InFlight(IntGauge);
+
+impl InFlight {
+    /// One more.
+    pub fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 /// One client's polls: by how they were served, then by class of the code.

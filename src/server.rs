@@ -5,7 +5,11 @@
 //! a FIN; what is in flight or queued finishes. hyper's `graceful_shutdown` closes idle connections at once, so it is
 //! called only when their grace is over. What a request means is `gateway`'s business.
 
+mod chunks;
 mod connection;
+mod framing;
+mod guard;
+mod head;
 
 use std::collections::HashMap;
 use std::io;
@@ -130,10 +134,13 @@ impl Server {
             }
         };
         let (gateway, limits) = (Arc::clone(&self.gateway), self.gateway.config().limits.clone());
-        let draining = self.draining.clone();
+        let (draining, metrics) = (self.draining.clone(), Arc::clone(&self.metrics));
         self.tracker.spawn(async move {
             let _place = place;
-            serve_connection(stream, peer, gateway, &limits, draining).await;
+            // A request's own panics are its answer; what panics here is the connection's.
+            metrics
+                .contain(serve_connection(stream, peer, gateway, &limits, draining))
+                .await
         });
     }
 

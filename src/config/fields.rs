@@ -155,7 +155,13 @@ fn cache(r: &mut Reader<'_>) -> Cache {
 
 fn limits(r: &mut Reader<'_>) -> Limits {
     Limits {
+        // hyper takes no longer target than 64 KiB.
+        header_bytes: r.bytes("header_bytes", 32 * KIB, KIB..=64 * KIB),
+        headers: r.count("headers", 100, 1..=1000),
         header_timeout: r.duration("header_timeout", secs(10), MS..=YEAR),
+        request_body: r.bytes("request_body", 256 * MIB, 0..=TIB),
+        request_timeout: r.duration("request_timeout", secs(15 * 60), MS..=YEAR),
+        requests: r.count("requests", 10_000, 1..=MANY),
         idle_timeout: r.duration("idle_timeout", secs(75), MS..=YEAR),
         connections: r.count("connections", 20_000, 1..=MANY),
         connections_per_address: r.nullable("connections_per_address", count(1..=MANY)),
@@ -187,6 +193,20 @@ fn together(r: &mut Reader<'_>, config: &Config) {
     r.together(
         &["cache.fresh.floor", "cache.fresh.ceiling"],
         floor <= ceiling,
+        what,
+        fix,
+    );
+
+    let (wait, request) = (config.budget.max_wait, config.limits.request_timeout);
+    let what = format!(
+        "is {}, below budget.max_wait of {}",
+        written_duration(request),
+        written_duration(wait)
+    );
+    let fix = "raise it, or lower budget.max_wait: a poll may wait that long";
+    r.together(
+        &["limits.request_timeout", "budget.max_wait"],
+        wait <= request,
         what,
         fix,
     );

@@ -1,4 +1,4 @@
-//! One client connection: its time-outs, its last request, its end.
+//! One client connection: its time-outs, its last request, its end. What it may ask is `guard`'s business.
 //!
 //! hyper's own header time-out also counts idle time, so the two are told apart here: an I/O wrapper sees a request's first
 //! byte, the service its head's end, the response body's drop its end. And a connection ends with a FIN and its reads
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONNECTION;
-use http::{HeaderValue, Request};
+use http::{HeaderValue, Method, Request, Response};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -24,9 +24,12 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::guard::{Guard, Refusal};
+use super::head::{Most, USUAL_HEADERS};
 use super::{GRACE, sleep_until_some};
 use crate::config::Limits;
-use crate::gateway::{Body, Gateway};
+use crate::error::Error;
+use crate::gateway::{Body, Gateway, InFlight};
 
 /// How long a client may take to close, after our FIN.
 const LINGER: Duration = Duration::from_secs(2);
@@ -43,18 +46,25 @@ pub async fn serve_connection<S>(
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let phase = Phases::new(limits);
+    let refusal = Refusal::default();
     let service = service_fn({
-        let (phase, draining) = (phase.clone(), draining.clone());
+        let (phase, gateway, draining) = (phase.clone(), Arc::clone(&gateway), draining.clone());
+        let refusal = Arc::clone(&refusal);
         move |request: Request<Incoming>| {
             let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
+            let refusal = Arc::clone(&refusal);
             async move {
-                let mut response = gateway.handle(request, peer).await;
-                if draining.is_cancelled() {
+                let (mut response, in_flight) = answer(&gateway, request, peer, &refusal).await;
+                if draining.is_cancelled() || refusal.get().is_some_and(|refused| refused.in_body) {
                     response
                         .headers_mut()
                         .insert(CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(response.map(|body| Tracked { body, _busy: busy }))
+                Ok::<_, Infallible>(response.map(|body| Tracked {
+                    body,
+                    _in_flight: in_flight,
+                    _busy: busy,
+                }))
             }
         }
     });
@@ -64,7 +74,12 @@ pub async fn serve_connection<S>(
         has_held_back_end: false,
         ending: Ending::Open,
     };
-    let mut connection = pin!(http1::Builder::new().serve_connection(TokioIo::new(watched), service));
+    let guard = Guard::new(watched, phase.clone(), Most::new(limits), refusal);
+    let mut builder = http1::Builder::new();
+    if limits.headers > USUAL_HEADERS {
+        builder.max_headers(limits.headers);
+    }
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(guard), service));
     let mut alarm = pin!(sleep_until(phase.until().unwrap_or_else(Instant::now)));
     let mut drained = pin!(async {
         draining.cancelled().await;
@@ -88,19 +103,47 @@ pub async fn serve_connection<S>(
             .await
         };
         match event {
-            Event::Ended | Event::TimedOut(Phase::Head { .. }) => return,
+            Event::Ended | Event::TimedOut(Phase::Closing) => return,
+            Event::TimedOut(Phase::Head { .. }) => return gateway.metrics().refused("header_timeout"),
+            // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
+            Event::TimedOut(Phase::Busy { .. }) => return gateway.metrics().refused(Error::RequestTimeout.detail()),
             Event::Drained => {
                 is_closing = true;
                 connection.as_mut().graceful_shutdown();
             }
-            Event::TimedOut(Phase::Idle { .. } | Phase::Busy) => {
+            Event::TimedOut(Phase::Idle { .. }) => {
                 // One more time to close in peace, then it is dropped.
-                phase.set(Phase::Busy);
+                phase.set(Phase::Closing);
                 give_up = Some(Instant::now() + LINGER + LINGER);
                 connection.as_mut().graceful_shutdown();
             }
         }
     }
+}
+
+/// The answer to one request, or to what came in place of one.
+async fn answer(
+    gateway: &Arc<Gateway>,
+    request: Request<Incoming>,
+    peer: IpAddr,
+    refusal: &Refusal,
+) -> (Response<Body>, Option<InFlight>) {
+    if request.method() == Method::TRACE {
+        // Ours: `guard` lets no client's through.
+        let error = refusal.get().map_or(Error::Internal, |refused| refused.error.clone());
+        return (gateway.refuse(&error, request.headers()), None);
+    }
+    let in_flight = match gateway.place() {
+        Ok(in_flight) => in_flight,
+        Err(error) => return (gateway.refuse(&error, request.headers()), None),
+    };
+    let response = Arc::clone(gateway).handle(request, peer).await;
+    let response = match refusal.get() {
+        // Whatever came of a body that broke off, this is why.
+        Some(refused) if refused.in_body => gateway.refuse(&refused.error, response.headers()),
+        Some(_) | None => response,
+    };
+    (response, Some(in_flight))
 }
 
 /// Sends a FIN and reads until the client's, for as long as [`LINGER`].
@@ -128,14 +171,18 @@ enum Phase {
     /// A request's head has begun.
     Head { until: Instant },
     /// A request is being answered.
-    Busy,
+    Busy { until: Instant },
+    /// Nothing more is answered.
+    Closing,
 }
 
+/// A connection's phase, as all who change it share it.
 #[derive(Clone, Debug)]
-struct Phases {
+pub(super) struct Phases {
     phase: Arc<Mutex<Phase>>,
     idle_timeout: Duration,
     header_timeout: Duration,
+    request_timeout: Duration,
 }
 
 impl Phases {
@@ -145,6 +192,7 @@ impl Phases {
             phase: Arc::new(Mutex::new(Phase::Idle { until })),
             idle_timeout: limits.idle_timeout,
             header_timeout: limits.header_timeout,
+            request_timeout: limits.request_timeout,
         }
     }
 
@@ -158,12 +206,13 @@ impl Phases {
 
     fn until(&self) -> Option<Instant> {
         match *self.lock() {
-            Phase::Idle { until } | Phase::Head { until } => Some(until),
-            Phase::Busy => None,
+            Phase::Idle { until } | Phase::Head { until } | Phase::Busy { until } => Some(until),
+            Phase::Closing => None,
         }
     }
 
-    fn heard(&self) {
+    /// Bytes came: where nothing was asked, a request has begun.
+    pub(super) fn heard(&self) {
         let mut phase = self.lock();
         if matches!(*phase, Phase::Idle { .. }) {
             *phase = Phase::Head {
@@ -172,12 +221,15 @@ impl Phases {
         }
     }
 
-    fn is_busy(&self) -> bool {
-        matches!(*self.lock(), Phase::Busy)
+    /// Whether a request is being answered, or nothing more is.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(*self.lock(), Phase::Busy { .. } | Phase::Closing)
     }
 
     fn busy(&self) -> Busy {
-        self.set(Phase::Busy);
+        // An answer in words is given when `request_timeout` is over, and has a while to go out.
+        let until = Instant::now() + self.request_timeout + LINGER;
+        self.set(Phase::Busy { until });
         Busy(self.clone())
     }
 }
@@ -205,9 +257,11 @@ fn poll_alarm(mut alarm: Pin<&mut Sleep>, phases: &Phases, cx: &mut Context<'_>)
         ready!(alarm.as_mut().poll(cx));
         let phase = *phases.lock();
         match phase {
-            Phase::Idle { until } | Phase::Head { until } if until <= Instant::now() => return Poll::Ready(phase),
-            Phase::Idle { until } | Phase::Head { until } => alarm.as_mut().reset(until),
-            Phase::Busy => return Poll::Pending,
+            Phase::Idle { until } | Phase::Head { until } | Phase::Busy { until } if until > Instant::now() => {
+                alarm.as_mut().reset(until);
+            }
+            Phase::Idle { .. } | Phase::Head { .. } | Phase::Busy { .. } => return Poll::Ready(phase),
+            Phase::Closing => return Poll::Pending,
         }
     }
 }
@@ -215,6 +269,7 @@ fn poll_alarm(mut alarm: Pin<&mut Sleep>, phases: &Phases, cx: &mut Context<'_>)
 /// A response's body; with it goes the request's time.
 struct Tracked {
     body: Body,
+    _in_flight: Option<InFlight>,
     _busy: Busy,
 }
 

@@ -1,0 +1,186 @@
+//! Lets a client's bytes go on to hyper when they are checked, unchanged and in order; a head only when it is whole.
+//!
+//! Mostly a read brings whole requests: they are checked where hyper has them read to, and nothing is copied. Only what
+//! is the beginning of a head is held here until its end has come.
+//!
+//! What is refused goes no further, and nothing after it does. In its place hyper gets a request of our own, [`REFUSED`]:
+//! so the refusal is answered after the answers that are still due, and the connection closed as after any other.
+
+use std::io;
+use std::mem;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf as _, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::io::poll_read_buf;
+
+use super::connection::Phases;
+use super::framing::{Framing, Refused};
+use super::head::Most;
+
+/// Stands in for what was refused. No client can send it: TRACE is refused.
+const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
+
+/// How much is read at once behind the beginning of a head.
+const READ: usize = 4096;
+
+/// Why a connection's bytes go no further; shared with whoever answers.
+pub(super) type Refusal = Arc<OnceLock<Refused>>;
+
+/// A client's stream whose bytes are checked.
+pub(super) struct Guard<S> {
+    stream: S,
+    phases: Phases,
+    framing: Framing,
+    /// What was read and has not gone on.
+    held: BytesMut,
+    /// So many bytes of it may.
+    checked: usize,
+    refusal: Refusal,
+}
+
+impl<S> Guard<S> {
+    pub(super) fn new(stream: S, phases: Phases, most: Most, refusal: Refusal) -> Self {
+        Self {
+            stream,
+            phases,
+            framing: Framing::new(most),
+            held: BytesMut::new(),
+            checked: 0,
+            refusal,
+        }
+    }
+
+    /// How many of `bytes` may go on.
+    fn check(&mut self, bytes: &[u8]) -> usize {
+        // hyper reads on only when it has begun to answer all that it has.
+        if !self.phases.is_busy() {
+            self.framing.answered();
+        }
+        let followed = self.framing.follow(bytes);
+        if let Some(refused) = followed.refused {
+            // Set once: nothing is checked after a refusal.
+            let _ = self.refusal.set(refused);
+        }
+        followed.through
+    }
+
+    /// Keeps what may not go on yet; what may never is replaced.
+    fn hold(&mut self, rest: &[u8]) {
+        match self.refusal.get() {
+            None => self.held.extend_from_slice(rest),
+            Some(refused) if refused.in_body => {}
+            Some(_) => {
+                self.held.extend_from_slice(REFUSED);
+                self.checked = self.held.len();
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Guard<S> {
+    /// Reads straight to where hyper wants it.
+    fn poll_read_through(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<Read>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        let came = &buffer.filled()[before..];
+        if came.is_empty() {
+            return Poll::Ready(Ok(Read::End));
+        }
+        let through = self.check(came);
+        self.hold(&came[through..]);
+        buffer.set_filled(before + through);
+        Poll::Ready(Ok(if through > 0 { Read::Checked } else { Read::Held }))
+    }
+
+    /// Reads behind the beginning of a head.
+    fn poll_read_behind(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Read>> {
+        // It may have come while another request was answered, and counts from then on.
+        self.phases.heard();
+        self.held.reserve(READ);
+        if ready!(poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.held))? == 0 {
+            return Poll::Ready(Ok(Read::End));
+        }
+        let held = mem::take(&mut self.held);
+        let through = self.check(&held);
+        self.held = held;
+        if self.refusal.get().is_some() {
+            self.held.truncate(through);
+            self.hold(&[]);
+        }
+        self.checked = self.checked.max(through);
+        Poll::Ready(Ok(Read::Held))
+    }
+}
+
+/// What came of a read.
+enum Read {
+    /// hyper has it.
+    Checked,
+    /// It is held, and may or may not go on.
+    Held,
+    /// Nothing more will come.
+    End,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if this.checked > 0 {
+                let here = this.checked.min(buffer.remaining());
+                buffer.put_slice(&this.held[..here]);
+                this.held.advance(here);
+                this.checked -= here;
+                if this.held.is_empty() {
+                    // Its room is not kept: mostly it is not needed again.
+                    this.held = BytesMut::new();
+                }
+                return Poll::Ready(Ok(()));
+            }
+            match this.refusal.get() {
+                None => {}
+                // The body breaks off.
+                Some(refused) if refused.in_body => return Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
+                // hyper closes when it has answered.
+                Some(_) => return Poll::Pending,
+            }
+            let read = if this.held.is_empty() {
+                ready!(this.poll_read_through(cx, buffer))?
+            } else {
+                ready!(this.poll_read_behind(cx))?
+            };
+            if matches!(read, Read::Checked | Read::End) {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
