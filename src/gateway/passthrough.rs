@@ -152,7 +152,8 @@ fn climbs(text: &str) -> bool {
 
 fn names_task_info(text: &str) -> bool {
     // Upper and then lower: there are letters that only become `s` or `k` that way round.
-    let folded = text.to_uppercase().to_lowercase();
+    // And `İ` becomes `i` with a dot on it, which a server that folds letter by letter leaves out.
+    let folded = text.to_uppercase().to_lowercase().replace('\u{307}', "");
     folded
         .split(|c: char| !c.is_alphanumeric())
         .any(|word| word == "taskinfo")
@@ -189,6 +190,8 @@ mod tests {
             "/api/v1/client/job/%20TaskInfo",
             "/api/v1/client/job/Ta%C5%BFkInfo",
             "/api/v1/client/job/Tas%E2%84%AAInfo",
+            "/api/v1/client/job/Task%C4%B0nfo",
+            "/api/v1/client/job/Task%C4%B1nfo",
             "/api/v1/client/job/%u0054askInfo",
             "/api/v1/client/job/TaskInf%c1%af",
             "/api/v1/client/job/TaskInfo%",

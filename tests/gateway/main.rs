@@ -21,6 +21,7 @@
 //! - `passthrough`: what is streamed through
 //! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
+//! - `edge`: what the RFCs call an error, and the limits of a request
 //! - `connections`: time-outs, limits, and who shares what
 //! - `tls`: upstream over TLS
 
@@ -37,6 +38,7 @@ mod browser;
 mod coalescing;
 mod commands;
 mod connections;
+mod edge;
 mod fairness;
 mod fidelity;
 mod freshness;
