@@ -143,14 +143,22 @@ struct Told {
 
 async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut is_failing = false;
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
         };
         let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => {
+                is_failing = false;
+                stream
+            }
             Err(error) => {
-                tracing::warn!(%error, "the admin port cannot accept");
+                // Once for as long as it lasts.
+                if !is_failing {
+                    tracing::warn!(%error, "the admin port cannot accept");
+                }
+                is_failing = true;
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }

@@ -17,6 +17,7 @@ use tracing_subscriber::{Registry, reload};
 
 use crun_gateway::config::{Config, Log, LogFormat};
 use crun_gateway::reload::Source;
+use crun_gateway::server::descriptors::{self, Shortfall};
 use crun_gateway::simulator::{self, DemoArgs, UpstreamArgs};
 use crun_gateway::{Listeners, Shutdown};
 
@@ -57,7 +58,13 @@ fn main() -> ExitCode {
     let done = match cli.command {
         None => load(&cli.file).map_or_else(Ok, |config| serve(config, cli.file).map(|()| ExitCode::SUCCESS)),
         Some(Command::Check(file)) => load(&file).map_or_else(Ok, |config| {
-            std::io::stdout().write_all(config.render().as_bytes())?;
+            let mut printed = config.render();
+            let available = descriptors::hard_limit().context("file descriptors")?;
+            if let Some(shortfall) = Shortfall::of(&config.limits, available) {
+                // What is printed stays a configuration.
+                printed.insert_str(0, &format!("# {shortfall}\n"));
+            }
+            std::io::stdout().write_all(printed.as_bytes())?;
             Ok(ExitCode::SUCCESS)
         }),
         Some(Command::Upstream(args)) => simulate(args).map(|()| ExitCode::SUCCESS),
@@ -77,8 +84,13 @@ fn load(file: &ConfigFile) -> Result<Config, ExitCode> {
     })
 }
 
-fn serve(config: Config, file: ConfigFile) -> anyhow::Result<()> {
+fn serve(mut config: Config, file: ConfigFile) -> anyhow::Result<()> {
     let level = init_log(&config.log);
+    let available = descriptors::raise().context("file descriptors")?;
+    if let Some(shortfall) = Shortfall::of(&config.limits, available) {
+        tracing::warn!("{shortfall}");
+        shortfall.fit(&mut config.limits);
+    }
     let runtime = runtime(config.worker_threads)?;
     let done = runtime.block_on(async {
         let shutdown = Shutdown::default();
@@ -88,6 +100,11 @@ fn serve(config: Config, file: ConfigFile) -> anyhow::Result<()> {
         let source = Source {
             path: file.config,
             now,
+            fit: Box::new(move |config| {
+                if let Some(shortfall) = Shortfall::of(&config.limits, available) {
+                    shortfall.fit(&mut config.limits);
+                }
+            }),
             // The log outlives everything that could have a level to set.
             set_level: Box::new(move |to| drop(level.modify(|filter| *filter = targets(to)))),
         };

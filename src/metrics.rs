@@ -91,7 +91,7 @@ pub fn code_class(code: u16) -> usize {
 const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
 
 /// Why the edge goes no further with a request or a connection.
-const REFUSALS: [&str; 7] = [
+const REFUSALS: [&str; 8] = [
     "malformed",
     "head_too_large",
     "body_too_large",
@@ -99,6 +99,7 @@ const REFUSALS: [&str; 7] = [
     "header_timeout",
     "request_timeout",
     "connections",
+    "accept",
 ];
 
 /// Every family.

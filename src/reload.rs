@@ -26,6 +26,8 @@ pub struct Source {
     pub path: PathBuf,
     /// Notified: read it now.
     pub now: Arc<Notify>,
+    /// Lowers what does not fit this host, as at start.
+    pub fit: Box<dyn Fn(&mut Config) + Send>,
     /// Sets the log's level.
     pub set_level: Box<dyn Fn(tracing::Level) + Send>,
 }
@@ -58,7 +60,8 @@ pub async fn watch(source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>)
         let load = tokio::task::spawn_blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
         let Ok(loaded) = load.await else { continue };
         match loaded {
-            Ok(config) => {
+            Ok(mut config) => {
+                (source.fit)(&mut config);
                 said.problems = None;
                 take_over(config, &source, &gateway, &metrics, &mut said, is_asked);
                 metrics.config_reload_success.set(1);

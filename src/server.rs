@@ -7,6 +7,7 @@
 
 mod chunks;
 mod connection;
+pub mod descriptors;
 mod framing;
 mod guard;
 mod head;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +34,9 @@ pub const GRACE: Duration = Duration::from_secs(2);
 
 /// After an accept that failed for want of descriptors or memory: spinning would make both worse.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// Connections that are told at once why they are not let in; beyond, they are closed without a word.
+const MOST_TURNED_AWAY: usize = 64;
 
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
@@ -63,6 +68,7 @@ pub async fn serve(
     let server = Server {
         gateway: Arc::clone(&gateway),
         admitted: Arc::default(),
+        turning_away: Arc::new(Semaphore::new(MOST_TURNED_AWAY)),
         metrics,
         draining: draining.clone(),
         tracker: TaskTracker::new(),
@@ -90,6 +96,7 @@ pub async fn serve(
 struct Server {
     gateway: Arc<Gateway>,
     admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    turning_away: Arc<Semaphore>,
     metrics: Arc<Metrics>,
     draining: CancellationToken,
     tracker: TaskTracker,
@@ -97,12 +104,21 @@ struct Server {
 
 impl Server {
     async fn accept_all(&self, listener: &TcpListener) {
+        let mut is_failing = false;
         loop {
             match listener.accept().await {
-                Ok((stream, peer)) => self.admit(stream, peer.ip()),
+                Ok((stream, peer)) => {
+                    is_failing = false;
+                    self.admit(stream, peer.ip());
+                }
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
+                    self.metrics.refused("accept");
+                    // Once for as long as it lasts.
+                    if !is_failing {
+                        tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
+                    }
+                    is_failing = true;
                     sleep(ACCEPT_BACKOFF).await;
                 }
             }
@@ -129,7 +145,13 @@ impl Server {
         let place = match self.place(peer) {
             Ok(place) => place,
             Err(limit) => {
-                self.tracker.spawn(turn_away(stream, limit));
+                self.metrics.refused("connections");
+                if let Ok(turning_away) = Arc::clone(&self.turning_away).try_acquire_owned() {
+                    self.tracker.spawn(async move {
+                        let _turning_away = turning_away;
+                        turn_away(stream, limit).await;
+                    });
+                }
                 return;
             }
         };

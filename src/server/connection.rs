@@ -9,6 +9,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -180,6 +181,8 @@ enum Phase {
 #[derive(Clone, Debug)]
 pub(super) struct Phases {
     phase: Arc<Mutex<Phase>>,
+    /// A head has begun behind the request that is being answered.
+    is_next_begun: Arc<AtomicBool>,
     idle_timeout: Duration,
     header_timeout: Duration,
     request_timeout: Duration,
@@ -190,6 +193,7 @@ impl Phases {
         let until = Instant::now() + limits.idle_timeout;
         Self {
             phase: Arc::new(Mutex::new(Phase::Idle { until })),
+            is_next_begun: Arc::default(),
             idle_timeout: limits.idle_timeout,
             header_timeout: limits.header_timeout,
             request_timeout: limits.request_timeout,
@@ -221,6 +225,11 @@ impl Phases {
         }
     }
 
+    /// The beginning of a head is there, or it is whole now.
+    pub(super) fn next_begun(&self, is_begun: bool) {
+        self.is_next_begun.store(is_begun, Ordering::Relaxed);
+    }
+
     /// Whether a request is being answered, or nothing more is.
     pub(super) fn is_busy(&self) -> bool {
         matches!(*self.lock(), Phase::Busy { .. } | Phase::Closing)
@@ -234,13 +243,19 @@ impl Phases {
     }
 }
 
-/// A request that is being answered; idle again when dropped.
+/// A request that is being answered; when dropped, the connection is idle again, or the next one's head has begun.
 struct Busy(Phases);
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let until = Instant::now() + self.0.idle_timeout;
-        self.0.set(Phase::Idle { until });
+        let now = Instant::now();
+        self.0.set(if self.0.is_next_begun.load(Ordering::Relaxed) {
+            let until = now + self.0.header_timeout;
+            Phase::Head { until }
+        } else {
+            let until = now + self.0.idle_timeout;
+            Phase::Idle { until }
+        });
     }
 }
 

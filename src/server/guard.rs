@@ -70,7 +70,12 @@ impl<S> Guard<S> {
     /// Keeps what may not go on yet; what may never is replaced.
     fn hold(&mut self, rest: &[u8]) {
         match self.refusal.get() {
-            None => self.held.extend_from_slice(rest),
+            None => {
+                self.held.extend_from_slice(rest);
+                if !rest.is_empty() {
+                    self.phases.next_begun(true);
+                }
+            }
             Some(refused) if refused.in_body => {}
             Some(_) => {
                 self.held.extend_from_slice(REFUSED);
@@ -97,8 +102,6 @@ impl<S: AsyncRead + Unpin> Guard<S> {
 
     /// Reads behind the beginning of a head.
     fn poll_read_behind(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Read>> {
-        // It may have come while another request was answered, and counts from then on.
-        self.phases.heard();
         self.held.reserve(READ);
         if ready!(poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.held))? == 0 {
             return Poll::Ready(Ok(Read::End));
@@ -110,6 +113,8 @@ impl<S: AsyncRead + Unpin> Guard<S> {
             self.held.truncate(through);
             self.hold(&[]);
         }
+        self.phases
+            .next_begun(self.refusal.get().is_none() && self.held.len() > through);
         self.checked = self.checked.max(through);
         Poll::Ready(Ok(Read::Held))
     }

@@ -144,6 +144,8 @@ async fn every_line_of_metrics_parses_and_nothing_has_been_counted_at_the_start(
         "upstream_breaker_open",
         "upstream_paused",
         "passthrough_requests_total",
+        "refused_total",
+        "requests_in_flight",
         "panics_total",
         "connections",
         "upstream_connections",

@@ -22,6 +22,7 @@
 //! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
 //! - `edge`: what the RFCs call an error, and the limits of a request
+//! - `limits`: what many connections and few file descriptors come to
 //! - `connections`: time-outs, limits, and who shares what
 //! - `tls`: upstream over TLS
 
@@ -45,6 +46,7 @@ mod freshness;
 mod harness;
 mod isolation;
 mod keys;
+mod limits;
 mod outage;
 mod pace;
 mod passthrough;

@@ -80,9 +80,22 @@ impl Gateway {
     }
 
     pub async fn start_with_env(upstream: &str, config: &str, env: &[(&str, &str)]) -> Self {
-        let file = config_file(&complete(upstream, config));
         let mut command = Command::new(BINARY);
-        command.arg("--config").arg(file.path()).envs(env.iter().copied());
+        command.envs(env.iter().copied());
+        Self::start_by(command, upstream, config).await
+    }
+
+    /// The same, where so many file descriptors are allowed, softly and at all.
+    pub async fn start_with_descriptors(upstream: &str, config: &str, soft: u32, hard: u32) -> Self {
+        let limited = format!("ulimit -S -n {soft} && ulimit -H -n {hard} && exec \"$0\" \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &limited, BINARY]);
+        Self::start_by(command, upstream, config).await
+    }
+
+    async fn start_by(mut command: Command, upstream: &str, config: &str) -> Self {
+        let file = config_file(&complete(upstream, config));
+        command.arg("--config").arg(file.path());
         let mut child = command
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -118,6 +131,14 @@ impl Gateway {
             config: file,
             upstream: upstream.to_owned(),
         }
+    }
+
+    /// The time that its threads have run, in user and system mode.
+    pub fn cpu(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id().unwrap())).unwrap();
+        // The name may hold spaces; `utime` and `stime` are the 12th and 13th behind it, in hundredths of a second.
+        let fields = stat.rsplit_once(") ").unwrap().1.split(' ').skip(11).take(2);
+        Duration::from_millis(fields.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())
     }
 
     /// Everything logged so far.

@@ -1,0 +1,208 @@
+//! Many connections, few file descriptors: whoever is too many is told so, everybody else and the platform are served.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::harness::process::{BINARY, config_file};
+use crate::harness::raw::{self, Raw};
+use crate::harness::{Gateway, KEY, PATIENCE, Simulator, TASK_INFO, poll};
+
+async fn quick() -> Simulator {
+    Simulator::start(&["--latency", "0ms"]).await
+}
+
+/// One series of the admin port, over a connection that is open already.
+async fn metric(admin: &mut Raw, series: &str) -> f64 {
+    admin.send("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let reply = admin.reply().await;
+    let text = String::from_utf8(reply.body).unwrap();
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no {series} in {text}"))
+        .parse()
+        .unwrap()
+}
+
+#[tokio::test]
+async fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+    let upstream = quick().await;
+    let gateway = Gateway::start_with_descriptors(&upstream.url, "limits: { connections: 500 }", 64, 4096).await;
+    let most = gateway.metric("process_max_fds").await;
+    assert!((most - 4096.0).abs() < 0.1, "{most}");
+    assert!(!gateway.log().contains("file descriptors"), "{}", gateway.log());
+    let mut clients = Vec::new();
+    for _ in 0..200 {
+        clients.push(Raw::connect(gateway.address).await);
+    }
+    for client in &mut clients {
+        assert!(client.poll("ended.a").await.is(200));
+    }
+}
+
+#[tokio::test]
+async fn a_shortfall_of_descriptors_is_named_at_start_and_by_check() {
+    let upstream = quick().await;
+    let config = "limits: { connections: 2000, upstream_connections: 200 }";
+    let gateway = Gateway::start_with_descriptors(&upstream.url, config, 1024, 1024).await;
+    let said = "limits.connections: 2000 and limits.upstream_connections of 200 take 2392 file descriptors, and a process \
+                may have 1024 here, so that 756 and 75 are let in";
+    assert!(gateway.log().contains(said), "{}", gateway.log());
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+
+    let file = config_file(config);
+    let limited = "ulimit -n 1024 && exec \"$0\" check --config \"$1\"";
+    let mut check = tokio::process::Command::new("sh");
+    let checked = check
+        .args(["-c", limited, BINARY])
+        .arg(file.path())
+        .output()
+        .await
+        .unwrap();
+    let printed = String::from_utf8(checked.stdout).unwrap();
+    assert!(checked.status.success(), "{printed}");
+    assert!(printed.starts_with(&format!("# {said}")), "{printed}");
+    // What is printed is a configuration all the same.
+    let again = config_file(&printed);
+    let again = crate::harness::process::run(&["check", "--config", again.path().to_str().unwrap()], &[]).await;
+    assert_eq!(again.code, 0, "{again:?}");
+}
+
+#[tokio::test]
+async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() {
+    let upstream = quick().await;
+    let gateway = Gateway::start_with_descriptors(&upstream.url, "", 512, 512).await;
+    // A change of the configuration changes nothing of that.
+    gateway.reconfigure("max_accounts: 7");
+    let started = Instant::now();
+    while !gateway.log().contains("the changed configuration is taken over") {
+        assert!(started.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!(!gateway.log().contains("need a restart"), "{}", gateway.log());
+    // 512 less 192 for everything else, shared 10 to 1.
+    let fitting = 290;
+    let mut let_in = Vec::new();
+    for _ in 0..fitting {
+        let_in.push(Raw::connect(gateway.address).await);
+    }
+    for client in &mut let_in {
+        assert!(client.poll("ended.a").await.is(200));
+    }
+    let mut too_many = Vec::new();
+    for _ in 0..300 {
+        too_many.push(Raw::connect(gateway.address).await);
+        if too_many.len() % 50 == 0 {
+            assert_eq!(gateway.admin("/readyz").await.0, 200);
+        }
+    }
+    let refusal = too_many[0].reply().await;
+    assert!(refusal.is(503), "{refusal:?}");
+    for client in let_in.iter_mut().step_by(10) {
+        assert!(client.poll("ended.a").await.is(200));
+    }
+    while gateway
+        .metric("crun_gateway_refused_total{reason=\"connections\"}")
+        .await
+        < 300.0
+    {
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!(!gateway.log().contains("cannot accept"), "{}", gateway.log());
+    drop((let_in, too_many));
+    while gateway.metric("crun_gateway_connections").await > 0.0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+}
+
+#[tokio::test]
+async fn an_accept_without_descriptors_waits_and_does_not_spin() {
+    let upstream = quick().await;
+    // Too few for the process's own.
+    let gateway = Gateway::start_with_descriptors(&upstream.url, "", 40, 40).await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    let mut admin = Raw::connect(gateway.admin).await;
+    let mut kept = Raw::connect(gateway.address).await;
+    assert!(kept.poll("ended.a").await.is(200));
+    let mut clients = Vec::new();
+    for _ in 0..60 {
+        clients.push(Raw::connect(gateway.address).await);
+        clients.push(Raw::connect(gateway.admin).await);
+    }
+    let failed = "crun_gateway_refused_total{reason=\"accept\"}";
+    while metric(&mut admin, failed).await < 1.0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    let (first, started) = (metric(&mut admin, failed).await, Instant::now());
+    let cpu = gateway.cpu();
+    // Who is connected is served meanwhile.
+    assert!(kept.poll("ended.a").await.is(200));
+    let tries = loop {
+        let tries = metric(&mut admin, failed).await - first;
+        if tries >= 10.0 {
+            break tries;
+        }
+        sleep(Duration::from_millis(20)).await;
+    };
+    let took = started.elapsed();
+    // One every 100 ms; the one before the first that is seen here may just have begun.
+    assert!(took.as_secs_f64() >= 0.1 * (tries - 1.0), "{tries} in {took:?}");
+    let cpu = gateway.cpu().saturating_sub(cpu);
+    assert!(cpu < took / 2, "{cpu:?} in {took:?}");
+    let said = gateway.log().matches("cannot accept: raise the limit").count();
+    assert!(said >= 1 && (said as f64) < tries, "{}", gateway.log());
+    drop(clients);
+    // Once it has seen them go, there is room again.
+    let started = Instant::now();
+    while poll(gateway.address, "ended.a").await.status != 200 {
+        assert!(started.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(gateway.admin("/readyz").await.0, 200);
+}
+
+#[tokio::test]
+async fn five_hundred_slow_heads_are_closed_in_time_and_hold_up_nobody() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "limits: { header_timeout: \"2s\" }").await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    let mut slow = Vec::new();
+    for _ in 0..500 {
+        let mut client = Raw::connect(gateway.address).await;
+        client
+            .send(format!("GET {TASK_INFO}?task_id=a HTTP/1.1\r\nx-api-key: {KEY}\r\na: "))
+            .await
+            .unwrap();
+        slow.push(client);
+    }
+    let mut quick = Raw::connect(gateway.address).await;
+    assert!(quick.poll("ended.a").await.is(200));
+    for client in &mut slow {
+        client.assert_ends().await;
+    }
+    let closed = gateway
+        .metric("crun_gateway_refused_total{reason=\"header_timeout\"}")
+        .await;
+    assert!((closed - 500.0).abs() < 0.1, "{closed}");
+    assert_eq!(gateway.admin("/readyz").await.0, 200);
+    assert!(quick.poll("ended.a").await.is(200));
+}
+
+#[tokio::test]
+async fn the_beginning_of_a_head_behind_a_request_is_held_to_the_header_timeout_too() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(
+        &upstream.url,
+        "limits: { header_timeout: \"1s\", idle_timeout: \"60s\" }",
+    )
+    .await;
+    let mut client = Raw::connect(gateway.address).await;
+    client.send(format!("{}GET /", raw::poll("ended.a"))).await.unwrap();
+    assert!(client.reply().await.is(200));
+    let answered = Instant::now();
+    client.assert_ends().await;
+    assert!(answered.elapsed() < Duration::from_secs(10), "{:?}", answered.elapsed());
+}
