@@ -112,7 +112,10 @@ pub async fn run(
     let beat = tokio::spawn(async move { health.beat().await });
     let sweep = tokio::spawn({
         let gateway = Arc::clone(&gateway);
-        async move { gateway.sweep().await }
+        async move {
+            // A panic ends one round of it, and no more.
+            while gateway.metrics().contain(gateway.sweep()).await.is_none() {}
+        }
     });
     let reload = source.map(|source| {
         let watch = reload::watch(source, Arc::clone(&gateway), Arc::clone(&metrics));

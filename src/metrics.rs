@@ -536,3 +536,17 @@ fn opts(name: &str, help: &str) -> Opts {
 fn histogram(name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
     HistogramOpts::new(format!("crun_gateway_{name}"), help).buckets(buckets.to_vec())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_ends_the_work_and_is_counted() {
+        let metrics = Metrics::new().unwrap();
+        assert_eq!(metrics.contain(async { 1 }).await, Some(1));
+        assert_eq!(metrics.panics.get(), 0);
+        let none: Option<()> = metrics.contain(async { panic!("a bug, planted") }).await;
+        assert_eq!((none, metrics.panics.get()), (None, 1));
+    }
+}

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use http::Method;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 
+use crate::harness::client::bare;
+use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::raw::{self, Raw, RawReply};
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Scripted, TASK_INFO};
@@ -603,4 +606,33 @@ async fn a_request_that_takes_too_long_is_504_and_its_answer_cut_when_it_has_beg
         .await;
     assert!((refused - 3.0).abs() < 0.1, "{refused}");
     assert_eq!(gateway.admin("/readyz").await.0, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_is_a_500_for_that_request_counted_and_nothing_else() {
+    let paused = Paused::start(
+        Behaviour {
+            opening: |number| {
+                assert!(number > 1, "a bug, planted");
+                Duration::ZERO
+            },
+            ..Behaviour::default()
+        },
+        |_| {},
+    );
+    let poll = paused.poll(KEY, "a").await;
+    poll.assert_is_our_error(500);
+    let upload = || {
+        let mut upload = bare(Method::POST, "/api/v1/echo?task_id=a");
+        upload.headers_mut().insert("x-api-key", KEY.parse().unwrap());
+        upload
+    };
+    paused.ask(upload()).await.assert_is_our_error(500);
+    let panics = paused.metric("crun_gateway_panics_total");
+    assert!((panics - 2.0).abs() < 0.1, "{panics}");
+    // The same task, the same account, the same path.
+    assert_eq!(paused.poll(KEY, "a").await.status, 200);
+    assert_eq!(paused.ask(upload()).await.status, 200);
+    let in_flight = paused.metric("crun_gateway_requests_in_flight");
+    assert!(in_flight < 0.1, "{in_flight}");
 }
