@@ -189,7 +189,7 @@ pub(super) struct Phases {
 }
 
 impl Phases {
-    fn new(limits: &Limits) -> Self {
+    pub(super) fn new(limits: &Limits) -> Self {
         let until = Instant::now() + limits.idle_timeout;
         Self {
             phase: Arc::new(Mutex::new(Phase::Idle { until })),
@@ -235,7 +235,8 @@ impl Phases {
         matches!(*self.lock(), Phase::Busy { .. } | Phase::Closing)
     }
 
-    fn busy(&self) -> Busy {
+    /// A request is being answered, until this is dropped.
+    pub(super) fn busy(&self) -> Busy {
         // An answer in words is given when `request_timeout` is over, and has a while to go out.
         let until = Instant::now() + self.request_timeout + LINGER;
         self.set(Phase::Busy { until });
@@ -244,7 +245,7 @@ impl Phases {
 }
 
 /// A request that is being answered; when dropped, the connection is idle again, or the next one's head has begun.
-struct Busy(Phases);
+pub(super) struct Busy(Phases);
 
 impl Drop for Busy {
     fn drop(&mut self) {

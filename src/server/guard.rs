@@ -21,7 +21,7 @@ use super::framing::{Framing, Refused};
 use super::head::Most;
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
-const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
+pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
 
 /// How much is read at once behind the beginning of a head.
 const READ: usize = 4096;

@@ -1,6 +1,8 @@
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
@@ -10,9 +12,14 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use proptest::prelude::*;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadBuf};
 
+use super::super::connection::Phases;
+use super::super::guard::{Guard, REFUSED, Refusal};
 use super::*;
+use crate::config::{Config, Limits};
+
+static LIMITS: LazyLock<Limits> = LazyLock::new(|| Config::default().limits);
 
 fn most() -> Most {
     Most {
@@ -198,7 +205,7 @@ fn limits_are_exact() {
 
 #[test]
 fn as_many_fields_as_configured_fit() {
-    let mut limits = crate::config::Config::default().limits;
+    let mut limits = LIMITS.clone();
     limits.headers = 300;
     let fields = |count: usize| format!("GET /a HTTP/1.1\r\nHost: x\r\n{}\r\n", "a: b\r\n".repeat(count - 1));
     let mut framing = Framing::new(Most::new(&limits));
@@ -354,10 +361,80 @@ fn what_is_only_unusual_passes() {
     }
 }
 
+/// A request of parts that mostly go together.
+fn request() -> impl Strategy<Value = Vec<u8>> {
+    let line = (
+        prop::sample::select(&["GET", "POST", "OPTIONS", "M!", "TRACE", "G T"][..]),
+        prop::sample::select(
+            &[
+                "/a",
+                "/?a=%zz",
+                "/\u{444}",
+                "*",
+                "http://x",
+                "HTTPS://x:1/a?b",
+                "x",
+                "/a b",
+                "/<",
+            ][..],
+        ),
+        prop::sample::select(&["1.1", "1.1", "1.1", "1.0", "2.0"][..]),
+    );
+    let fields = prop::sample::select(
+        &[
+            "Host: x\r\n",
+            "hOST:[::1]:8\r\n",
+            "Content-Length: 5\r\n",
+            "content-length:\t05 \r\n",
+            "Content-Length: 5, 5\r\n",
+            "Content-Length: +5\r\n",
+            "Content-Length: 0\r\n",
+            "Content-Length: 18446744073709551615\r\n",
+            "Transfer-Encoding: chunked\r\n",
+            "tRANSFER-eNCODING: CHUNKED\t\r\n",
+            "Transfer-Encoding: chunked, identity\r\n",
+            "Transfer-Encoding : chunked\r\n",
+            "Expect: 100-continue\r\n",
+            "Connection: close\r\n",
+            "a: b\r\n",
+            "a:\r\n",
+            "a: b\n",
+            " a: b\r\n",
+            "a: \u{444}\r\n",
+        ][..],
+    );
+    let body = prop::sample::select(
+        &[
+            "",
+            "",
+            "hello",
+            "5\r\nhello\r\n0\r\n\r\n",
+            "005;a=\"b\" ;c\r\nhello\r\n0 ;\r\na: b\r\nc:\r\n\r\n",
+            "0\r\n\r\n",
+            "0\r\na : b\r\n\r\n",
+            "5\nhello\n0\n\n",
+            "41\r\n",
+            "ffffffffffffffff\r\n",
+        ][..],
+    );
+    (
+        line,
+        prop::bool::weighted(0.9),
+        prop::collection::vec(fields, 0..4),
+        body,
+    )
+        .prop_map(|((method, target, version), has_host, fields, body)| {
+            let host = if has_host { "Host: x\r\n" } else { "" };
+            let fields = fields.concat();
+            format!("{method} {target} HTTP/{version}\r\n{host}{fields}\r\n{body}").into_bytes()
+        })
+}
+
 /// Requests, good and bad, and what they are made of.
 fn piece() -> impl Strategy<Value = Vec<u8>> {
     let text = |texts: &'static [&'static str]| prop::sample::select(texts).prop_map(|text| text.as_bytes().to_vec());
     prop_oneof![
+        6 => request(),
         6 => text(&[
             "GET /a HTTP/1.1\r\nHost: x\r\n\r\n",
             "POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
@@ -419,6 +496,46 @@ async fn hyper_finds(bytes: &[u8]) -> (usize, bool) {
     (found.load(Ordering::Relaxed), has_error)
 }
 
+/// Gives bytes in pieces of these lengths, over and over.
+struct Pieces<'a> {
+    bytes: &'a [u8],
+    lengths: std::iter::Cycle<std::slice::Iter<'a, usize>>,
+}
+
+impl AsyncRead for Pieces<'_> {
+    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let length = *self.lengths.next().unwrap();
+        let (piece, rest) = self
+            .bytes
+            .split_at(length.min(buffer.remaining()).min(self.bytes.len()));
+        buffer.put_slice(piece);
+        self.bytes = rest;
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// What a guard lets through, and whether it then breaks off.
+fn guarded(bytes: &[u8], lengths: &[usize], room: usize) -> (Vec<u8>, bool) {
+    let pieces = Pieces {
+        bytes,
+        lengths: lengths.iter().cycle(),
+    };
+    let phases = Phases::new(&LIMITS);
+    let _busy = phases.busy();
+    let mut guard = Guard::new(pieces, phases, most(), Refusal::default());
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut through = Vec::new();
+    loop {
+        let mut buffer = vec![0; room];
+        let mut buffer = ReadBuf::new(&mut buffer);
+        match Pin::new(&mut guard).poll_read(&mut cx, &mut buffer) {
+            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => through.extend_from_slice(buffer.filled()),
+            Poll::Ready(Err(_)) => return (through, true),
+            Poll::Ready(Ok(())) | Poll::Pending => return (through, false),
+        }
+    }
+}
+
 thread_local! {
     static RUNTIME: tokio::runtime::Runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
 }
@@ -443,6 +560,23 @@ proptest! {
             prop_assert!(whole.through < pieces.through);
         } else {
             prop_assert_eq!((whole.heads, whole.through), (pieces.heads, pieces.through));
+        }
+    }
+
+    #[test]
+    fn what_goes_on_is_what_came(
+        bytes in stream(),
+        lengths in prop::collection::vec(1_usize..400, 1..6),
+        room in 1_usize..300,
+    ) {
+        let whole = follow(&bytes);
+        let (through, breaks_off) = guarded(&bytes, &lengths, room);
+        if breaks_off {
+            prop_assert!(bytes.starts_with(&through) && whole.through < through.len());
+            prop_assert!(whole.refused.is_some());
+        } else {
+            let end = if whole.refused.is_some() { REFUSED } else { b"" };
+            prop_assert_eq!(through, [&bytes[..whole.through], end].concat());
         }
     }
 
