@@ -186,9 +186,18 @@ impl Gateway {
 
     /// The answer to a request that goes no further, or to what is none; counted and logged. `headers` may name it.
     pub fn refuse(&self, error: &Error, headers: &HeaderMap) -> Response<Body> {
-        let request_id = response::request_id(headers);
+        self.refuse_named(error, response::request_id(headers))
+    }
+
+    fn refuse_named(&self, error: &Error, request_id: HeaderValue) -> Response<Body> {
         self.metrics.refused(error.detail());
-        let mut response = refuse(error, OTHER, &request_id);
+        tracing::debug!(
+            request_id = request_id.to_str().unwrap_or_default(),
+            code = error.status().as_u16(),
+            detail = error.detail(),
+            "request refused"
+        );
+        let mut response = response::error(error);
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
@@ -214,10 +223,7 @@ impl Gateway {
         let in_time = timeout(self.config.load().limits.request_timeout, answering);
         let mut response = match self.metrics.contain(in_time).await {
             Some(Ok(response)) => response,
-            Some(Err(_)) => {
-                self.metrics.refused(Error::RequestTimeout.detail());
-                refuse(&Error::RequestTimeout, OTHER, &request_id)
-            }
+            Some(Err(_)) => return self.refuse_named(&Error::RequestTimeout, request_id),
             None => response::error(&Error::Internal),
         };
         response.headers_mut().insert(response::REQUEST_ID, request_id);

@@ -177,7 +177,8 @@ impl Upstream {
             .await
             .map_err(|_| Error::NoConnection)?;
         let (mut sender, _) = self.0.open(slot).await?;
-        sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)
+        let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+        in_http(response)
     }
 
     /// Whether upstream may be asked at all.
@@ -386,7 +387,7 @@ impl Ready {
         wire.arm(permit);
         let exchange = async {
             let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
-            let (head, body) = response.into_parts();
+            let (head, body) = in_http(response)?.into_parts();
             let (body, room) = body::read(&head.headers, body, &upstream.room).await?;
             Ok((head, body, room))
         };
@@ -570,6 +571,14 @@ impl Drop for Slot {
         self.upstream.metrics.upstream_connections.dec();
         self.upstream.freed.notify_waiters();
     }
+}
+
+/// Nobody asked for another protocol: an Upgrade goes no further than to us.
+fn in_http(response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Error::UpstreamBroken);
+    }
+    Ok(response)
 }
 
 /// Roots of the web, and the operator's own; ALPN `http/1.1`.

@@ -96,7 +96,12 @@ fn an_empty_file_has_every_default() {
     assert_eq!(config.cache.fresh.ceiling, secs(30));
     assert_eq!(config.cache.max_stale, Duration::from_mins(10));
     assert_eq!(config.passthrough, ["/api/v1/"]);
+    assert_eq!(config.limits.header_bytes, 32 << 10);
+    assert_eq!(config.limits.headers, 100);
     assert_eq!(config.limits.header_timeout, secs(10));
+    assert_eq!(config.limits.request_body, 256 << 20);
+    assert_eq!(config.limits.request_timeout, Duration::from_mins(15));
+    assert_eq!(config.limits.requests, 10_000);
     assert_eq!(config.limits.idle_timeout, secs(75));
     assert_eq!(config.limits.connections, 20_000);
     assert_eq!(config.limits.connections_per_address, None);
@@ -232,7 +237,12 @@ fn every_field_has_a_range() {
         ("cache.fresh.ceiling", &["0s"]),
         ("cache.max_stale", &["10", "never"]),
         ("passthrough", &["null", "/api/"]),
+        ("limits.header_bytes", &["0", "1000", "65KiB"]),
+        ("limits.headers", &["0", "1001"]),
         ("limits.header_timeout", &["0s"]),
+        ("limits.request_body", &["2TiB", "1s"]),
+        ("limits.request_timeout", &["0s", "9s"]),
+        ("limits.requests", &["0"]),
         ("limits.idle_timeout", &["0s"]),
         ("limits.connections", &["0", "null"]),
         ("limits.connections_per_address", &["0"]),
@@ -268,6 +278,11 @@ fn fields_that_contradict_each_other_are_refused() {
         "limits: { body_bytes: 8MiB }",
         "upstream.max_body: is above limits.body_bytes of 8MiB: no room for one such body: \
          lower it, or raise limits.body_bytes",
+    );
+    refuses(
+        "limits: { request_timeout: 9s }",
+        "limits.request_timeout: is 9s, below budget.max_wait of 10s: raise it, or lower budget.max_wait: a poll may wait \
+         that long",
     );
     // A longer wait than drain is the operator's choice: what has not finished by then is cut.
     accepts("budget: { max_wait: 45s }");
@@ -454,7 +469,7 @@ client_header: X-Team
 budget: {{ limit: 1000000, margin: 1ns, max_wait: 30m 1s, max_queue: 1 }}
 cache: {{ max_bytes: 1TiB, terminal: 364d 1ms, not_found: 0s, fresh: {{ floor: 0s, ceiling: 1ms }}, max_stale: 0s }}
 passthrough: []
-limits: {{ header_timeout: 1m, idle_timeout: 1d, connections: 1, connections_per_address: 2, upstream_connections: 3, body_bytes: 2MB }}
+limits: {{ header_bytes: 1KiB, headers: 1000, request_body: 0, request_timeout: 31m, requests: 1, header_timeout: 1m, idle_timeout: 1d, connections: 1, connections_per_address: 2, upstream_connections: 3, body_bytes: 2MB }}
 drain: 24h
 worker_threads: 1024
 log: {{ format: json, level: trace }}

@@ -305,6 +305,21 @@ async fn bytes_behind_an_offer_of_another_protocol_are_not_taken_for_requests() 
 }
 
 #[tokio::test]
+async fn upstream_cannot_switch_protocols_on_a_client() {
+    let switch = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n\u{1}hello";
+    let upstream = Scripted::always(switch).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let mut client = Raw::connect(gateway.address).await;
+    for offer in ["a: b", "Connection: upgrade\r\nUpgrade: websocket"] {
+        for request in both_kinds(offer) {
+            client.send(request).await.unwrap();
+            let reply = client.reply().await;
+            assert!(reply.is(502), "{reply:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn answers_that_are_due_come_before_a_refusal_and_nothing_after_it() {
     let upstream = recording().await;
     let gateway = Gateway::start(&upstream.url, "").await;
