@@ -103,14 +103,23 @@ impl AccountIds {
 pub enum Caller {
     /// The client token's configured name.
     Token(Arc<str>),
-    /// Without a token, the peer's address.
+    /// Without a token, the name in the connection's verified certificate.
+    Certificate(Arc<str>),
+    /// With neither, the peer's address.
     Address(IpAddr),
+}
+
+impl From<IpAddr> for Caller {
+    /// One address is one caller, however it is written.
+    fn from(address: IpAddr) -> Self {
+        Self::Address(address.to_canonical())
+    }
 }
 
 /// The unit of fairness: a caller, and within it the name that it gave itself.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Client {
-    /// Token or address.
+    /// Token, certificate or address.
     pub caller: Caller,
     /// Free text from `client_header`; anybody may claim any name, so it counts within the caller only.
     pub name: Option<Arc<str>>,

@@ -1,8 +1,9 @@
 //! The checked configuration: real types, every value in range, every secret read.
 //!
 //! A YAML file goes in, a [`Config`] or all its [`Problems`] come out. The one list of fields, defaults and checks is
-//! `config/fields.rs`; the shape is that of the shipped `config.yaml`. Nothing here reads the process's environment or
-//! the clock: the environment is an argument. Relative paths are relative to the working directory.
+//! `config/fields.rs`; the shape is that of the shipped `config.yaml`. Nothing here reads the process's environment, which
+//! is an argument, or the clock, but to see whether a certificate has expired. Relative paths are relative to the working
+//! directory.
 
 mod fields;
 mod problem;
@@ -10,7 +11,9 @@ mod reader;
 mod render;
 mod restart;
 mod secret;
+mod tls;
 mod values;
+mod watched;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -23,6 +26,8 @@ use serde_json::Value;
 pub use self::problem::{Problem, Problems};
 use self::reader::Reader;
 pub use self::secret::{Key, KeySource};
+pub use self::tls::{ClientCertificates, Demand, Identity, Tls};
+pub use self::watched::{Content, Watched};
 
 /// Everything that the gateway may be told.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +36,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Metrics and health; never exposed outside.
     pub admin: SocketAddr,
+    /// TLS for clients; `None` is plain HTTP.
+    pub tls: Option<Tls>,
     /// The API that is polled.
     pub upstream: Upstream,
     /// The accounts that are known by name.

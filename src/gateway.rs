@@ -23,13 +23,13 @@ mod clearance;
 mod credential;
 mod keys;
 mod max_age;
+mod others;
 mod outage;
 mod passthrough;
 mod response;
 mod status;
 mod tally;
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::account::AccountId;
+use crate::account::{AccountId, Caller};
 use crate::budget::{Entry, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
@@ -124,7 +124,8 @@ enum Landed {
 struct Poll {
     arrived: Instant,
     asker: Asker,
-    peer: IpAddr,
+    /// Whose connection it came on.
+    caller: Caller,
     /// What the client calls itself.
     name: Option<HeaderValue>,
     task: TaskId,
@@ -210,12 +211,12 @@ impl Gateway {
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, peer: IpAddr) -> Response<Body> {
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, caller: Caller) -> Response<Body> {
         let request_id = response::request_id(request.headers());
         let answering = async {
             if request.uri().path() == TASK_INFO_PATH {
                 let (method, uri, headers) = (request.method(), request.uri(), request.headers());
-                self.poll(method, uri, headers, peer, &request_id).await
+                self.poll(method, uri, headers, &caller, &request_id).await
             } else {
                 self.pass_through(request).await
             }
@@ -253,11 +254,11 @@ impl Gateway {
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,
-        peer: IpAddr,
+        caller: &Caller,
         request_id: &HeaderValue,
     ) -> Response<Body> {
         let arrived = Instant::now();
-        let mut poll = match self.read_poll(method, uri, headers, peer, arrived) {
+        let mut poll = match self.read_poll(method, uri, headers, caller, arrived) {
             Ok(poll) => poll,
             Err(error) => {
                 let (metrics, requests) = &self.strangers;
@@ -269,7 +270,7 @@ impl Gateway {
             match self.answer_to_key(&mut poll).await {
                 // A changed configuration has taken its key to another account: whatever went wrong was the old one's.
                 Err(_) if poll.asker.account.superseded.is_cancelled() => {
-                    match self.read_poll(method, uri, headers, peer, arrived) {
+                    match self.read_poll(method, uri, headers, caller, arrived) {
                         Ok(anew) => poll = anew,
                         Err(error) => break Err(error),
                     }
@@ -282,7 +283,7 @@ impl Gateway {
             Ok(Answered { served, cache, answer }) => {
                 let now = Instant::now();
                 let took = now.saturating_duration_since(arrived);
-                account.answered(poll.asker.requests(), served, answer.code(), took);
+                account.answered(&poll.asker.requests(&poll.caller), served, answer.code(), took);
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
                     account = &*account.label,
@@ -295,8 +296,8 @@ impl Gateway {
                 response::answer(&answer, cache, now, poll.asker.account.lifetime(now))
             }
             Err(error) => {
-                let (requests, code) = (poll.asker.requests(), error.status().as_u16());
-                account.answered(requests, Served::None, code, arrived.elapsed());
+                let (requests, code) = (poll.asker.requests(&poll.caller), error.status().as_u16());
+                account.answered(&requests, Served::None, code, arrived.elapsed());
                 refuse(&error, &account.label, request_id)
             }
         }
@@ -307,7 +308,7 @@ impl Gateway {
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,
-        peer: IpAddr,
+        caller: &Caller,
         arrived: Instant,
     ) -> Result<Poll, Error> {
         if method != Method::GET && method != Method::HEAD {
@@ -319,7 +320,7 @@ impl Gateway {
         Ok(Poll {
             arrived,
             asker,
-            peer,
+            caller: caller.clone(),
             name: headers.get(&self.config.load().client_header).cloned(),
             task,
             max_age: max_age::wanted(headers),
@@ -343,7 +344,7 @@ impl Gateway {
         }
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
-        let client = asker.client(poll.peer, name);
+        let client = asker.client(&poll.caller, name);
         let latest = self.latest_turn(poll.arrived);
         loop {
             if let Some(answered) = Self::refused_meanwhile(&mut asker, poll.arrived) {

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! simulator                                the simulated upstream and the demo fleet
-//! server  admin  reload                    edges: accept, drain · metrics, health, status page · a changed configuration
+//! server  admin  reload                    edges: accept, TLS, drain · metrics, health, status page · a changed configuration
 //! gateway                                  the life of a request: knows all the parts
 //! cache  flight  upstream  watch           the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when
@@ -83,6 +83,11 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new().context("metrics")?);
+    let tls = config
+        .tls
+        .clone()
+        .map(|files| server::Tls::load(files, Arc::clone(&metrics)));
+    let tls = tls.transpose()?;
     let dial = upstream::tcp(config.upstream.url.clone());
     metrics.config_reload_success.set(1);
     metrics.config_reload_timestamp.set(reload::unix_now());
@@ -121,11 +126,12 @@ pub async fn run(
         let watch = reload::watch(source, Arc::clone(&gateway), Arc::clone(&metrics));
         tokio::spawn(watch)
     });
-    server::serve(listeners.clients, gateway, metrics, shutdown.drain, shutdown.now).await;
+    let certificates = tls.clone().map(|tls| tokio::spawn(tls.watch()));
+    server::serve(listeners.clients, tls, gateway, metrics, shutdown.drain, shutdown.now).await;
     beat.abort();
     sweep.abort();
-    if let Some(reload) = reload {
-        reload.abort();
+    for task in [reload, certificates].into_iter().flatten() {
+        task.abort();
     }
     stop_admin.cancel();
     // It ends within a turn of its runtime; a panic there was reported by the hook.

@@ -4,7 +4,7 @@
 //! `other`, and the words of `outcome`. Every series exists at 0 from the start, so that a first error is an increase.
 
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::FutureExt as _;
 use prometheus::{
@@ -77,6 +77,46 @@ impl Eviction {
     }
 }
 
+/// Why a client's TLS handshake came to nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandshakeFailure {
+    /// `limits.header_timeout` passed first.
+    Timeout,
+    /// The client spoke HTTP without TLS.
+    PlainHttp,
+    /// The client's certificate was missing, or nobody vouches for it.
+    ClientCertificate,
+    /// The client refused, mostly the gateway's certificate.
+    RefusedByClient,
+    /// What came is not TLS, or none that is spoken here.
+    Protocol,
+    /// The client left.
+    Closed,
+}
+
+impl HandshakeFailure {
+    const ALL: [Self; 6] = [
+        Self::Timeout,
+        Self::PlainHttp,
+        Self::ClientCertificate,
+        Self::RefusedByClient,
+        Self::Protocol,
+        Self::Closed,
+    ];
+
+    /// The metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::PlainHttp => "plain_http",
+            Self::ClientCertificate => "client_certificate",
+            Self::RefusedByClient => "refused_by_client",
+            Self::Protocol => "protocol",
+            Self::Closed => "closed",
+        }
+    }
+}
+
 /// The class of an HTTP-like code, as a label.
 pub fn code_class(code: u16) -> usize {
     match code {
@@ -142,6 +182,11 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Upstream connections open now.
     pub upstream_connections: IntGauge,
+    tls_handshake_failures: IntCounterVec,
+    /// 0 while what the files of `tls` hold was refused, and what was served before still is.
+    pub tls_reload_success: IntGauge,
+    /// Without labels, and without a value while there is no certificate: 0 would have expired in 1970.
+    tls_certificate_expiry: IntGaugeVec,
 }
 
 impl Metrics {
@@ -361,6 +406,33 @@ impl Metrics {
                 &registry,
                 IntGauge::with_opts(opts("upstream_connections", "Upstream connections open."))?,
             )?,
+            tls_handshake_failures: register(
+                &registry,
+                IntCounterVec::new(
+                    opts(
+                        "tls_handshake_failures_total",
+                        "Clients' TLS handshakes that came to nothing, by why.",
+                    ),
+                    &["reason"],
+                )?,
+            )?,
+            tls_reload_success: register(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "tls_reload_success",
+                    "0 while what the files of tls hold was refused and the certificate before is served, else 1.",
+                ))?,
+            )?,
+            tls_certificate_expiry: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts(
+                        "tls_certificate_expiry_timestamp_seconds",
+                        "When the certificate that clients are shown, or one of its intermediates, expires.",
+                    ),
+                    &[],
+                )?,
+            )?,
             registry,
         };
         for cause in Eviction::ALL {
@@ -369,7 +441,24 @@ impl Metrics {
         for reason in REFUSALS {
             metrics.refused.with_label_values(&[reason]);
         }
+        for reason in HandshakeFailure::ALL {
+            metrics.tls_handshake_failures.with_label_values(&[reason.label()]);
+        }
+        metrics.tls_reload_success.set(1);
         Ok(metrics)
+    }
+
+    /// Counts a client's handshake that came to nothing.
+    pub fn handshake_failed(&self, why: HandshakeFailure) {
+        self.tls_handshake_failures.with_label_values(&[why.label()]).inc();
+    }
+
+    /// A certificate that expires then is served from now on.
+    pub fn tls_serves(&self, expires: SystemTime) {
+        let seconds = expires.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let expiry = self.tls_certificate_expiry.with_label_values::<&str>(&[]);
+        expiry.set(i64::try_from(seconds).unwrap_or(i64::MAX));
+        self.tls_reload_success.set(1);
     }
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.

@@ -1,4 +1,4 @@
-//! The clients' edge: accept, bound, serve, drain.
+//! The clients' edge: accept, bound, TLS, serve, drain.
 //!
 //! HTTP/1.1 only; HTTP/2 is off. A stop goes in steps: every answer carries `Connection: close`; the listener stays open
 //! for [`GRACE`], as long as load balancers may still send somebody; idle connections get as long for a last request, then
@@ -11,6 +11,7 @@ pub mod descriptors;
 mod framing;
 mod guard;
 mod head;
+mod tls;
 
 use std::collections::HashMap;
 use std::io;
@@ -18,7 +19,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt as _;
+use http::StatusCode;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, sleep_until, timeout};
@@ -28,6 +30,7 @@ use tokio_util::task::TaskTracker;
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 pub use connection::serve_connection;
+pub use tls::{LOOK_INTERVAL, Tls, serve_tls_connection};
 
 /// How long, at a stop, the listener stays open and an idle connection may still ask.
 pub const GRACE: Duration = Duration::from_secs(2);
@@ -60,12 +63,14 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 /// `drain` has passed, or `now` is cancelled.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     gateway: Arc<Gateway>,
     metrics: Arc<Metrics>,
     draining: CancellationToken,
     now: CancellationToken,
 ) {
     let server = Server {
+        tls,
         gateway: Arc::clone(&gateway),
         admitted: Arc::default(),
         turning_away: Arc::new(Semaphore::new(MOST_TURNED_AWAY)),
@@ -94,6 +99,7 @@ pub async fn serve(
 }
 
 struct Server {
+    tls: Option<Arc<Tls>>,
     gateway: Arc<Gateway>,
     admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
     turning_away: Arc<Semaphore>,
@@ -147,22 +153,27 @@ impl Server {
             Err(limit) => {
                 self.metrics.refused("connections");
                 if let Ok(turning_away) = Arc::clone(&self.turning_away).try_acquire_owned() {
+                    let tls = self.tls.clone();
                     self.tracker.spawn(async move {
                         let _turning_away = turning_away;
-                        turn_away(stream, limit).await;
+                        turn_away(stream, tls, limit).await;
                     });
                 }
                 return;
             }
         };
         let (gateway, limits) = (Arc::clone(&self.gateway), self.gateway.config().limits.clone());
-        let (draining, metrics) = (self.draining.clone(), Arc::clone(&self.metrics));
+        let (tls, draining, metrics) = (self.tls.clone(), self.draining.clone(), Arc::clone(&self.metrics));
         self.tracker.spawn(async move {
             let _place = place;
+            let serving = async {
+                match tls {
+                    None => serve_connection(stream, peer, gateway, &limits, draining).await,
+                    Some(tls) => serve_tls_connection(stream, peer, tls, gateway, &limits, draining).await,
+                }
+            };
             // A request's own panics are its answer; what panics here is the connection's.
-            metrics
-                .contain(serve_connection(stream, peer, gateway, &limits, draining))
-                .await
+            metrics.contain(serving).await
         });
     }
 
@@ -209,21 +220,37 @@ impl Drop for Place {
 }
 
 /// Tells a client why it gets no connection, without reading what it asks.
-async fn turn_away(mut stream: TcpStream, limit: &'static str) {
-    let body = format!(
-        r#"{{"code":503,"message":"crun-gateway: too many connections ({limit}): keep connections alive and share them","data":null}}"#
-    );
-    let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: \
-         no-store\r\nVia: 1.1 crun-gateway\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{body}",
-        body.len()
-    );
+async fn turn_away(stream: TcpStream, tls: Option<Arc<Tls>>, limit: &'static str) {
+    let message = format!("too many connections ({limit}): keep connections alive and share them");
+    let answer = refusal(StatusCode::SERVICE_UNAVAILABLE, "Retry-After: 1\r\n", &message);
     // Whether it listens is its own business.
     let _ = timeout(GRACE, async {
-        stream.write_all(answer.as_bytes()).await?;
-        connection::close(&mut stream).await
+        match tls {
+            None => tell(stream, &answer).await,
+            Some(tls) => match tls.handshake(stream, GRACE).await {
+                Some((stream, _)) => tell(stream, &answer).await,
+                None => Ok(()),
+            },
+        }
     })
     .await;
+}
+
+async fn tell<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, answer: &str) -> io::Result<()> {
+    stream.write_all(answer.as_bytes()).await?;
+    stream.flush().await?;
+    connection::close(&mut stream).await
+}
+
+/// An answer to a connection on which no request was read, and which it closes. `headers` are whole lines.
+fn refusal(status: StatusCode, headers: &str, message: &str) -> String {
+    let code = status.as_u16();
+    let body = format!(r#"{{"code":{code},"message":"crun-gateway: {message}","data":null}}"#);
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: no-store\r\nVia: \
+         1.1 crun-gateway\r\n{headers}Connection: close\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 /// Whether an accept failed because of the one connection, which is gone, and not of us.

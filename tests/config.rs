@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crun_gateway::account::ApiKey;
-use crun_gateway::config::{Config, KeySource, LogFormat, Problems, UnknownKeys};
+use crun_gateway::config::{ClientCertificates, Config, Demand, KeySource, LogFormat, Problems, Tls, UnknownKeys};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -450,15 +450,121 @@ fn extra_roots_must_hold_a_certificate() {
     );
 }
 
+/// A certificate and its key, in files.
+fn identity(
+    files: &tempfile::TempDir,
+    name: &str,
+    change: impl FnOnce(&mut rcgen::CertificateParams),
+) -> (PathBuf, PathBuf) {
+    let mut params = rcgen::CertificateParams::new(["gateway.test".to_owned()]).unwrap();
+    change(&mut params);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = params.self_signed(&key).unwrap().pem();
+    (
+        file(files, &format!("{name}.crt"), certificate),
+        file(files, &format!("{name}.key"), key.serialize_pem()),
+    )
+}
+
+#[test]
+fn tls_names_files_that_can_be_served() {
+    let files = tempfile::tempdir().unwrap();
+    let (cert, key) = identity(&files, "a", |_| {});
+    let tls = |rest: &str| accepts(&format!("tls: {{ cert_file: {cert:?}, key_file: {key:?}{rest} }}")).tls;
+    let plain = Tls {
+        cert_file: cert.clone(),
+        key_file: key.clone(),
+        clients: None,
+    };
+    let asking = |demand| {
+        let ca_file = cert.clone();
+        let clients = Some(ClientCertificates { ca_file, demand });
+        Some(Tls {
+            clients,
+            ..plain.clone()
+        })
+    };
+    assert_eq!(tls("").as_ref(), Some(&plain));
+    let roots = format!(", client_ca_file: {cert:?}");
+    assert_eq!(tls(&roots), asking(Demand::Required), "who names roots means them");
+    assert_eq!(
+        tls(&format!("{roots}, client_certificates: optional")),
+        asking(Demand::Optional)
+    );
+    assert_eq!(accepts("tls: null").tls, None);
+}
+
+#[test]
+fn what_cannot_be_served_over_tls_is_refused_by_field_and_with_a_fix() {
+    let files = tempfile::tempdir().unwrap();
+    let (cert, key) = identity(&files, "a", |_| {});
+    let (_, other) = identity(&files, "b", |_| {});
+    let (expired, its_key) = identity(&files, "c", |params| {
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 2, 3);
+    });
+    let chain = fs::read(&cert)
+        .unwrap()
+        .into_iter()
+        .chain(fs::read(&expired).unwrap())
+        .collect::<Vec<_>>();
+    let chain = file(&files, "chain.crt", chain);
+    let nothing = file(&files, "nothing.pem", "nothing\n");
+    let damaged = file(
+        &files,
+        "damaged.pem",
+        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    );
+    let of = |cert: &Path, key: &Path, rest: &str| format!("tls: {{ cert_file: {cert:?}, key_file: {key:?}{rest} }}");
+    refuses(
+        &of(&cert, &other, ""),
+        "tls.key_file: is not the key of the first certificate in tls.cert_file: name the two that belong together, \
+         the server's own certificate before its intermediates",
+    );
+    for expired in [of(&expired, &its_key, ""), of(&chain, &key, "")] {
+        refuses(
+            &expired,
+            "tls.cert_file: expired on 2021-02-03T00:00:00Z: renew it, and put the new certificate and its key in place",
+        );
+    }
+    refuses(
+        &of(&nothing, &cert, ""),
+        "tls.cert_file: has no certificate in it: name a PEM file with BEGIN CERTIFICATE\n\
+         tls.key_file: has no private key in it that can be read: name a PEM file with BEGIN PRIVATE KEY, not encrypted",
+    );
+    refuses_fields(&of(&damaged, &key, ""), &["tls.cert_file"]);
+    refuses_fields(&of(Path::new("/nowhere"), &key, ""), &["tls.cert_file"]);
+    refuses_fields(&of(&cert, Path::new("/nowhere"), ""), &["tls.key_file"]);
+    refuses_fields(&of(&cert, &key, ", client_ca_file: /nowhere"), &["tls.client_ca_file"]);
+    refuses_fields(
+        &of(&cert, &key, &format!(", client_ca_file: {damaged:?}")),
+        &["tls.client_ca_file"],
+    );
+    refuses(
+        &of(&cert, &key, ", client_certificates: required"),
+        "tls.client_certificates: nobody vouches for clients: name the roots that vouch for clients in \
+         tls.client_ca_file, or remove this",
+    );
+    refuses_fields(
+        &of(&cert, &key, ", client_ca_file: null, client_certificates: sometimes"),
+        &["tls.client_certificates"],
+    );
+    refuses_fields("tls: {}", &["tls.cert_file", "tls.key_file"]);
+    refuses_fields("tls: true", &["tls"]);
+    refuses_fields(&of(&cert, &key, ", certs: x"), &["tls.certs"]);
+}
+
 #[test]
 fn what_check_prints_means_the_same() {
     let files = tempfile::tempdir().unwrap();
     let key = file(&files, "a \"quoted\" key", "ak_from_file");
     let roots = file(&files, "roots.pem", certificate());
+    let (cert, private) = identity(&files, "own", |_| {});
     let text = format!(
         r#"
 listen: "[::1]:0"
 admin: "127.0.0.1:0"
+tls: {{ cert_file: {cert:?}, key_file: {private:?}, client_ca_file: {roots:?}, client_certificates: optional }}
 upstream: {{ url: "http://127.0.0.1:8099/", connect_timeout: 1500ms, timeout: 90s, connections: 7, max_body: 1000001, ca_file: {roots:?} }}
 accounts:
   - {{ name: "15", keys: [{{ file: {key:?} }}, {{ env: MUSIC }}] }}

@@ -11,15 +11,14 @@ use std::time::Duration;
 
 use bytesize::{GIB, KIB, MIB, TIB};
 use http::{HeaderName, Uri};
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
 use serde_json::Value;
 use tracing::Level;
 
 use super::problem::{Wrong, wrong};
 use super::reader::Reader;
+use super::secret;
 use super::values::{self, written_duration, written_size};
-use super::{Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, UnknownKeys, Upstream, secret};
+use super::{Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, UnknownKeys, Upstream, tls};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = secs(86_400);
@@ -48,6 +47,7 @@ pub(super) fn config(r: &mut Reader<'_>) -> Config {
     let config = Config {
         listen: r.value("listen", SocketAddr::from(([0, 0, 0, 0], 8080)), values::address),
         admin: r.value("admin", SocketAddr::from(([0, 0, 0, 0], 9090)), values::address),
+        tls: r.optional("tls", tls::section).flatten(),
         upstream: r.section("upstream", upstream),
         accounts: accounts(r),
         unknown_keys: r.choice("unknown_keys", UnknownKeys::Forward, &UNKNOWN_KEYS),
@@ -221,12 +221,7 @@ fn together(r: &mut Reader<'_>, config: &Config) {
 /// The extra roots' file, which must hold at least one certificate. Only its path is kept.
 fn ca_file(value: &Value) -> Result<PathBuf, Wrong> {
     let path = PathBuf::from(values::text(value, "/etc/ssl/extra.pem")?);
-    let pem = secret::read_file(&path)?;
-    match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
-        Ok(certificates) if !certificates.is_empty() => Ok(path),
-        Ok(_) => wrong("has no certificate in it", "name a PEM file with BEGIN CERTIFICATE"),
-        Err(_) => wrong("is damaged", "name a PEM file with whole certificates"),
-    }
+    tls::certificates(&path).map(|_| path)
 }
 
 fn default_worker_threads() -> usize {
@@ -269,11 +264,11 @@ mod tests {
     use super::*;
 
     const SHIPPED: &str = include_str!("../../config.yaml");
-    const ONE_ACCOUNT: &str = "accounts: [{ name: a, keys: [{ env: KEY }] }]";
+    const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }] }], tls: {} }";
 
-    /// Every field that is asked for when there is an account, as `accounts.keys.file`.
+    /// Every field that is asked for when there is an account, and TLS, as `accounts.keys.file`.
     fn known() -> Vec<String> {
-        let tree = reader::tree(ONE_ACCOUNT).unwrap();
+        let tree = reader::tree(ONE_OF_EACH).unwrap();
         let mut reader = Reader::new(&|_| Some("key".to_owned()));
         reader.root(&tree, config);
         reader.known().iter().cloned().collect()
@@ -300,7 +295,12 @@ mod tests {
         let path = files.path().join("key");
         std::fs::write(&path, "other-key").unwrap();
         let text = format!("accounts: [{{ name: a, keys: [{{ env: KEY }}, {{ file: {path:?} }}] }}]");
-        let config = Config::parse(&text, &|_| Some("key".to_owned())).unwrap();
+        let mut config = Config::parse(&text, &|_| Some("key".to_owned())).unwrap();
+        config.tls = Some(tls::Tls {
+            cert_file: "cert".into(),
+            key_file: "key".into(),
+            clients: None,
+        });
         for field in known() {
             assert!(shows(&config.render(), &field), "render lacks {field}");
         }
@@ -313,14 +313,27 @@ mod tests {
         assert_eq!(shipped, Config::parse("", &|_| None).unwrap());
     }
 
-    #[test]
-    fn the_commented_account_in_the_shipped_file_is_right() {
+    /// What the shipped file shows of `section`, commented out.
+    fn example(section: &str) -> String {
         let example: Vec<_> = SHIPPED
             .lines()
-            .skip_while(|line| *line != "# accounts:")
+            .skip_while(|line| *line != format!("# {section}:"))
             .map_while(|line| line.strip_prefix("# "))
             .collect();
-        let example = example.join("\n");
+        example.join("\n")
+    }
+
+    #[test]
+    fn the_commented_tls_in_the_shipped_file_is_right() {
+        let problems = Config::parse(&example("tls"), &|_| None).unwrap_err();
+        let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
+        let files = ["tls.cert_file", "tls.key_file", "tls.client_ca_file"];
+        assert_eq!(fields, files, "only the files are missing: {problems}");
+    }
+
+    #[test]
+    fn the_commented_account_in_the_shipped_file_is_right() {
+        let example = example("accounts");
         let problems = Config::parse(&example, &|name| Some(format!("value-of-{name}"))).unwrap_err();
         let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
         assert_eq!(fields, ["accounts[0].keys[0].file"], "{problems}\n{example}");

@@ -102,6 +102,12 @@ impl<'a> Reader<'a> {
         self.within(self.path(name), value, read)
     }
 
+    /// Reads the mapping `name`; `None` when it is missing or null.
+    pub(super) fn optional<T>(&mut self, name: &'static str, read: impl FnOnce(&mut Self) -> T) -> Option<T> {
+        let value = self.take(name).filter(|value| !value.is_null())?;
+        Some(self.within(self.path(name), Some(value), read))
+    }
+
     /// Reads each item of the list `name`, a mapping; a list that is missing or null is empty.
     pub(super) fn each<T>(&mut self, name: &'static str, mut read: impl FnMut(&mut Self) -> T) -> Vec<T> {
         let path = self.path(name);

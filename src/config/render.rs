@@ -3,14 +3,16 @@
 use std::path::Path;
 
 use super::fields::{LOG_FORMATS, LOG_LEVELS, UNKNOWN_KEYS};
+use super::tls::DEMANDS;
 use super::values::{written_duration as time, written_size};
-use super::{Account, Client, Config, Key, KeySource};
+use super::{Account, Client, Config, Key, KeySource, Tls};
 
 /// Every field, in the order of the shipped `config.yaml`.
 pub(super) fn yaml(config: &Config) -> String {
     let Config {
         listen,
         admin,
+        tls,
         upstream,
         accounts,
         unknown_keys,
@@ -32,6 +34,7 @@ pub(super) fn yaml(config: &Config) -> String {
     let lines = [
         format!("listen: {}", quoted(&listen.to_string())),
         format!("admin: {}", quoted(&admin.to_string())),
+        tls.as_ref().map_or_else(|| "tls: null".to_owned(), tls_yaml),
         "upstream:".to_owned(),
         format!("  url: {}", quoted(url.trim_end_matches('/'))),
         format!("  connect_timeout: {}", time(upstream.connect_timeout)),
@@ -77,6 +80,18 @@ pub(super) fn yaml(config: &Config) -> String {
         format!("  level: {}", word(&log.level, &LOG_LEVELS)),
     ];
     lines.map(|line| line + "\n").concat()
+}
+
+fn tls_yaml(tls: &Tls) -> String {
+    let roots = tls.clients.as_ref().map(|clients| path(&clients.ca_file));
+    let demand = tls.clients.as_ref().map(|clients| word(&clients.demand, &DEMANDS));
+    format!(
+        "tls:\n  cert_file: {}\n  key_file: {}\n  client_ca_file: {}\n  client_certificates: {}",
+        path(&tls.cert_file),
+        path(&tls.key_file),
+        or_null(roots),
+        or_null(demand)
+    )
 }
 
 fn accounts_yaml(accounts: &[Account]) -> String {

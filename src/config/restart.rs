@@ -13,6 +13,8 @@ impl Config {
         let mut left = Left(Vec::new());
         left.keep("listen", &mut self.listen, &running.listen);
         left.keep("admin", &mut self.admin, &running.admin);
+        // Which files; what they hold is looked at all the time.
+        left.keep("tls", &mut self.tls, &running.tls);
         left.keep("upstream", &mut self.upstream, &running.upstream);
         left.keep("cache.max_bytes", &mut self.cache.max_bytes, &running.cache.max_bytes);
         let (limits, running_limits) = (&mut self.limits, &running.limits);

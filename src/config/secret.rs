@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use secrecy::zeroize::Zeroizing;
 use serde_json::Value;
 
 use super::problem::{Wrong, wrong};
@@ -99,6 +100,7 @@ fn key(reader: &mut Reader<'_>) -> Option<Key> {
         }
     };
     let key = read
+        .map(Zeroizing::new)
         .and_then(|bytes| sendable(&bytes))
         .map_err(|wrong| reader.refuse(name, wrong))
         .ok()?;
@@ -130,7 +132,8 @@ fn sendable(bytes: &[u8]) -> Result<ApiKey, Wrong> {
 /// The bytes of a file that the configuration names.
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, Wrong> {
     let read = || -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
+        // Room for any key, so that reading one leaves no copy behind in memory that was outgrown.
+        let mut bytes = Vec::with_capacity(16 << 10);
         File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     };

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::asker::Asker;
 use super::keys::{Key, Refusal};
+use super::others::Others;
 use super::tally::Tally;
 use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::Budget;
@@ -46,7 +47,7 @@ pub(super) struct Account {
     pub(super) number: Option<u64>,
     pub(super) tally: Arc<Tally>,
     /// The counters of clients that are not configured.
-    pub(super) others: ClientRequests,
+    pub(super) others: Arc<Others>,
     /// Upstream's 402.
     pub(super) credits: Arc<Refusal>,
     /// Its keys, in their order: what client tokens stand for.
@@ -112,7 +113,7 @@ impl Accounts {
             ids: AccountIds::default(),
             upstream,
             other: metrics.account(OTHER),
-            others: metrics.client(OTHER, OTHER),
+            others: Arc::new(Others::new(OTHER, Arc::clone(&metrics))),
             metrics,
             started,
             next_key: AtomicU64::new(0),

@@ -3,7 +3,6 @@
 //! Whoever presents a key uses that one. A client token stands for its account's keys: the first that upstream accepts.
 //! What upstream said of each is `gateway::keys`' business.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use http::HeaderValue;
@@ -24,7 +23,7 @@ pub(super) struct Token {
     pub(super) name: Arc<str>,
     pub(super) weight: u32,
     pub(super) passthrough: bool,
-    pub(super) requests: ClientRequests,
+    pub(super) requests: Arc<ClientRequests>,
 }
 
 /// Who asks: on which account, with which key, and as which client.
@@ -37,11 +36,12 @@ pub(super) struct Asker {
 }
 
 impl Asker {
-    /// The client, for fairness: its token or, without one, its address; within that the name that it gave itself.
-    pub(super) fn client(&self, peer: IpAddr, name: Option<&HeaderValue>) -> Client {
+    /// The client, for fairness: its token or, without one, whose connection it is; within that the name that it gave
+    /// itself.
+    pub(super) fn client(&self, caller: &Caller, name: Option<&HeaderValue>) -> Client {
         let caller = match &self.token {
             Some(token) => Caller::Token(Arc::clone(&token.name)),
-            None => Caller::Address(peer.to_canonical()),
+            None => caller.clone(),
         };
         let name = name.and_then(|name| name.to_str().ok()).map(|name| {
             let end = name.char_indices().nth(LONGEST_NAME).map_or(name.len(), |(end, _)| end);
@@ -50,16 +50,17 @@ impl Asker {
         Client { caller, name }
     }
 
-    /// How many turns the client gets for one of an address's.
+    /// How many turns the client gets for one that has no token.
     pub(super) fn weight(&self) -> u32 {
         self.token.as_ref().map_or(1, |token| token.weight)
     }
 
-    /// The client's counters.
-    pub(super) fn requests(&self) -> &ClientRequests {
-        self.token
-            .as_ref()
-            .map_or(&self.account.others, |token| &token.requests)
+    /// The client's counters: its token's or, without one, those of whose connection it is.
+    pub(super) fn requests(&self, caller: &Caller) -> Arc<ClientRequests> {
+        match &self.token {
+            Some(token) => Arc::clone(&token.requests),
+            None => self.account.others.requests(caller),
+        }
     }
 
     /// Whether it may use the paths that are streamed through: a token only where configuration says so, since that

@@ -255,6 +255,7 @@ fn named<N, T>(clients: Vec<(Client, N)>, count: impl Fn(N) -> T) -> Vec<Named<T
     let name = |(client, number): (Client, N)| {
         let (caller, has_token) = match client.caller {
             Caller::Token(name) => (name.to_string(), true),
+            Caller::Certificate(name) => (name.to_string(), false),
             Caller::Address(address) => (address.to_string(), false),
         };
         Named {

@@ -7,7 +7,6 @@
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
-use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::guard::{Guard, Refusal};
 use super::head::{Most, USUAL_HEADERS};
 use super::{GRACE, sleep_until_some};
+use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
 use crate::gateway::{Body, Gateway, InFlight};
@@ -39,7 +39,7 @@ const LINGER: Duration = Duration::from_secs(2);
 /// and its last answer is given.
 pub async fn serve_connection<S>(
     stream: S,
-    peer: IpAddr,
+    caller: impl Into<Caller>,
     gateway: Arc<Gateway>,
     limits: &Limits,
     draining: CancellationToken,
@@ -48,14 +48,15 @@ pub async fn serve_connection<S>(
 {
     let phase = Phases::new(limits);
     let refusal = Refusal::default();
+    let caller = caller.into();
     let service = service_fn({
         let (phase, gateway, draining) = (phase.clone(), Arc::clone(&gateway), draining.clone());
         let refusal = Arc::clone(&refusal);
         move |request: Request<Incoming>| {
             let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
-            let refusal = Arc::clone(&refusal);
+            let (refusal, caller) = (Arc::clone(&refusal), caller.clone());
             async move {
-                let (mut response, in_flight) = answer(&gateway, request, peer, &refusal).await;
+                let (mut response, in_flight) = answer(&gateway, request, caller, &refusal).await;
                 if draining.is_cancelled() || refusal.get().is_some_and(|refused| refused.in_body) {
                     response
                         .headers_mut()
@@ -126,7 +127,7 @@ pub async fn serve_connection<S>(
 async fn answer(
     gateway: &Arc<Gateway>,
     request: Request<Incoming>,
-    peer: IpAddr,
+    caller: Caller,
     refusal: &Refusal,
 ) -> (Response<Body>, Option<InFlight>) {
     if request.method() == Method::TRACE {
@@ -138,7 +139,7 @@ async fn answer(
         Ok(in_flight) => in_flight,
         Err(error) => return (gateway.refuse(&error, request.headers()), None),
     };
-    let response = Arc::clone(gateway).handle(request, peer).await;
+    let response = Arc::clone(gateway).handle(request, caller).await;
     let response = match refusal.get() {
         // Whatever came of a body that broke off, this is why.
         Some(refused) if refused.in_body => gateway.refuse(&refused.error, response.headers()),

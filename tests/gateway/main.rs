@@ -5,6 +5,7 @@
 //!
 //! - `admission`: whoever cannot be served in time hears so at once
 //! - `browser`: the status page in headless Chromium (`tests/browser/run`)
+//! - `client_tls`: clients over TLS: certificates that change, clients that have one, handshakes that fail
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
@@ -17,7 +18,6 @@
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
 //! - `stop`: a stop loses nothing
-//! - `tls`: upstream over HTTPS
 //! - `passthrough`: what is streamed through
 //! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
@@ -36,6 +36,7 @@
 
 mod admission;
 mod browser;
+mod client_tls;
 mod coalescing;
 mod commands;
 mod connections;

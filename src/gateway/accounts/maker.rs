@@ -11,12 +11,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::asker::{Asker, Token};
 use super::super::keys::{Key, Refusal};
+use super::super::others::Others;
 use super::super::tally::Tally;
 use super::Account;
 use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{self, Config, Fresh, UnknownKeys};
-use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
+use crate::metrics::{AccountMetrics, Metrics, OTHER};
 use crate::upstream::Upstream;
 use crate::watch::Watch;
 
@@ -28,7 +29,7 @@ pub(super) struct Maker {
     pub(super) metrics: Arc<Metrics>,
     /// The handles that all unlisted accounts share.
     pub(super) other: AccountMetrics,
-    pub(super) others: ClientRequests,
+    pub(super) others: Arc<Others>,
     pub(super) started: Instant,
     pub(super) next_key: AtomicU64,
     /// Unlisted accounts that ever formed.
@@ -94,7 +95,10 @@ impl Maker {
         }
         let (id, label) = (self.ids.listed(&configured.name), configured.name.as_str().into());
         let metrics = self.metrics.account(&configured.name);
-        let others = self.metrics.client(&configured.name, OTHER);
+        let others = prior.map_or_else(
+            || Arc::new(Others::new(&configured.name, Arc::clone(&self.metrics))),
+            |prior| Arc::clone(&prior.others),
+        );
         // Wherever it stands now: what upstream said of a key holds.
         let key = |secret: &ApiKey| {
             let known = prior.and_then(|prior| prior.keys.iter().find(|known| known.secret == *secret));
@@ -123,7 +127,7 @@ impl Maker {
                     name: client.name.as_str().into(),
                     weight: client.weight,
                     passthrough: client.passthrough,
-                    requests: self.metrics.client(&configured.name, &client.name),
+                    requests: Arc::new(self.metrics.client(&configured.name, &client.name)),
                 });
                 // An account without a key is refused by `config`.
                 let Some(key) = account.keys.first().cloned() else {
@@ -149,7 +153,7 @@ impl Maker {
         asked_ms: u64,
     ) -> Account {
         let key = known.unwrap_or_else(|| self.key(secret, &self.other));
-        let (id, metrics, others) = (self.ids.unlisted(secret), self.other.clone(), self.others.clone());
+        let (id, metrics, others) = (self.ids.unlisted(secret), self.other.clone(), Arc::clone(&self.others));
         Account {
             number: Some(self.unlisted.fetch_add(1, Ordering::Relaxed) + 1),
             asked_ms: AtomicU64::new(asked_ms),
@@ -172,7 +176,7 @@ impl Maker {
         budget: Budget,
         rules: &Rules,
         metrics: AccountMetrics,
-        others: ClientRequests,
+        others: Arc<Others>,
     ) -> Account {
         Account {
             id,

@@ -7,6 +7,7 @@ use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use super::{KEY, TASK_INFO};
@@ -67,7 +68,14 @@ pub async fn request(address: SocketAddr, request: Request<Full<Bytes>>) -> Repl
 
 /// The same, where the connection may fail.
 pub async fn try_request(address: SocketAddr, request: Request<Full<Bytes>>) -> anyhow::Result<Reply> {
-    let stream = TcpStream::connect(address).await?;
+    over(TcpStream::connect(address).await?, request).await
+}
+
+/// The same, over any stream.
+pub async fn over<S>(stream: S, request: Request<Full<Bytes>>) -> anyhow::Result<Reply>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let (head, body) = sender.send_request(request).await?.into_parts();

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use crun_gateway::account::ApiKey;
+use crun_gateway::account::{ApiKey, Caller};
 use crun_gateway::config::{self, Config};
 use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
-use crun_gateway::server::serve_connection;
+use crun_gateway::server::{Tls, serve_connection, serve_tls_connection};
 use crun_gateway::upstream::{Dial, Stream};
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -21,7 +21,7 @@ use hyper::client::conn::http1 as client;
 use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::io::duplex;
+use tokio::io::{DuplexStream, duplex};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -121,18 +121,31 @@ impl Paused {
         self.ask(poll_request(key, task)).await
     }
 
-    /// The same from a peer at another address.
-    pub async fn poll_from(&self, peer: IpAddr, key: &str, task: &str) -> Reply {
+    /// The same from another peer.
+    pub async fn poll_from(&self, peer: impl Into<Caller>, key: &str, task: &str) -> Reply {
         self.ask_from(peer, poll_request(key, task)).await
     }
 
     /// Sends any request over a connection of its own.
     pub async fn ask(&self, request: Request<Full<Bytes>>) -> Reply {
-        self.ask_from(Ipv4Addr::LOCALHOST.into(), request).await
+        self.ask_from(IpAddr::from(Ipv4Addr::LOCALHOST), request).await
+    }
+
+    /// The client's end of a connection that begins with a TLS handshake.
+    pub fn connect_tls(&self, tls: config::Tls) -> DuplexStream {
+        let (near, far) = duplex(PIPE);
+        let tls = Tls::load(tls, Arc::clone(&self.metrics)).unwrap();
+        let (gateway, limits) = (Arc::clone(&self.gateway), self.config.limits.clone());
+        let peer = Ipv4Addr::LOCALHOST.into();
+        tokio::spawn(async move {
+            serve_tls_connection(far, peer, tls, gateway, &limits, CancellationToken::new()).await;
+        });
+        near
     }
 
     /// The same for any request.
-    pub async fn ask_from(&self, peer: IpAddr, request: Request<Full<Bytes>>) -> Reply {
+    pub async fn ask_from(&self, peer: impl Into<Caller>, request: Request<Full<Bytes>>) -> Reply {
+        let peer = peer.into();
         let (near, far) = duplex(PIPE);
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
