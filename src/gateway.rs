@@ -211,7 +211,8 @@ impl Gateway {
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, caller: Caller) -> Response<Body> {
+    pub async fn handle(self: Arc<Self>, mut request: Request<Incoming>, caller: Caller) -> Response<Body> {
+        credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
         let answering = async {
             if request.uri().path() == TASK_INFO_PATH {

@@ -1,7 +1,7 @@
 //! What a request presents: an account's key, or a client token that stands for one.
 
 use http::HeaderMap;
-use http::header::AUTHORIZATION;
+use http::header::{AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION};
 
 use super::Gateway;
 use crate::account::{API_KEY_HEADER, ApiKey};
@@ -24,6 +24,15 @@ impl Gateway {
     /// The client tokens among a request's Bearers.
     pub(super) fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
         bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(|asker| asker.has_token()))
+    }
+}
+
+/// Marks what may be a secret in a request, so that no `Debug` of its headers prints it, ours or a dependency's.
+pub(super) fn hide(headers: &mut HeaderMap) {
+    for (name, value) in headers.iter_mut() {
+        if *name == API_KEY_HEADER || [AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION].contains(name) {
+            value.set_sensitive(true);
+        }
     }
 }
 
@@ -57,4 +66,25 @@ pub(super) fn bearers(headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
         let is_bearer = scheme.eq_ignore_ascii_case("bearer");
         is_bearer.then(|| ApiKey::new(key.trim())).flatten()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_debug_of_a_requests_headers_prints_a_secret() {
+        let mut headers = HeaderMap::new();
+        for name in [API_KEY_HEADER, "authorization", "cookie", "proxy-authorization"] {
+            headers.append(name, http::HeaderValue::from_static("ak_secret"));
+            headers.append(name, http::HeaderValue::from_static("Bearer ak_secret"));
+        }
+        headers.append("accept", http::HeaderValue::from_static("application/json"));
+        hide(&mut headers);
+        let printed = format!("{headers:?}");
+        assert!(
+            !printed.contains("secret") && printed.contains("application/json"),
+            "{printed}"
+        );
+    }
 }

@@ -17,6 +17,7 @@
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
+//! - `secrets`: a key is in nothing that comes out
 //! - `stop`: a stop loses nothing
 //! - `passthrough`: what is streamed through
 //! - `commands`: `check`, the admin port, the demo
@@ -54,6 +55,7 @@ mod passthrough;
 mod reload;
 mod requests;
 mod restart;
+mod secrets;
 mod status;
 mod stop;
 mod tls;

@@ -131,6 +131,11 @@ impl Paused {
         self.ask_from(IpAddr::from(Ipv4Addr::LOCALHOST), request).await
     }
 
+    /// What a log or a panic would print of the gateway and all its parts.
+    pub fn debug(&self) -> String {
+        format!("{:?}", self.gateway)
+    }
+
     /// The client's end of a connection that begins with a TLS handshake.
     pub fn connect_tls(&self, tls: config::Tls) -> DuplexStream {
         let (near, far) = duplex(PIPE);

@@ -97,13 +97,15 @@ impl Gateway {
         let file = config_file(&complete(upstream, config));
         command.arg("--config").arg(file.path());
         let mut child = command
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
             .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let lines = follow(child.stderr.take().unwrap(), Arc::clone(&log));
+        // Nothing is written there, and if it were it would be seen.
+        drop(follow(child.stdout.take().unwrap(), Arc::clone(&log)));
         let serving = timeout(PATIENCE, lines)
             .await
             .expect("the gateway starts in time")
@@ -141,7 +143,7 @@ impl Gateway {
         Duration::from_millis(fields.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())
     }
 
-    /// Everything logged so far.
+    /// Everything logged so far, and whatever else was printed.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
