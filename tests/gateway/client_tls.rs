@@ -13,7 +13,7 @@ use std::time::Duration;
 use crun_gateway::account::Caller;
 use crun_gateway::config;
 use crun_gateway::metrics::Metrics;
-use crun_gateway::server::Tls;
+use crun_gateway::server::{GRACE, Tls};
 use http_body_util::BodyExt as _;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -26,6 +26,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::{ClientConfig, HandshakeKind, RootCertStore, crypto::ring};
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::client::{over, poll_request};
 use crate::harness::paused::{Behaviour, Paused};
@@ -107,6 +108,15 @@ impl Authority {
         }
         symlink(&version, self.file("..data_tmp")).unwrap();
         fs::rename(self.file("..data_tmp"), self.file("..data")).unwrap();
+    }
+
+    /// What the section of the configuration means.
+    fn settings(&self) -> config::Tls {
+        config::Tls {
+            cert_file: self.file("tls.crt"),
+            key_file: self.file("tls.key"),
+            clients: None,
+        }
     }
 
     /// The section of the configuration, with `rest` added.
@@ -325,12 +335,7 @@ async fn a_certificate_that_cannot_be_served_changes_nothing() {
 #[test]
 fn what_is_refused_is_said_once_with_field_and_fix_however_often_it_is_looked_at() {
     let authority = Authority::new();
-    let settings = config::Tls {
-        cert_file: authority.file("tls.crt"),
-        key_file: authority.file("tls.key"),
-        clients: None,
-    };
-    let tls = Tls::load(settings, Arc::new(Metrics::new().unwrap())).unwrap();
+    let tls = Tls::load(authority.settings(), Arc::new(Metrics::new().unwrap())).unwrap();
     let served = authority.server();
     let log = authority.file("log");
     let writer = Arc::new(fs::File::create(&log).unwrap());
@@ -352,8 +357,17 @@ fn what_is_refused_is_said_once_with_field_and_fix_however_often_it_is_looked_at
             }));
             // Good again: the next refusal is news.
             authority.mount(&served);
-            tls.reload();
+            for _ in 0..3 {
+                tls.reload();
+            }
         }
+        let log = fs::read_to_string(&log).unwrap();
+        let said = |text: &str| log.lines().filter(|line| line.contains(text)).count();
+        assert_eq!(
+            (said("new certificate"), said("hold again what is served")),
+            (1, 1),
+            "{log}"
+        );
     });
 }
 
@@ -486,11 +500,7 @@ async fn a_handshake_ends_with_the_header_timeout_whatever_was_said_so_far() {
     });
     for said in [&b""[..], b"\x16", b"\x16\x03\x01\x02\x00\x01"] {
         let started = Instant::now();
-        let mut client = gateway.connect_tls(config::Tls {
-            cert_file: authority.file("tls.crt"),
-            key_file: authority.file("tls.key"),
-            clients: None,
-        });
+        let mut client = gateway.connect_tls(authority.settings(), CancellationToken::new());
         for byte in said {
             client.write_all(&[*byte]).await.unwrap();
             sleep(Duration::from_secs(1)).await;
@@ -499,6 +509,20 @@ async fn a_handshake_ends_with_the_header_timeout_whatever_was_said_so_far() {
         assert_eq!(started.elapsed(), Duration::from_secs(7));
     }
     assert!((gateway.metric(&failures("timeout")) - 3.0).abs() < 0.1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handshake_that_is_under_way_has_the_grace_of_an_idle_connection_at_a_stop() {
+    let authority = Authority::new();
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    let draining = CancellationToken::new();
+    let mut client = gateway.connect_tls(authority.settings(), draining.clone());
+    client.write_all(b"\x16").await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    draining.cancel();
+    let stopped = Instant::now();
+    assert_eq!(client.read(&mut [0; 64]).await.unwrap(), 0);
+    assert_eq!(stopped.elapsed(), GRACE);
 }
 
 #[tokio::test]

@@ -147,6 +147,8 @@ async fn every_line_of_metrics_parses_and_nothing_has_been_counted_at_the_start(
         "refused_total",
         "requests_in_flight",
         "panics_total",
+        "tls_handshake_failures_total",
+        "tls_reload_success",
         "connections",
         "upstream_connections",
         "build_info",

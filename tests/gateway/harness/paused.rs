@@ -137,13 +137,13 @@ impl Paused {
     }
 
     /// The client's end of a connection that begins with a TLS handshake.
-    pub fn connect_tls(&self, tls: config::Tls) -> DuplexStream {
+    pub fn connect_tls(&self, tls: config::Tls, draining: CancellationToken) -> DuplexStream {
         let (near, far) = duplex(PIPE);
         let tls = Tls::load(tls, Arc::clone(&self.metrics)).unwrap();
         let (gateway, limits) = (Arc::clone(&self.gateway), self.config.limits.clone());
         let peer = Ipv4Addr::LOCALHOST.into();
         tokio::spawn(async move {
-            serve_tls_connection(far, peer, tls, gateway, &limits, CancellationToken::new()).await;
+            serve_tls_connection(far, peer, tls, gateway, &limits, draining).await;
         });
         near
     }
