@@ -370,6 +370,7 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::account::Caller;
     use crate::config::{self, Key, KeySource};
     use crate::upstream::tcp;
 
@@ -502,6 +503,30 @@ mod tests {
         accounts.sweep(accounts.at(61), |_| false);
         accounts.asked_at(61, "ak_three");
         assert_eq!(accounts.remembered(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_says_more_of_a_client_than_its_certificate_and_that_more_than_its_address() {
+        let accounts = directory(|config| {
+            config.accounts[0].clients.push(config::Client {
+                name: "studio".to_owned(),
+                token: Key {
+                    key: key("token"),
+                    source: KeySource::Env("TOKEN".to_owned()),
+                },
+                weight: 1,
+                passthrough: false,
+            });
+        });
+        let certificate = Caller::Certificate("laptop".into());
+        let address = Caller::from(std::net::IpAddr::from([10, 0, 0, 1]));
+        let caller = |text: &str, caller: &Caller| {
+            let asker = accounts.of(&key(text), accounts.at(0)).unwrap();
+            asker.client(caller, None).caller
+        };
+        assert_eq!(caller("token", &certificate), Caller::Token("studio".into()));
+        assert_eq!(caller(MUSIC[0], &certificate), certificate);
+        assert_eq!(caller(MUSIC[0], &address), address);
     }
 
     #[tokio::test(start_paused = true)]
