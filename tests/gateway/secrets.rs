@@ -304,7 +304,15 @@ async fn comes_out_clean(upstream: &str, format: &str, more: &str, brings: &[u16
     while let Ok(some @ [_, ..]) = malformed.some().await.as_deref() {
         scan.look("the answer to a malformed request", some);
     }
-    for path in ["/", "/metrics", "/livez", "/readyz", "/nowhere"] {
+    for path in [
+        "/",
+        "/metrics",
+        "/status",
+        "/status.json",
+        "/livez",
+        "/readyz",
+        "/nowhere",
+    ] {
         let reply = request(gateway.admin, with(Method::GET, path, &[("x-api-key", FILE_KEY)])).await;
         scan.reply(path, &reply);
     }
