@@ -1,0 +1,155 @@
+"""arithmetic.py BINARY RENDERED…: what must add up between rendered manifests, their configuration and the alerts.
+
+The configuration is what BINARY (`check`) makes of the ConfigMap, defaults included, so that no default is written twice.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "Cargo.toml").read_text(), re.M)[1]
+UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "B": 1}
+
+# What an open connection keeps, in bytes. A client's was measured at 16 to 18 KiB after its first request; an upstream one has
+# rustls's buffers for a record each way besides. The rest of a process that does nothing is 6 MiB.
+PER_CLIENT = 24 << 10
+PER_UPSTREAM = 48 << 10
+PROCESS = 32 << 20
+# Allocator and bookkeeping, on top of the bytes that the limits count.
+SLACK = 1.3
+# Between the end of `drain` and SIGKILL, in seconds.
+TO_SPARE = 5
+
+
+def quantity(text, units):
+    number, unit = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", str(text)).groups()
+    return float(number) * units[unit]
+
+
+def seconds(text):
+    return sum(quantity(part, UNITS) for part in str(text).split())
+
+
+def configuration(binary, text):
+    """The text of a ConfigMap as BINARY understands it; key files are put where the file names them, but under a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder, "keys")
+        keys.mkdir()
+        example = yaml.safe_load((ROOT / "deploy/example/secret.example.yaml").read_text())
+        for name, key in example["stringData"].items():
+            (keys / name).write_text(key)
+        mounted = text.replace("/etc/crun-gateway/keys", str(keys))
+        file = Path(folder, "config.yaml")
+        file.write_text(mounted)
+        checked = subprocess.run([binary, "check", "--config", file], capture_output=True, text=True)
+        if checked.returncode:
+            sys.exit(f"the ConfigMap's configuration is wrong:\n{checked.stderr}")
+        return yaml.safe_load(checked.stdout)
+
+
+def main(binary, files):
+    faults = []
+    for file in files:
+        objects = list(yaml.safe_load_all(Path(file).read_text()))
+
+        def one(kind, name="crun-gateway", objects=objects):
+            return next(o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name)
+
+        def must(holds, what, file=file):
+            if not holds:
+                faults.append(f"{Path(file).name}: {what}")
+
+        config = configuration(binary, one("ConfigMap")["data"]["config.yaml"])
+        deployment = one("Deployment")["spec"]
+        pod = deployment["template"]["spec"]
+        (container,) = pod["containers"]
+
+        # The stop.
+        pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        drain, grace = seconds(config["drain"]), pod["terminationGracePeriodSeconds"]
+        must(
+            pre_stop + drain + TO_SPARE <= grace,
+            f"preStop {pre_stop} s + drain {drain} s + {TO_SPARE} s > terminationGracePeriodSeconds {grace}",
+        )
+        ready = container["readinessProbe"]
+        must(pre_stop >= 5, "preStop is shorter than endpoints take to be removed")
+        must(ready["timeoutSeconds"] < ready["periodSeconds"], "the readiness probe overlaps itself")
+
+        # Memory.
+        limits = config["limits"]
+        kept = quantity(config["cache"]["max_bytes"], SIZES) * SLACK
+        needed = (
+            kept
+            + quantity(limits["body_bytes"], SIZES) * SLACK
+            + limits["connections"] * PER_CLIENT
+            + limits["upstream_connections"] * PER_UPSTREAM
+            + PROCESS
+        )
+        memory = container["resources"]
+        allowed, requested = (quantity(memory[of]["memory"], SIZES) for of in ("limits", "requests"))
+        must(needed <= allowed, f"memory: {needed / 2**20:.0f} MiB may be needed, {allowed / 2**20:.0f} MiB are allowed")
+        must(kept + PROCESS <= requested, "the memory request does not hold a full cache")
+        must("cpu" in memory["requests"] and "cpu" not in memory["limits"], "a CPU request and no CPU limit")
+
+        # Ports and paths.
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        of = {"http": config["listen"], "admin": config["admin"]}
+        must(ports == {name: int(address.rsplit(":", 1)[1]) for name, address in of.items()}, f"ports: {ports} and {of}")
+        must(one("Service")["spec"]["ports"][0]["targetPort"] == "http", "the Service leads to the port of clients")
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        must(container["args"] == ["--config", mounts["config"]["mountPath"] + "/config.yaml"], "args name the mounted file")
+        must(not any("subPath" in mount for mount in mounts.values()), "a subPath never follows a change")
+        must("env" not in container and "envFrom" not in container, "configuration and keys come from directories")
+        (keys,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "keys")
+        must(keys["optional"] is True, "the Secret is optional")
+        paths = [key["file"] for account in config["accounts"] or [] for key in account["keys"]]
+        example = yaml.safe_load((ROOT / "deploy/example/secret.example.yaml").read_text())
+        must(all(Path(path).name in example["stringData"] for path in paths), "the example Secret has the keys named")
+        must(keys["secretName"] == example["metadata"]["name"], "the example Secret has the name that is mounted")
+        mounted = mounts["keys"]["mountPath"]
+        must(mounted == "/etc/crun-gateway/keys", "where the configurations look for keys")
+
+        # Versions.
+        labels = deployment["template"]["metadata"]["labels"]
+        must(labels["app.kubernetes.io/version"] == VERSION, f"the label says another version than {VERSION}")
+        image = container["image"]
+        must(image == f"crun-gateway:{VERSION}" or "@sha256:" in image, f"image {image}")
+        must(deployment["selector"]["matchLabels"].keys() == {"app.kubernetes.io/name", "app.kubernetes.io/instance"},
+             "selectors name the two labels that never change")
+
+        # One replica: never two pods at once.
+        if Path(file).name != "base.yaml":
+            must((deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"}), "two pods may overlap")
+            must(not any(o["kind"] in ("PodDisruptionBudget", "HorizontalPodAutoscaler") for o in objects), "PDB or HPA")
+
+        # The alert that repeats a configured number.
+        rules = {
+            rule["alert"]: rule
+            for o in objects
+            if o["kind"] == "PrometheusRule"
+            for group in o["spec"]["groups"]
+            for rule in group["rules"]
+            if "alert" in rule
+        }
+        if rules:
+            threshold = int(rules["CrunGatewayConnections"]["expr"].rsplit(">", 1)[1])
+            must(threshold == limits["connections"] * 4 // 5, f"CrunGatewayConnections fires at {threshold}")
+            (endpoint,) = one("PodMonitor")["spec"]["podMetricsEndpoints"]
+            must(endpoint["port"] in ports, "the PodMonitor's port is the pod's")
+            must(seconds(endpoint["scrapeTimeout"]) < seconds(endpoint["interval"]), "a scrape may overlap the next")
+
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        sys.exit(1)
+    print(f"{len(files)} manifests add up: stop, memory, ports, versions, replicas, alerts")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

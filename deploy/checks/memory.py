@@ -1,0 +1,117 @@
+"""memory.py BINARY MANIFEST: the memory limit of MANIFEST holds what its configuration allows the process to take.
+
+Fills the cache with small answers and turns it over with large ones, as many at once as `limits.body_bytes` lets in, twice;
+adds what the connections that are not open here would take; and compares the most that was resident with the limit.
+"""
+
+import asyncio
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+import arithmetic
+
+ROOT = Path(__file__).resolve().parents[2]
+# Opened here, as many as a process may with 4096 descriptors; the limit of the configuration is reckoned up from it.
+IDLE = 1500
+
+
+async def poll(connection, key, task):
+    reader, writer = connection
+    head = f"GET /api/v1/client/job/TaskInfo?task_id={task} HTTP/1.1\r\nhost: gateway\r\nx-api-key: {key}\r\n\r\n"
+    writer.write(head.encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), head
+    await reader.readexactly(int(re.search(rb"content-length: (\d+)", head, re.I)[1]))
+
+
+async def fill(address, kind, count, at_once):
+    """Asks for COUNT tasks that nobody has asked for before, of two accounts: one alone may fill only half the cache."""
+    turns = iter(range(count))
+
+    async def ask():
+        connection = await asyncio.open_connection(*address, limit=1 << 25)
+        for turn in turns:
+            await poll(connection, ("ak_a", "ak_b")[turn % 2], f"{kind}.{time.monotonic_ns()}")
+        connection[1].close()
+
+    await asyncio.gather(*[ask() for _ in range(at_once)])
+
+
+def resident(process, what):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) << 10
+
+
+async def measure(process, address, config):
+    idle = resident(process, "VmRSS")
+    connections = await asyncio.gather(*[asyncio.open_connection(*address) for _ in range(IDLE)])
+    for some in range(0, IDLE, 100):
+        await asyncio.gather(*[poll(connection, "ak_a", "ended.same") for connection in connections[some : some + 100]])
+    per_client = (resident(process, "VmRSS") - idle) / IDLE
+
+    size = {name: arithmetic.quantity(config[of][name], arithmetic.SIZES) for of, name in
+            (("cache", "max_bytes"), ("limits", "body_bytes"), ("upstream", "max_body"))}
+    small, large = 16 << 10, int(size["max_body"]) - (1 << 20)
+    at_once = int(size["body_bytes"]) // large
+    for _ in range(2):
+        await fill(address, f"big-{large}", 3 * at_once, at_once)
+        await fill(address, f"big-{small}", int(size["max_bytes"]) // small, 32)
+    await fill(address, f"big-{large}", 3 * at_once, at_once)
+    for _, writer in connections:
+        writer.close()
+    return per_client, resident(process, "VmHWM")
+
+
+def main(binary, manifest):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    objects = list(yaml.safe_load_all(Path(manifest).read_text()))
+    text = next(o for o in objects if o["kind"] == "ConfigMap")["data"]["config.yaml"]
+    config = arithmetic.configuration(binary, text)
+    pod = next(o for o in objects if o["kind"] == "Deployment")["spec"]["template"]["spec"]
+    allowed = arithmetic.quantity(pod["containers"][0]["resources"]["limits"]["memory"], arithmetic.SIZES)
+    # The image's.
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    env = dict(re.findall(r"^ENV (\w+)=(\S+)$", dockerfile, re.M))
+
+    simulate = [binary, "upstream", "--listen", "127.0.0.1:0", "--limit", "1000000", "--latency", "1ms"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(simulate, stdout=subprocess.PIPE, text=True) as upstream,
+    ):
+        url = upstream.stdout.readline().split()[-1]
+        served = config | {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "worker_threads": 4}
+        served["upstream"] = config["upstream"] | {"url": url}
+        served["log"] = {"format": "text"}
+        # A budget that fills the cache in seconds.
+        served["budget"] = {"limit": 3000}
+        file = Path(folder, "config.yaml")
+        file.write_text(yaml.safe_dump(served))
+        with subprocess.Popen([binary, "--config", file], env=env, stderr=subprocess.PIPE, text=True) as gateway:
+            try:
+                host, port = re.search(r" listen=(\S+):(\d+)", gateway.stderr.readline()).groups()
+                # Each query is logged, and a full pipe would hold the gateway up.
+                threading.Thread(target=lambda: [None for _ in gateway.stderr], daemon=True).start()
+                per_client, most = asyncio.run(asyncio.wait_for(measure(gateway, (host, int(port)), config), 300))
+            finally:
+                gateway.kill()
+                upstream.kill()
+    limits = config["limits"]
+    more = (limits["connections"] - IDLE) * per_client + limits["upstream_connections"] * arithmetic.PER_UPSTREAM
+    assert per_client <= arithmetic.PER_CLIENT, f"a client connection takes {per_client / 1024:.1f} KiB"
+    assert most + more <= allowed, f"{most / 2**20:.0f} + {more / 2**20:.0f} MiB, {allowed / 2**20:.0f} MiB are allowed"
+    print(
+        f"memory: {most / 2**20:.0f} MiB at most, {more / 2**20:.0f} MiB more with every connection open"
+        f" ({per_client / 1024:.1f} KiB a client), {allowed / 2**20:.0f} MiB allowed"
+    )
+
+
+main(*sys.argv[1:])
