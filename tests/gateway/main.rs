@@ -19,6 +19,7 @@
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
 //! - `secrets`: a key is in nothing that comes out
 //! - `stop`: a stop loses nothing
+//! - `kubernetes_stop`: nor does one as Kubernetes does it, behind a Service
 //! - `passthrough`: what is streamed through
 //! - `commands`: `check`, the admin port, the demo
 //! - `pace`: never more than 15 in any sliding second, never less than 14
@@ -48,6 +49,7 @@ mod freshness;
 mod harness;
 mod isolation;
 mod keys;
+mod kubernetes_stop;
 mod limits;
 mod outage;
 mod pace;

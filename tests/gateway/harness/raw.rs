@@ -129,6 +129,16 @@ impl Raw {
         }
     }
 
+    /// Whether the other side has ended the connection, cleanly, as far as is known now.
+    pub fn has_ended(&self) -> io::Result<bool> {
+        match self.stream.try_read(&mut [0]) {
+            Ok(0) => Ok(true),
+            Ok(_) => Err(io::Error::other("bytes that nobody asked for")),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The other side ends the connection, cleanly and without another byte.
     pub async fn assert_ends(&mut self) {
         let some = self.some().await.expect("a FIN, not a reset");
