@@ -32,7 +32,7 @@ RESOLVER = "127.0.0.153"
 
 def build(binary_dir, store):
     """The image's configuration, and the folder that holds its root file system."""
-    # Files without locks of other stores, and no overlay mounts: works in a sandbox.
+    # Of its own, and without overlay mounts, which not every machine allows inside a container.
     buildah = ["buildah", "--root", store / "store", "--runroot", store / "run", "--storage-driver", "vfs"]
 
     def run(*args):
