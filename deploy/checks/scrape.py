@@ -33,8 +33,9 @@ PATIENCE = 90
 POLL = "/api/v1/client/job/TaskInfo?task_id="
 TASKS = 40
 CLIENTS = 8
-# Scrapes are up to SCRAPE away from a window's ends.
-TOLERANCE = 0.12
+# Scrapes are up to SCRAPE away from a window's ends; a share hardly changes with that.
+RATE_TOLERANCE = 0.12
+SHARE_TOLERANCE = 0.03
 
 
 def shortened(text):
@@ -131,8 +132,9 @@ class Load:
         return [answer for answer in self.answers if start <= answer[0] < end]
 
 
-def near(name, found, truth):
-    assert abs(found - truth) <= TOLERANCE * max(truth, 0.05), f"{name}: Prometheus says {found}, true is {truth}"
+def near(name, found, truth, tolerance=RATE_TOLERANCE):
+    # Of a share near 0, a part of it would be less than one poll.
+    assert abs(found - truth) <= max(tolerance * truth, 0.005), f"{name}: Prometheus says {found}, true is {truth}"
     print(f"  {name}: {found:.3f}, counted {truth:.3f}")
 
 
@@ -193,7 +195,7 @@ def main(binary, packaged, rules_dir, folder):
 
     processes = []
     try:
-        simulate = [binary, "upstream", "--listen", "127.0.0.1:0", "--latency", "100ms"]
+        simulate = [binary, "upstream", "--listen", "127.0.0.1:0", "--latency", "250ms"]
         upstream = subprocess.Popen(simulate, stdout=subprocess.PIPE, text=True)
         processes.append(upstream)
         url = upstream.stdout.readline().split()[-1]
@@ -238,7 +240,8 @@ def main(binary, packaged, rules_dir, folder):
         after = sent[-1]
         print("recording rules under load:")
         near("polls a second", prometheus.number("job:crun_gateway_requests:rate5m", at), len(answers) / WINDOW)
-        near("saved", prometheus.number("job:crun_gateway_requests_saved:ratio_rate5m", at), len(cached) / len(answers))
+        saved = prometheus.number("job:crun_gateway_requests_saved:ratio_rate5m", at)
+        near("saved", saved, len(cached) / len(answers), SHARE_TOLERANCE)
         near(
             "queries a second",
             prometheus.number('account:crun_gateway_upstream_requests:rate5m{account="music"}', at),
@@ -250,7 +253,7 @@ def main(binary, packaged, rules_dir, folder):
         near("errors", prometheus.number("job:crun_gateway_request_errors:ratio_rate5m", at), errors)
         near("upstream failures", prometheus.number("job:crun_gateway_upstream_failures:ratio_rate5m", at), 0)
         p90 = prometheus.number("job:crun_gateway_upstream_request_duration_seconds:p90_rate5m", at)
-        assert 0.1 <= p90 <= 0.2, f"an attempt takes 100 ms and little more, Prometheus says {p90}"
+        assert 0.2 <= p90 <= 0.4, f"an attempt takes 250 ms and little more, Prometheus says {p90}"
         assert prometheus.alerts() == {}, f"alerts under a healthy load: {prometheus.alerts()}"
 
         with urllib.request.urlopen(f"http://{serving['admin']}/metrics", timeout=30) as scraped:
