@@ -195,6 +195,8 @@ impl Dispatcher {
             let Wake { at, when_changed } = self.look(Instant::now());
             let ring = Arc::clone(&self.ring);
             tokio::select! {
+                // What is said by now may decide who gets the permit that is due.
+                biased;
                 message = self.inbox.recv() => {
                     let Some(message) = message else { break };
                     self.take(message);

@@ -72,8 +72,9 @@ struct Standing {
     arrival: Option<u64>,
     /// Whether it waits before everybody.
     is_again: bool,
-    /// Who waits for it: the client under whose name its place stands, and how many of that client's polls.
-    clients: HashMap<Client, Waiters>,
+    /// Who waits for it: the client under whose name its place stands, and how many of that client's polls. In an
+    /// order, so that the same polls always make the same queue.
+    clients: BTreeMap<Client, Waiters>,
     is_kept: bool,
     /// Whose turn it had last: nobody's, if the background's.
     charged: Option<Client>,
@@ -110,7 +111,7 @@ impl FairQueue {
             is_refresh,
             arrival: None,
             is_again: false,
-            clients: HashMap::new(),
+            clients: BTreeMap::new(),
             is_kept: false,
             charged: None,
         };
