@@ -168,11 +168,11 @@ impl Budget {
         lock(&self.0.backoff).pace()
     }
 
-    /// A new flight's standing: of a task that has a snapshot (`is_refresh`), or of one never seen.
-    pub fn standing(&self, is_refresh: bool) -> Standing {
+    /// A new flight's standing: of a task that has a `snapshot` since that instant, or of one never seen.
+    pub fn standing(&self, snapshot: Option<Instant>) -> Standing {
         let shared = Arc::clone(&self.0);
         let flight = shared.next_flight.fetch_add(1, Ordering::Relaxed);
-        shared.tell(Message::Open { flight, is_refresh });
+        shared.tell(Message::Open { flight, snapshot });
         Standing(Arc::new(Held {
             shared,
             flight,

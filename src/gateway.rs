@@ -336,10 +336,11 @@ impl Gateway {
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
         let kept = self.cache.get(account.id, &poll.task, poll.arrived, live);
-        let was_stale = match kept.filter(|_| !on_trial) {
+        let snapshot = match kept.filter(|_| !on_trial) {
             Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
-            kept => kept.is_some(),
+            stale => stale.map(|answer| answer.asked),
         };
+        let was_stale = snapshot.is_some();
         if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
             return Ok(answered);
         }
@@ -357,7 +358,7 @@ impl Gateway {
             }
             let alone = asker.is_refused().then_some(asker.key.number);
             let (progress, leader) = self.flights.join((account.id, poll.task.clone(), alone), || {
-                Progress::new(account.budget.standing(was_stale))
+                Progress::new(account.budget.standing(snapshot))
             });
             let standing = progress.borrow().standing.clone();
             let mut place = standing.join(client.clone(), asker.weight(), latest);

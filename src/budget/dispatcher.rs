@@ -40,7 +40,7 @@ const READY_AHEAD: usize = 2;
 #[derive(Debug)]
 pub(super) enum Message {
     /// A flight may come to wait.
-    Open { flight: Flight, is_refresh: bool },
+    Open { flight: Flight, snapshot: Option<Instant> },
     /// A client's poll waits for it, and is told when its turn would come `late`.
     Join {
         flight: Flight,
@@ -222,7 +222,7 @@ impl Dispatcher {
 
     pub(super) fn take(&mut self, message: Message) {
         match message {
-            Message::Open { flight, is_refresh } => self.queue.open(flight, is_refresh),
+            Message::Open { flight, snapshot } => self.queue.open(flight, snapshot),
             Message::Join {
                 flight,
                 client,

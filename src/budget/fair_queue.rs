@@ -3,14 +3,18 @@
 //! A flight stands in the queue of every client that waits for it, and goes when the first of these places comes up,
 //! charged to that client. Clients are served by deficit round robin (Shreedhar and Varghese, 1995) on two levels: callers
 //! by weight, and within a caller its names by turns; since every query costs the same, a quantum is a number of flights.
-//! Within a client, tasks never seen before go ahead of refreshes, then by arrival. Flights that nobody waits for but whose
-//! answer is wanted form the background lane: it gets what foreground leaves, and at least one turn in ten.
+//! Within a client, tasks never seen before go ahead of refreshes, and of these the one whose snapshot is oldest: by arrival
+//! alone it would be chance which of many live tasks is refreshed, and some would wait several rounds. Flights that nobody
+//! waits for but whose answer is wanted form the background lane, in the same order: it gets what foreground leaves, and at
+//! least one turn in ten.
 //!
 //! Every step is O(log n), but for the forecast (`fair_queue/forecast.rs`), which looks at every place once.
 
 mod forecast;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use tokio::time::Instant;
 
 use crate::account::{Caller, Client};
 
@@ -37,8 +41,8 @@ pub(super) enum Shedding {
 /// Where a place stands in its client's queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Order {
-    /// Later than every task that was never seen.
-    is_refresh: bool,
+    /// How old its snapshot is: tasks never seen first, then the oldest.
+    snapshot: Option<Instant>,
     arrival: u64,
 }
 
@@ -54,7 +58,7 @@ pub(super) struct FairQueue {
     next_turn: Turn,
     /// Flights that had their turn and need another: before everybody.
     again: BTreeSet<(u64, Flight)>,
-    background: BTreeSet<(u64, Flight)>,
+    background: BTreeSet<(Order, Flight)>,
     /// Turns of others since the background had one.
     since_background: u32,
     /// Clients by how many places they have.
@@ -67,7 +71,8 @@ pub(super) struct FairQueue {
 
 #[derive(Debug)]
 struct Standing {
-    is_refresh: bool,
+    /// When upstream said what is known of the task.
+    snapshot: Option<Instant>,
     /// Its arrival, once it waits for a turn.
     arrival: Option<u64>,
     /// Whether it waits before everybody.
@@ -104,11 +109,19 @@ struct NameQueue {
     places: BTreeMap<Order, Flight>,
 }
 
+impl Standing {
+    /// Where it stands in the background, if it waits for a turn.
+    fn order(&self) -> Option<Order> {
+        let (snapshot, arrival) = (self.snapshot, self.arrival?);
+        Some(Order { snapshot, arrival })
+    }
+}
+
 impl FairQueue {
-    /// A flight that will wait for turns; of a task that has a snapshot, or of one never seen.
-    pub(super) fn open(&mut self, flight: Flight, is_refresh: bool) {
+    /// A flight that will wait for turns; of a task that has a `snapshot` since that instant, or of one never seen.
+    pub(super) fn open(&mut self, flight: Flight, snapshot: Option<Instant>) {
         let standing = Standing {
-            is_refresh,
+            snapshot,
             arrival: None,
             is_again: false,
             clients: BTreeMap::new(),
@@ -135,8 +148,8 @@ impl FairQueue {
                 place: None,
             },
         );
-        if let Some(arrival) = standing.arrival {
-            self.background.remove(&(arrival, flight));
+        if let Some(order) = standing.order() {
+            self.background.remove(&(order, flight));
             if !standing.is_again {
                 self.place(flight, client);
             }
@@ -294,7 +307,8 @@ impl FairQueue {
         let Some(standing) = self.flights.get_mut(&flight) else {
             return;
         };
-        let Some(arrival) = standing.arrival.take() else { return };
+        let Some(order) = standing.order() else { return };
+        standing.arrival = None;
         let places: Vec<_> = standing
             .clients
             .values_mut()
@@ -303,20 +317,20 @@ impl FairQueue {
         for place in places {
             self.unplace(place);
         }
-        self.background.remove(&(arrival, flight));
-        self.again.remove(&(arrival, flight));
+        self.background.remove(&(order, flight));
+        self.again.remove(&(order.arrival, flight));
         self.waiting -= 1;
     }
 
     /// Puts a waiting flight that no client waits for into the background, if it is to be kept.
     fn rest(&mut self, flight: Flight) {
         if let Some(standing) = self.flights.get(&flight)
-            && let Some(arrival) = standing.arrival
+            && let Some(order) = standing.order()
             && standing.clients.is_empty()
             && standing.is_kept
             && !standing.is_again
         {
-            self.background.insert((arrival, flight));
+            self.background.insert((order, flight));
         }
     }
 
@@ -329,7 +343,7 @@ impl FairQueue {
         };
         self.arrivals += 1;
         let order = Order {
-            is_refresh: standing.is_refresh,
+            snapshot: standing.snapshot,
             arrival: self.arrivals,
         };
         let queue = self.callers.entry(client.caller.clone()).or_insert_with(|| {

@@ -60,7 +60,7 @@ impl Gateway {
         let flight = (account.id, poll.task.clone(), Some(key.number));
         let (mut progress, leader) = self
             .flights
-            .join(flight, || Progress::new(account.budget.standing(true)));
+            .join(flight, || Progress::new(account.budget.standing(None)));
         if let Some(leader) = leader {
             let asker = poll.asker.with(key);
             self.launch(leader, &asker, &poll.task, None);

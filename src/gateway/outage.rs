@@ -53,7 +53,7 @@ impl Gateway {
     /// `probe` lets the next one start.
     async fn probe(self: Arc<Self>, probe: Probe, asker: Asker, task: TaskId) {
         let account = &asker.account;
-        let standing = account.budget.standing(true);
+        let standing = account.budget.standing(None);
         // In the background lane: nobody stands in the queue for it.
         standing.keep();
         let approach = async {

@@ -10,7 +10,7 @@ use super::{BACKGROUND_SHARE, FairQueue, Flight, Order};
 #[derive(Debug)]
 pub(in crate::budget) struct Forecast<'a> {
     again: btree_set::Iter<'a, (u64, Flight)>,
-    background: Peekable<btree_set::Iter<'a, (u64, Flight)>>,
+    background: Peekable<btree_set::Iter<'a, (Order, Flight)>>,
     since_background: u32,
     /// The one whose turn it is first.
     callers: VecDeque<Caller<'a>>,

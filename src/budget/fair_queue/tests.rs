@@ -1,6 +1,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -23,7 +24,7 @@ fn named(number: u8, name: &str) -> Client {
 /// A queue in which flights `flights` of one client wait.
 fn wait_for(queue: &mut FairQueue, flights: std::ops::Range<Flight>, client: &Client, weight: u32) {
     for flight in flights {
-        queue.open(flight, false);
+        queue.open(flight, None);
         queue.join(flight, client, weight);
         queue.enter(flight, false);
     }
@@ -95,8 +96,9 @@ fn a_flight_goes_with_the_first_of_its_places_and_is_charged_to_that_client() {
 #[test]
 fn tasks_never_seen_go_ahead_of_refreshes() {
     let mut queue = FairQueue::default();
-    for (flight, is_refresh) in [(0, true), (1, false), (2, true), (3, false)] {
-        queue.open(flight, is_refresh);
+    let now = Instant::now();
+    for (flight, snapshot) in [(0, Some(now)), (1, None), (2, Some(now)), (3, None)] {
+        queue.open(flight, snapshot);
         queue.join(flight, &client(1), 1);
         queue.enter(flight, false);
     }
@@ -104,11 +106,27 @@ fn tasks_never_seen_go_ahead_of_refreshes() {
 }
 
 #[test]
+fn the_oldest_snapshot_is_refreshed_first_waited_for_or_not() {
+    let mut queue = FairQueue::default();
+    let now = Instant::now();
+    let ages = [3, 1, 4, 0, 2];
+    for (flight, age) in (0..).zip(ages) {
+        queue.open(flight, Some(now - Duration::from_secs(age)));
+        queue.join(flight, &client(1), 1);
+        queue.enter(flight, false);
+        queue.open(flight + 10, Some(now - Duration::from_secs(age)));
+        queue.keep(flight + 10);
+        queue.enter(flight + 10, false);
+    }
+    assert_eq!(pops(&mut queue, 99), [2, 0, 4, 1, 3, 12, 10, 14, 11, 13]);
+}
+
+#[test]
 fn background_gets_what_foreground_leaves_and_one_turn_in_ten() {
     let mut queue = FairQueue::default();
     wait_for(&mut queue, 0..100, &client(1), 1);
     for flight in 100..200 {
-        queue.open(flight, true);
+        queue.open(flight, Some(Instant::now()));
         queue.keep(flight);
         queue.enter(flight, false);
     }
@@ -120,7 +138,7 @@ fn background_gets_what_foreground_leaves_and_one_turn_in_ten() {
 #[test]
 fn a_poll_lifts_a_background_flight_and_the_last_to_leave_lets_it_sink_back() {
     let mut queue = FairQueue::default();
-    queue.open(1, true);
+    queue.open(1, Some(Instant::now()));
     queue.keep(1);
     queue.enter(1, false);
     assert_eq!(queue.background(), 1);
@@ -167,7 +185,7 @@ fn the_youngest_place_of_the_client_with_most_gives_way() {
 fn the_background_gives_way_first() {
     let mut queue = FairQueue::default();
     wait_for(&mut queue, 0..5, &client(1), 1);
-    queue.open(9, true);
+    queue.open(9, Some(Instant::now()));
     queue.keep(9);
     queue.enter(9, false);
     assert_eq!(queue.shed(), Shedding::Flight(9));
@@ -175,7 +193,7 @@ fn the_background_gives_way_first() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Open { is_refresh: bool, client: u8, weight: u32 },
+    Open { age: Option<u8>, client: u8, weight: u32 },
     Join { flight: usize, client: u8 },
     Leave { flight: usize },
     Keep { flight: usize },
@@ -187,7 +205,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (any::<bool>(), 0..6_u8, 1..4_u32).prop_map(|(is_refresh, client, weight)| Step::Open { is_refresh, client, weight }),
+        4 => (any::<Option<u8>>(), 0..6_u8, 1..4_u32).prop_map(|(age, client, weight)| Step::Open { age, client, weight }),
         2 => (any::<usize>(), 0..6_u8).prop_map(|(flight, client)| Step::Join { flight, client }),
         1 => any::<usize>().prop_map(|flight| Step::Leave { flight }),
         1 => any::<usize>().prop_map(|flight| Step::Keep { flight }),
@@ -205,7 +223,7 @@ proptest! {
     /// end, and whatever waits and is wanted is served in the end, in the order that was forecast.
     #[test]
     fn nothing_is_lost_and_nothing_served_twice(steps in prop::collection::vec(step(), 1..200)) {
-        let mut queue = FairQueue::default();
+        let (mut queue, start) = (FairQueue::default(), Instant::now());
         let mut waiting = HashSet::new();
         let mut joined: HashMap<Flight, Vec<u8>> = HashMap::new();
         let mut kept = HashSet::new();
@@ -214,8 +232,8 @@ proptest! {
         let pick = |index: usize, opened: u64| (opened > 0).then(|| index as u64 % opened);
         for step in steps {
             match step {
-                Step::Open { is_refresh, client: number, weight } => {
-                    queue.open(opened, is_refresh);
+                Step::Open { age, client: number, weight } => {
+                    queue.open(opened, age.map(|age| start + Duration::from_secs(u64::from(age))));
                     queue.join(opened, &client(number), weight);
                     queue.enter(opened, false);
                     joined.entry(opened).or_default().push(number);

@@ -40,7 +40,7 @@ fn budget(limit: u32, metrics: AccountMetrics) -> Budget {
 
 /// A flight's whole way to its permit.
 async fn permit(budget: &Budget) -> Permit {
-    let standing = budget.standing(false);
+    let standing = budget.standing(None);
     let _place = standing.join(client(), 1, Instant::now() + FOR_EVER);
     let turn = standing.enter(Entry::InTurn).await.unwrap();
     turn.permit(&Open).await.unwrap()
@@ -82,7 +82,7 @@ async fn the_dispatcher_ends_when_the_last_budget_and_the_last_standing_are_gone
     let budget = budget(15, metrics());
     let another = budget.clone();
     drop(budget);
-    let standing = another.standing(false);
+    let standing = another.standing(None);
     drop(another);
     settle().await;
     assert_eq!(dispatchers(), 1, "a flight stands");
@@ -106,7 +106,7 @@ async fn the_gauges_that_accounts_share_lose_what_one_that_goes_added_and_no_mor
     };
     let (goes, stays) = (budget(15, metrics.clone()), budget(15, metrics.clone()));
     let waiting = flights(&goes, 5);
-    let kept = goes.standing(true);
+    let kept = goes.standing(Some(Instant::now()));
     kept.keep();
     let entered = tokio::spawn({
         let kept = kept.clone();

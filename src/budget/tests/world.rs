@@ -210,8 +210,8 @@ impl World<'_> {
             Event::Enter(flight) => {
                 let (call, called) = oneshot::channel();
                 self.flights[flight].called = Some(called);
-                let (client, weight, is_refresh, is_again) = (client(), 1, false, false);
-                self.tell(now, |flight| Message::Open { flight, is_refresh }, flight);
+                let (client, weight, snapshot, is_again) = (client(), 1, None, false);
+                self.tell(now, |flight| Message::Open { flight, snapshot }, flight);
                 // Nobody listens, so nobody leaves when told that the turn comes late.
                 let (late, _) = oneshot::channel();
                 let poll = (self.start + now + Duration::from_secs(1), 0);
