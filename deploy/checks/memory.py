@@ -97,7 +97,10 @@ def main(binary, manifest):
         file.write_text(yaml.safe_dump(served))
         with subprocess.Popen([binary, "--config", file], env=env, stderr=subprocess.PIPE, text=True) as gateway:
             try:
-                host, port = re.search(r" listen=(\S+):(\d+)", gateway.stderr.readline()).groups()
+                # Where few file descriptors are allowed, that is said first.
+                while not (serving := re.search(r" listen=(\S+):(\d+)", gateway.stderr.readline())):
+                    assert gateway.poll() is None
+                host, port = serving.groups()
                 # Each query is logged, and a full pipe would hold the gateway up.
                 threading.Thread(target=lambda: [None for _ in gateway.stderr], daemon=True).start()
                 per_client, most = asyncio.run(asyncio.wait_for(measure(gateway, (host, int(port)), config), 300))

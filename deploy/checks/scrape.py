@@ -215,7 +215,10 @@ def main(binary, packaged, rules_dir, folder):
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         gateway = subprocess.Popen([binary, "--config", folder / "config.yaml"], stderr=subprocess.PIPE, text=True)
         processes.append(gateway)
+        # Where few file descriptors are allowed, that is said first.
         serving = json.loads(gateway.stderr.readline())
+        while serving["message"] != "serving":
+            serving = json.loads(gateway.stderr.readline())
         threading.Thread(target=lambda: [None for _ in gateway.stderr], daemon=True).start()
         prometheus = Prometheus(folder, packaged / "usr/bin/prometheus", serving["admin"], rules)
         processes.append(prometheus.process)
