@@ -20,7 +20,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, HOST, RETRY_AFTER, USER_AGENT};
+use http::header::{
+    ACCEPT, ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER, TRANSFER_ENCODING, USER_AGENT,
+};
 use http::uri::Scheme;
 use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::Empty;
@@ -176,8 +178,9 @@ impl Upstream {
         let slot = timeout(self.0.settings.connect_timeout, self.0.slot_of_nobody())
             .await
             .map_err(|_| Error::NoConnection)?;
-        let (mut sender, _) = self.0.open(slot).await?;
+        let (mut sender, wire) = self.0.open(slot).await?;
         let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+        wire.answered();
         in_http(response)
     }
 
@@ -344,6 +347,30 @@ pub struct Fetched {
     pub received: Instant,
     /// The body's share of `limits.body_bytes`, until the last holder is done with it.
     pub room: Option<OwnedSemaphorePermit>,
+    /// What it came on.
+    pub connection: Answered,
+}
+
+/// A connection that has brought an answer. Dropped, it is closed: what came may not have been an answer to what was asked.
+#[derive(Debug)]
+pub struct Answered(Held);
+
+impl Answered {
+    /// Keeps it for the next query.
+    pub fn reuse(self) {
+        let Held {
+            pool,
+            id,
+            mut sender,
+            wire,
+        } = self.0;
+        // Idle again once hyper has seen that nothing is left over; mostly it has.
+        tokio::spawn(async move {
+            if sender.ready().await.is_ok() {
+                pool.hand_back(id, sender, wire);
+            }
+        });
+    }
 }
 
 /// An attempt that brought no answer.
@@ -387,6 +414,7 @@ impl Ready {
         wire.arm(permit);
         let exchange = async {
             let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+            wire.answered();
             let (head, body) = in_http(response)?.into_parts();
             let (body, room) = body::read(&head.headers, body, &upstream.room).await?;
             Ok((head, body, room))
@@ -408,12 +436,6 @@ impl Ready {
         };
         let received = Instant::now();
         upstream.recent.note(received - asked);
-        // Idle again once hyper has seen that nothing is left over; mostly it has.
-        tokio::spawn(async move {
-            if sender.ready().await.is_ok() {
-                pool.hand_back(id, sender, wire);
-            }
-        });
         Ok(Fetched {
             status: head.status,
             // A copy of its own: hyper's is a slice of the connection's read buffer, which would be kept with it.
@@ -424,6 +446,7 @@ impl Ready {
             asked,
             received,
             room,
+            connection: Answered(Held { pool, id, sender, wire }),
         })
     }
 }
@@ -573,9 +596,13 @@ impl Drop for Slot {
     }
 }
 
-/// Nobody asked for another protocol: an Upgrade goes no further than to us.
+/// Nobody asked for another protocol: an Upgrade goes no further than to us. And of two lengths one is a lie, told to make
+/// somebody take the end of an answer for the next one (RFC 9112 §6.3).
 fn in_http(response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+    let headers = response.headers();
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS
+        || (headers.contains_key(CONTENT_LENGTH) && headers.contains_key(TRANSFER_ENCODING))
+    {
         return Err(Error::UpstreamBroken);
     }
     Ok(response)

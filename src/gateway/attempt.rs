@@ -75,8 +75,13 @@ impl Gateway {
             asked,
             received,
             room,
+            connection,
         } = fetched;
         let reading = task::read(status.as_u16(), &body, task);
+        // What makes no sense may be the end of another answer, or one to another query: then so is all that follows.
+        if !matches!(reading.class, Class::Unrecognised | Class::Unreadable) {
+            connection.reuse();
+        }
         let before = self.cache.snapshot(account.id, task, received);
         let keeping = Keeping::of(
             &reading,

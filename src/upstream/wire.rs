@@ -4,19 +4,25 @@
 //! since a session ticket is no answer.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 
 use futures_util::future::BoxFuture;
 use http::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
 use rustls_pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
-use tokio_util::io::{InspectReader, InspectWriter};
+use tokio_util::io::InspectWriter;
 use tower_service::Service as _;
 
 use crate::budget::Permit;
+
+/// The most bytes before an answer's body, interim answers included. hyper skips those without end, thousands at a time,
+/// and holds up whatever else its thread does. The usual limit of servers for a request's head, several times over.
+const MOST_BEFORE_BODY: usize = 64 << 10;
 
 /// A stream of bytes to upstream.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -52,6 +58,9 @@ struct State {
     /// Paid for the request that is about to be written.
     permit: Option<Permit>,
     heard: bool,
+    /// Bytes heard since the last request was armed; of no interest once its answer's head is there.
+    before_body: usize,
+    is_answered: bool,
 }
 
 impl Wire {
@@ -61,21 +70,30 @@ impl Wire {
         tls: Option<&(TlsConnector, ServerName<'static>)>,
     ) -> io::Result<(impl Stream, Self)> {
         let wire = Self::default();
-        let (below, above) = (wire.clone(), wire.clone());
+        let below = wire.clone();
         let stamped = InspectWriter::new(raw, move |_: &[u8]| below.wrote());
         let stream: Box<dyn Stream> = match tls {
             Some((connector, name)) => Box::new(connector.connect(name.clone(), stamped).await?),
             None => Box::new(stamped),
         };
-        Ok((InspectReader::new(stream, move |bytes: &[u8]| above.hear(bytes)), wire))
+        let heard = Heard {
+            stream,
+            wire: wire.clone(),
+        };
+        Ok((heard, wire))
     }
 
     /// The next bytes written are the request that `permit` has paid for.
     pub(super) fn arm(&self, permit: Permit) {
         *self.state() = State {
             permit: Some(permit),
-            heard: false,
+            ..State::default()
         };
+    }
+
+    /// The head of the answer is there: what follows is its body.
+    pub(super) fn answered(&self) {
+        self.state().is_answered = true;
     }
 
     /// Whether any byte came since the last request was written.
@@ -93,10 +111,61 @@ impl Wire {
         }
     }
 
-    fn hear(&self, bytes: &[u8]) {
+    fn hear(&self, bytes: usize) {
+        let mut state = self.state();
         // Nothing at all is the end of the stream.
-        if !bytes.is_empty() {
-            self.state().heard = true;
+        state.heard |= bytes > 0;
+        state.before_body = state.before_body.saturating_add(bytes);
+    }
+
+    fn may_go_on(&self) -> bool {
+        let state = self.state();
+        // Looked at before each read, since one read may bring a body with its head.
+        state.is_answered || state.before_body <= MOST_BEFORE_BODY
+    }
+}
+
+/// A stream whose [`Wire`] notes what is read.
+struct Heard {
+    stream: Box<dyn Stream>,
+    wire: Wire,
+}
+
+impl AsyncRead for Heard {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.wire.may_go_on() {
+            return Poll::Ready(Err(io::Error::other("too much before the body")));
         }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        this.wire.hear(buf.filled().len() - before);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Heard {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }

@@ -11,6 +11,7 @@
 //! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `keys`: keys that upstream refuses or has not confirmed lately, and missing credits
+//! - `misbehaviour`: answers of upstream that are none, and who notices
 //! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `restart`: the process that comes next spends no second twice
 //! - `reload`: a changed configuration is taken over, whole or not at all
@@ -51,6 +52,7 @@ mod isolation;
 mod keys;
 mod kubernetes_stop;
 mod limits;
+mod misbehaviour;
 mod outage;
 mod pace;
 mod passthrough;

@@ -28,13 +28,26 @@ struct Identity {
 
 impl Identity {
     fn of(name: &str) -> Self {
+        Self::made(name, |_| {})
+    }
+
+    /// One whose certificate was valid in the year 2020.
+    fn expired(name: &str) -> Self {
+        Self::made(name, |certificate| {
+            certificate.not_before = rcgen::date_time_ymd(2020, 1, 1);
+            certificate.not_after = rcgen::date_time_ymd(2020, 12, 31);
+        })
+    }
+
+    fn made(name: &str, change: impl FnOnce(&mut rcgen::CertificateParams)) -> Self {
         let root_key = rcgen::KeyPair::generate().unwrap();
         let mut root = rcgen::CertificateParams::new([]).unwrap();
         root.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let root_certificate = root.self_signed(&root_key).unwrap();
         let key = rcgen::KeyPair::generate().unwrap();
-        let certificate = rcgen::CertificateParams::new([name.to_owned()])
-            .unwrap()
+        let mut certificate = rcgen::CertificateParams::new([name.to_owned()]).unwrap();
+        change(&mut certificate);
+        let certificate = certificate
             .signed_by(&key, &rcgen::Issuer::new(root, root_key))
             .unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -153,6 +166,15 @@ async fn a_certificate_of_another_name_is_not_trusted() {
     let upstream = identity.upstream(&[]).await;
     let gateway = identity.gateway(&upstream.url, "").await;
     cannot_be_reached(&gateway, &upstream).await;
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_not_trusted() {
+    let identity = Identity::expired("127.0.0.1");
+    let upstream = identity.upstream(&[]).await;
+    let gateway = identity.gateway(&upstream.url, "").await;
+    cannot_be_reached(&gateway, &upstream).await;
+    assert!(gateway.log().contains("expired"), "{}", gateway.log());
 }
 
 #[tokio::test]
