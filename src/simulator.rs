@@ -23,6 +23,7 @@ mod link;
 mod options;
 mod server;
 mod steer;
+mod unwritable;
 mod window;
 
 pub use demo::{DemoArgs, demo};

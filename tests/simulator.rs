@@ -1,7 +1,7 @@
 //! The simulated upstream over real sockets: what the gateway's own tests rely on.
 //!
 //! - a task's life: `a_task_runs_and_then_succeeds`, `the_same_state_gives_the_same_bytes`
-//! - steering: `ids_steer_the_body`, `ids_steer_the_transport`, `keys_steer`, `padding_…`, `a_bomb_…`
+//! - steering: `ids_steer_the_body`, `ids_steer_the_transport`, `ids_steer_what_no_library_would_write`, `keys_steer`, `padding_…`, `a_bomb_…`
 //! - the limiter: `a_sixteenth_quick_query_…`, `accounts_…`, `a_429_…`, `arrivals_carry_the_kernel's stamp`
 //! - connections: `tls_…`, `an_idle_connection_…`, `a_connection_closes_…`, `a_held_back_…`
 //! - the other endpoints: `other_paths_…`, `chat_streams_…`, `echo_…`, `mirror_…`
@@ -287,6 +287,45 @@ async fn ids_steer_the_transport() {
             timeout(PATIENCE, stream.read_buf(&mut dripped)).await.unwrap().unwrap(),
             0
         );
+    }
+}
+
+#[tokio::test]
+async fn ids_steer_what_no_library_would_write() {
+    let upstream = Upstream::start(quick()).await;
+    let first = async |id: &str, until: usize| {
+        let mut stream = TcpStream::connect(upstream.address).await.unwrap();
+        stream.write_all(raw_poll(id).as_bytes()).await.unwrap();
+        let mut bytes = Vec::new();
+        while bytes.len() < until {
+            assert_ne!(
+                timeout(PATIENCE, stream.read_buf(&mut bytes)).await.unwrap().unwrap(),
+                0
+            );
+        }
+        (String::from_utf8(bytes).unwrap(), stream)
+    };
+    assert!(first("garbage.1", 30).await.0.contains("neither HTTP"));
+    let (extra, _) = first("extra.1", 3000).await;
+    assert_eq!(extra.matches("HTTP/1.1 200 OK").count(), 2);
+    assert!(extra.contains("\"success\"") && extra.contains("\"forged!\""));
+    let (both, _) = first("length-and-chunked.1", 1500).await;
+    assert!(both.contains("\r\nContent-Length: 1") && both.contains("\r\nTransfer-Encoding: chunked\r\n"));
+    assert!(
+        first("endless-interim.1", 1 << 20)
+            .await
+            .0
+            .starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100")
+    );
+    assert!(!first("endless-headers.1", 1 << 20).await.0.contains("\r\n\r\n"));
+    // The connection goes on.
+    let (short, mut stream) = first("short-length.1", 1500).await;
+    let (head, body) = short.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains(&format!("Content-Length: {}", body.len() / 2)), "{short}");
+    stream.write_all(raw_poll("pending.1").as_bytes()).await.unwrap();
+    let mut next = Vec::new();
+    while !String::from_utf8_lossy(&next).contains("\"pending\"") {
+        assert_ne!(timeout(PATIENCE, stream.read_buf(&mut next)).await.unwrap().unwrap(), 0);
     }
 }
 

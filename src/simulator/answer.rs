@@ -117,6 +117,11 @@ pub(super) async fn task(args: &UpstreamArgs, link: &Link, id: &str, case: &Case
             maim(link, *maiming, sight).await;
             json(ended().text())
         }
+        Case::Unwritable(unwritable) => {
+            let body = ended().text();
+            link.instead(unwritable.script(&body));
+            json(body)
+        }
         Case::Drip => dripping(ended().text().into()),
         Case::NoStore => uncacheable(json(live("running").text())),
     }

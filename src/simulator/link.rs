@@ -8,7 +8,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::arrival::unix_ns;
+use super::unwritable;
 
 /// One connection, as its layers and its requests see it.
 pub(super) struct Link {
@@ -27,6 +28,8 @@ pub(super) struct Link {
     /// How many more bytes may be written before the connection is closed.
     left: AtomicUsize,
     reset: AtomicBool,
+    /// What goes out in place of the answer.
+    instead: Mutex<Option<Instead>>,
     /// Since when no request is being answered. `None` while one is.
     idle_since: Mutex<Option<Instant>>,
     served: AtomicBool,
@@ -40,6 +43,7 @@ impl Link {
             last: AtomicU64::new(0),
             left: AtomicUsize::new(usize::MAX),
             reset: AtomicBool::new(false),
+            instead: Mutex::new(None),
             idle_since: Mutex::new(Some(Instant::now())),
             served: AtomicBool::new(false),
             answered: Notify::new(),
@@ -79,6 +83,15 @@ impl Link {
         self.close_after(0);
     }
 
+    /// Sends `script` in place of the answer to the request that is here.
+    pub(super) fn instead(&self, script: unwritable::Script) {
+        *self.replacement() = Some(Instead { script, sent: 0 });
+    }
+
+    fn replacement(&self) -> MutexGuard<'_, Option<Instead>> {
+        self.instead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn is_reset(&self) -> bool {
         self.reset.load(Ordering::Relaxed)
     }
@@ -86,6 +99,7 @@ impl Link {
     /// A request is here.
     pub(super) fn begin(&self) {
         self.served.store(true, Ordering::Relaxed);
+        *self.replacement() = None;
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -119,7 +133,30 @@ impl Link {
     }
 }
 
-/// A stream that closes after the bytes that its [`Link`] lets out.
+/// Bytes that replace an answer, and how many of the part at hand are sent.
+struct Instead {
+    script: unwritable::Script,
+    sent: usize,
+}
+
+impl Instead {
+    /// Completes when all is sent that is not sent for ever.
+    fn poll_send(&mut self, mut stream: Pin<&mut impl AsyncWrite>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let unsent = &self.script.first[self.sent..];
+            if !unsent.is_empty() {
+                self.sent += ready!(stream.as_mut().poll_write(cx, unsent))?;
+            } else if self.script.repeated.is_empty() {
+                return Poll::Ready(Ok(()));
+            } else {
+                self.script.first.clone_from(&self.script.repeated);
+                self.sent = 0;
+            }
+        }
+    }
+}
+
+/// A stream that sends other bytes where its [`Link`] says so, or closes after the bytes that its [`Link`] lets out.
 pub(super) struct CutStream<S> {
     stream: S,
     link: Arc<Link>,
@@ -140,6 +177,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for CutStream<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for CutStream<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if let Some(instead) = &mut *this.link.replacement() {
+            ready!(instead.poll_send(Pin::new(&mut this.stream), cx))?;
+            return Poll::Ready(Ok(buf.len()));
+        }
         let left = this.link.left.load(Ordering::Relaxed);
         if left == usize::MAX {
             return Pin::new(&mut this.stream).poll_write(cx, buf);

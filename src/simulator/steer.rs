@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 
+use super::unwritable::Unwritable;
+
 /// The table of all cases, for `--help`.
 pub(super) const HELP: &str = concat!(
     "Task ids: the part up to the first `.` steers the task (failed.abc).\n\n",
@@ -48,6 +50,7 @@ pub(super) enum Case {
     Bomb,
     BrotliClaimed,
     Maimed(Maiming),
+    Unwritable(Unwritable),
     Drip,
     Slow(Duration),
     NoStore,
@@ -113,6 +116,12 @@ fn exact(word: &str) -> Option<Case> {
         "close" => Case::Maimed(Maiming::Close),
         "reset" => Case::Maimed(Maiming::Reset),
         "hang" => Case::Maimed(Maiming::Hang),
+        "garbage" => Case::Unwritable(Unwritable::Garbage),
+        "extra" => Case::Unwritable(Unwritable::Extra),
+        "short-length" => Case::Unwritable(Unwritable::ShortLength),
+        "length-and-chunked" => Case::Unwritable(Unwritable::LengthAndChunked),
+        "endless-interim" => Case::Unwritable(Unwritable::EndlessInterim),
+        "endless-headers" => Case::Unwritable(Unwritable::EndlessHeaders),
         "drip" => Case::Drip,
         "no-store" => Case::NoStore,
         "flaky-close" => Case::Maimed(Maiming::FlakyClose),
