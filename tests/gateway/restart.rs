@@ -15,8 +15,12 @@ const CLIENTS: usize = 40;
 /// One client that goes on asking for new tasks, also while nobody listens.
 async fn poll_for_ever(address: SocketAddr, client: usize) {
     for task in 0.. {
-        match try_request(address, poll_request(KEY, &format!("ended.{client}-{task}"))).await {
-            Ok(reply) => assert_eq!(reply.status, 200, "{reply:?}"),
+        let task = format!("ended.{client}-{task}");
+        match try_request(address, poll_request(KEY, &task)).await {
+            Ok(reply) => {
+                assert_eq!(reply.status, 200, "{reply:?}");
+                assert_eq!(reply.json()["data"]["task_id"], task, "nothing wrong is served");
+            }
             Err(_) => sleep(Duration::from_millis(10)).await,
         }
     }
