@@ -6,6 +6,7 @@
 //! - `admission`: whoever cannot be served in time hears so at once
 //! - `browser`: the status page in headless Chromium (`tests/browser/run`)
 //! - `client_tls`: clients over TLS: certificates that change, clients that have one, handshakes that fail
+//! - `clock`: the wall clock jumps (`tests/clock/run`)
 //! - `coalescing`: a flight for everybody
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
@@ -40,6 +41,7 @@
 mod admission;
 mod browser;
 mod client_tls;
+mod clock;
 mod coalescing;
 mod commands;
 mod connections;
