@@ -5,6 +5,7 @@
 //!
 //! - `admission`: whoever cannot be served in time hears so at once
 //! - `browser`: the status page in headless Chromium (`tests/browser/run`)
+//! - `chaos`: everything goes wrong at once (`tests/chaos/run`)
 //! - `client_tls`: clients over TLS: certificates that change, clients that have one, handshakes that fail
 //! - `clock`: the wall clock jumps (`tests/clock/run`)
 //! - `coalescing`: a flight for everybody
@@ -40,6 +41,7 @@
 
 mod admission;
 mod browser;
+mod chaos;
 mod client_tls;
 mod clock;
 mod coalescing;

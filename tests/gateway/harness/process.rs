@@ -161,8 +161,7 @@ impl Gateway {
     }
 
     fn signal(&self, signal: nix::sys::signal::Signal) {
-        let id = i32::try_from(self.child.id().unwrap()).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), signal).unwrap();
+        send(&self.child, signal);
     }
 
     /// Ends it at once, by SIGKILL.
@@ -193,6 +192,11 @@ impl Gateway {
             .parse()
             .unwrap()
     }
+}
+
+fn send(child: &Child, signal: nix::sys::signal::Signal) {
+    let id = i32::try_from(child.id().unwrap()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), signal).unwrap();
 }
 
 /// Collects lines; gives the one that says where the gateway serves.
@@ -250,6 +254,11 @@ impl Simulator {
     pub async fn kill(mut self) -> String {
         self.child.kill().await.unwrap();
         self.address.to_string()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        send(&self.child, signal);
     }
 
     /// What it counted.
