@@ -12,7 +12,6 @@ use std::time::Duration;
 use crun_gateway::account::ApiKey;
 use crun_gateway::config::{ClientCertificates, Config, Demand, KeySource, LogFormat, Problems, Tls, UnknownKeys};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
 
 const SECRET: &str = "ak_91f3secret7c";
 
@@ -656,13 +655,6 @@ fn almost_a_configuration() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 500,
-        failure_persistence: None,
-        rng_seed: RngSeed::Fixed(15),
-        ..ProptestConfig::default()
-    })]
-
     #[test]
     fn no_text_makes_the_parser_panic(text in prop_oneof![any::<String>(), "[ -~\n]{0,80}", almost_a_configuration()]) {
         match Config::parse(&text, &env) {

@@ -390,13 +390,6 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig {
-            cases: 300,
-            failure_persistence: None,
-            rng_seed: proptest::test_runner::RngSeed::Fixed(15),
-            ..ProptestConfig::default()
-        })]
-
         #[test]
         fn what_is_written_reads_the_same(nanos in 0..31_536_000_000_000_000_u64, scale in 0..4_u32, bytes: u64) {
             let unit = [1, 1_000_000, 1_000_000_000, 60_000_000_000][scale as usize];

@@ -541,13 +541,6 @@ thread_local! {
 }
 
 proptest! {
-    // As many cases as PROPTEST_CASES says, 256 without.
-    #![proptest_config(ProptestConfig {
-        failure_persistence: None,
-        rng_seed: proptest::test_runner::RngSeed::Fixed(9112),
-        ..ProptestConfig::default()
-    })]
-
     #[test]
     fn a_verdict_depends_on_no_piece(bytes in stream(), lengths in prop::collection::vec(1_usize..40, 1..6)) {
         let whole = follow(&bytes);
