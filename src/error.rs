@@ -51,6 +51,9 @@ pub enum Error {
     /// As many requests are being answered as `limits.requests` allows.
     #[error("too many requests at once (limits.requests): try again")]
     Overloaded,
+    /// A request's head has begun and did not end within `limits.header_timeout`.
+    #[error("the request's head took longer than limits.header_timeout")]
+    HeaderTimeout,
     /// A request has taken longer than `limits.request_timeout`.
     #[error("the request took longer than limits.request_timeout")]
     RequestTimeout,
@@ -106,6 +109,7 @@ impl Error {
             Self::Malformed(_) => StatusCode::BAD_REQUEST,
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -131,6 +135,7 @@ impl Error {
             Self::HeadTooLarge => "head_too_large",
             Self::BodyTooLarge => "body_too_large",
             Self::Overloaded => "overloaded",
+            Self::HeaderTimeout => "header_timeout",
             Self::RequestTimeout => "request_timeout",
             Self::QueueFull { .. } => "queue_full",
             Self::BudgetSpent { .. } => "budget",
@@ -157,6 +162,7 @@ impl Error {
             | Self::Malformed(_)
             | Self::HeadTooLarge
             | Self::BodyTooLarge
+            | Self::HeaderTimeout
             | Self::RequestTimeout => None,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } | Self::Overloaded => {
                 Some("http_request_denied")
@@ -189,6 +195,7 @@ impl Error {
             | Self::Malformed(_)
             | Self::HeadTooLarge
             | Self::BodyTooLarge
+            | Self::HeaderTimeout
             | Self::RequestTimeout
             | Self::UpstreamTooLarge
             | Self::UpstreamEncoding
@@ -212,6 +219,7 @@ impl Error {
             | Self::HeadTooLarge
             | Self::BodyTooLarge
             | Self::Overloaded
+            | Self::HeaderTimeout
             | Self::RequestTimeout
             | Self::UpstreamUnavailable { .. }
             | Self::NoConnection

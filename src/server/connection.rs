@@ -24,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::framing::Refused;
 use super::guard::{Guard, Refusal};
 use super::head::{Most, USUAL_HEADERS};
 use super::{GRACE, sleep_until_some};
@@ -76,7 +77,7 @@ pub async fn serve_connection<S>(
         has_held_back_end: false,
         ending: Ending::Open,
     };
-    let guard = Guard::new(watched, phase.clone(), Most::new(limits), refusal);
+    let guard = Guard::new(watched, phase.clone(), Most::new(limits), Arc::clone(&refusal));
     let mut builder = http1::Builder::new();
     if limits.headers > USUAL_HEADERS {
         builder.max_headers(limits.headers);
@@ -106,7 +107,21 @@ pub async fn serve_connection<S>(
         };
         match event {
             Event::Ended | Event::TimedOut(Phase::Closing) => return,
-            Event::TimedOut(Phase::Head { .. }) => return gateway.metrics().refused("header_timeout"),
+            Event::TimedOut(Phase::Head { .. }) => {
+                // Where that is said already, or something else, whoever it is said to does not read.
+                if refusal
+                    .set(Refused {
+                        error: Error::HeaderTimeout,
+                        in_body: false,
+                    })
+                    .is_err()
+                {
+                    return;
+                }
+                phase.set(Phase::Head {
+                    until: Instant::now() + LINGER,
+                });
+            }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
             Event::TimedOut(Phase::Busy { .. }) => return gateway.metrics().refused(Error::RequestTimeout.detail()),
             Event::Drained => {

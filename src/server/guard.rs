@@ -26,7 +26,7 @@ pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnect
 /// How much is read at once behind the beginning of a head.
 const READ: usize = 4096;
 
-/// Why a connection's bytes go no further; shared with whoever answers.
+/// Why a connection's bytes go no further; shared with whoever answers, and with whoever sees to it that a head ends in time.
 pub(super) type Refusal = Arc<OnceLock<Refused>>;
 
 /// A client's stream whose bytes are checked.
@@ -149,6 +149,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
                 None => {}
                 // The body breaks off.
                 Some(refused) if refused.in_body => return Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
+                // The head that is held here has taken too long.
+                Some(_) if !this.held.is_empty() => {
+                    this.held.clear();
+                    this.hold(&[]);
+                    this.phases.next_begun(false);
+                    continue;
+                }
                 // hyper closes when it has answered.
                 Some(_) => return Poll::Pending,
             }

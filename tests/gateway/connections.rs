@@ -52,6 +52,12 @@ async fn header_timeout_counts_from_a_requests_first_byte() {
         half.send("gate").await.unwrap();
     }
     for half in &mut halves {
+        let reply = half.reply().await;
+        assert!(reply.is(408), "{reply:?}");
+        assert_eq!(
+            reply.json()["message"],
+            "crun-gateway: the request's head took longer than limits.header_timeout"
+        );
         half.assert_ends().await;
     }
     let ended = started.elapsed();

@@ -181,6 +181,7 @@ async fn five_hundred_slow_heads_are_closed_in_time_and_hold_up_nobody() {
     let mut quick = Raw::connect(gateway.address).await;
     assert!(quick.poll("ended.a").await.is(200));
     for client in &mut slow {
+        assert!(client.reply().await.is(408));
         client.assert_ends().await;
     }
     let closed = gateway
@@ -203,6 +204,7 @@ async fn the_beginning_of_a_head_behind_a_request_is_held_to_the_header_timeout_
     client.send(format!("{}GET /", raw::poll("ended.a"))).await.unwrap();
     assert!(client.reply().await.is(200));
     let answered = Instant::now();
+    assert!(client.reply().await.is(408));
     client.assert_ends().await;
     assert!(answered.elapsed() < Duration::from_secs(10), "{:?}", answered.elapsed());
 }
