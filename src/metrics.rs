@@ -479,6 +479,7 @@ impl Metrics {
             paused: self.upstream_paused.with_label_values(&[account]),
             keys_refused: self.upstream_keys_refused.with_label_values(&[account]),
             credits_missing: self.upstream_credits_missing.with_label_values(&[account]),
+            panics: self.panics.clone(),
             live_tasks: self.live_tasks.with_label_values(&[account]),
             freshness: self.freshness.with_label_values(&[account]),
         }
@@ -573,6 +574,8 @@ pub struct AccountMetrics {
     pub keys_refused: IntGauge,
     /// Accounts under this label that have no credits.
     pub credits_missing: IntGauge,
+    /// Panics caught, of all accounts.
+    pub panics: IntCounter,
     live_tasks: IntGauge,
     freshness: prometheus::Gauge,
 }

@@ -8,10 +8,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU32;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use governor::clock::Clock;
 use governor::middleware::NoOpMiddleware;
 use governor::nanos::Nanos;
@@ -77,6 +79,8 @@ pub(super) enum Message {
     BackedOff,
     /// The pace has, and this is the longest queue.
     Configured { max_queue: usize },
+    #[cfg(test)]
+    Panic,
     /// Somebody wants to see who waits, and who spends.
     Show { shares: oneshot::Sender<Shares> },
 }
@@ -189,8 +193,18 @@ impl Dispatcher {
         Arc::clone(&self.ring)
     }
 
-    /// Runs until the account's last handle is gone.
+    /// Runs until the account's last handle is gone. A panic ends the wait of everybody who waits, and nothing else: what
+    /// was spent counts on, and whoever comes next is served.
     pub(super) async fn run(mut self) {
+        while AssertUnwindSafe(self.serve()).catch_unwind().await.is_err() {
+            self.metrics.panics.inc();
+            self.forget_all();
+        }
+        // Every flight is over by now, or its standing would hold the inbox open; a pause may not be.
+        self.metrics.paused.sub(i64::from(self.is_paused));
+    }
+
+    async fn serve(&mut self) {
         loop {
             let Wake { at, when_changed } = self.look(Instant::now());
             let ring = Arc::clone(&self.ring);
@@ -198,7 +212,7 @@ impl Dispatcher {
                 // What is said by now may decide who gets the permit that is due.
                 biased;
                 message = self.inbox.recv() => {
-                    let Some(message) = message else { break };
+                    let Some(message) = message else { return };
                     self.take(message);
                     while let Ok(message) = self.inbox.try_recv() {
                         self.take(message);
@@ -208,8 +222,16 @@ impl Dispatcher {
                 () = ring.changed.notified(), if when_changed => {}
             }
         }
-        // Every flight is over by now, or its standing would hold the inbox open; a pause may not be.
-        self.metrics.paused.sub(i64::from(self.is_paused));
+    }
+
+    /// Sends everybody away.
+    fn forget_all(&mut self) {
+        self.queue = FairQueue::default();
+        self.admission = Admission::default();
+        self.calls.clear();
+        self.called.clear();
+        self.call_of.clear();
+        self.ready = 0;
     }
 
     /// Does what is due at `now`.
@@ -238,6 +260,8 @@ impl Dispatcher {
                 self.admission.leave(flight, poll);
             }
             Message::Keep { flight } => self.queue.keep(flight),
+            // Opened before all were sent away.
+            Message::Enter { flight, .. } if !self.queue.has(flight) => {}
             Message::Enter { flight, is_again, call } => {
                 self.calls.insert(flight, call);
                 self.queue.enter(flight, is_again);
@@ -273,6 +297,8 @@ impl Dispatcher {
             }
             Message::BackedOff => {}
             Message::Configured { max_queue } => self.configure(max_queue),
+            #[cfg(test)]
+            Message::Panic => panic!("on purpose"),
             // Nobody listens when whoever asked was out of patience.
             Message::Show { shares } => drop(shares.send(self.shares(Instant::now()))),
         }

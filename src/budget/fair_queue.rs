@@ -131,6 +131,11 @@ impl FairQueue {
         self.flights.insert(flight, standing);
     }
 
+    /// Whether the flight is open.
+    pub(super) fn has(&self, flight: Flight) -> bool {
+        self.flights.contains_key(&flight)
+    }
+
     /// One more poll of `client` waits for `flight`.
     pub(super) fn join(&mut self, flight: Flight, client: &Client, weight: u32) {
         let Some(standing) = self.flights.get_mut(&flight) else {

@@ -199,3 +199,39 @@ async fn a_permit_counts_from_its_write_and_no_longer_once_it_is_dropped_unused(
         .await
         .expect("the second one comes");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_the_dispatcher_ends_the_wait_of_those_who_wait_and_nothing_else() {
+    let metrics = metrics();
+    let budget = budget(15, metrics.clone());
+    let mut first = flights(&budget, 5);
+    let mut last = Instant::now();
+    while let Some(written) = first.join_next().await {
+        last = last.max(written.unwrap());
+    }
+    let opened_before = budget.standing(None);
+    let mut waiting = JoinSet::new();
+    for _ in 0..20 {
+        let standing = budget.standing(None);
+        waiting.spawn(async move {
+            let _place = standing.join(client(), 1, Instant::now() + FOR_EVER);
+            standing.enter(Entry::InTurn).await
+        });
+    }
+    // None of those called forward says that it has a connection, so that the others wait for good.
+    let called = waiting.join_next().await.unwrap().unwrap().unwrap();
+    budget.0.tell(Message::Panic);
+    settle().await;
+    assert_eq!(metrics.panics.get(), 1);
+    assert_eq!((budget.waiting(), metrics.queue_length[0].get()), (0, 0));
+    let sent_away = waiting.join_all().await.into_iter().filter(Result::is_err).count();
+    assert!(sent_away >= 10, "{sent_away}");
+    assert_eq!(opened_before.enter(Entry::InTurn).await.map(drop), Err(Shed));
+    assert!(called.permit(&Open).await.is_none());
+    // The pace goes on where it was.
+    let mut next: Vec<_> = flights(&budget, 20).join_all().await;
+    next.sort_unstable();
+    assert!(next[0] >= last + interval(15), "{:?}", next[0] - last);
+    let took = next[19] - next[0];
+    assert!(took.abs_diff(interval(15) * 19) <= ms(1), "{took:?}");
+}
