@@ -208,3 +208,38 @@ async fn the_beginning_of_a_head_behind_a_request_is_held_to_the_header_timeout_
     client.assert_ends().await;
     assert!(answered.elapsed() < Duration::from_secs(10), "{:?}", answered.elapsed());
 }
+
+#[tokio::test]
+async fn answers_that_fill_the_cache_push_out_others_and_are_all_served() {
+    let upstream = quick().await;
+    let most = 4 << 20;
+    let gateway = Gateway::start(&upstream.url, "cache: { max_bytes: \"4MiB\" }\nbudget: { limit: 1000 }").await;
+    for task in 0..60 {
+        let reply = poll(gateway.address, &format!("big-256KiB.{task}")).await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+        assert!(reply.body.len() >= 256 << 10);
+        let held = gateway.metric("crun_gateway_cache_bytes").await;
+        assert!(held <= f64::from(most), "{held}");
+    }
+    let evicted = gateway
+        .metric("crun_gateway_cache_evictions_total{cause=\"size\"}")
+        .await;
+    assert!(evicted >= 40.0, "{evicted}");
+}
+
+#[tokio::test]
+async fn connections_that_fill_the_admin_port_are_no_matter_to_clients() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let mut probe = Raw::connect(gateway.admin).await;
+    let mut idle = Vec::new();
+    for _ in 0..100 {
+        idle.push(Raw::connect(gateway.admin).await);
+    }
+    // Who is let in stays in.
+    probe.send("GET /readyz HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    assert!(probe.reply().await.is(200));
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    drop(idle);
+    assert_eq!(gateway.admin("/readyz").await.0, 200);
+}
