@@ -30,6 +30,7 @@ mod response;
 mod status;
 mod tally;
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -214,16 +215,20 @@ impl Gateway {
     pub async fn handle(self: Arc<Self>, mut request: Request<Incoming>, caller: Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        let answering = async {
-            if request.uri().path() == TASK_INFO_PATH {
-                let (method, uri, headers) = (request.method(), request.uri(), request.headers());
-                self.poll(method, uri, headers, &caller, &request_id).await
-            } else {
-                self.pass_through(request).await
-            }
+        let in_time = {
+            // Each move of it would take its room again.
+            let answering = pin!(async {
+                if request.uri().path() == TASK_INFO_PATH {
+                    let (method, uri, headers) = (request.method(), request.uri(), request.headers());
+                    self.poll(method, uri, headers, &caller, &request_id).await
+                } else {
+                    Box::pin(self.pass_through(request)).await
+                }
+            });
+            let most = self.config.load().limits.request_timeout;
+            self.metrics.contain(timeout(most, answering)).await
         };
-        let in_time = timeout(self.config.load().limits.request_timeout, answering);
-        let mut response = match self.metrics.contain(in_time).await {
+        let mut response = match in_time {
             Some(Ok(response)) => response,
             Some(Err(_)) => return self.refuse_named(&Error::RequestTimeout, request_id),
             None => response::error(&Error::Internal),
@@ -330,7 +335,6 @@ impl Gateway {
 
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
     async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
-        let deadline = poll.arrived + self.config.load().budget.max_wait;
         let account = &poll.asker.account;
         account.watch.asked(&poll.task, poll.arrived);
         let live = self.lifetime_for(poll);
@@ -340,10 +344,24 @@ impl Gateway {
             Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
             stale => stale.map(|answer| answer.asked),
         };
-        let was_stale = snapshot.is_some();
         if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
             return Ok(answered);
         }
+        // On the heap: most polls are answered above, and a connection keeps no room for the others.
+        Box::pin(self.fetch(poll, snapshot, live)).await
+    }
+
+    /// The answer for a poll that what is kept will not do for. `live` is how long live answers are fresh for it, and
+    /// `snapshot` since when the stale one is kept.
+    async fn fetch(
+        self: &Arc<Self>,
+        poll: &Poll,
+        snapshot: Option<Instant>,
+        live: Duration,
+    ) -> Result<Answered, Error> {
+        let deadline = poll.arrived + self.config.load().budget.max_wait;
+        let account = &poll.asker.account;
+        let was_stale = snapshot.is_some();
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(&poll.caller, name);

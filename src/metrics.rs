@@ -509,9 +509,9 @@ impl Metrics {
     /// Runs `work`; a panic in it is counted, and gives `None`.
     ///
     /// Nothing that work changes here is left half done by a panic: locks cover single steps.
-    pub async fn contain<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        let done = AssertUnwindSafe(work).catch_unwind().await;
-        done.map_err(|_| self.panics.inc()).ok()
+    pub fn contain<T>(&self, work: impl Future<Output = T>) -> impl Future<Output = Option<T>> {
+        let done = AssertUnwindSafe(work).catch_unwind();
+        done.map(|done| done.map_err(|_| self.panics.inc()).ok())
     }
 
     /// Counts a request that was streamed through.

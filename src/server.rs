@@ -11,6 +11,7 @@ pub mod descriptors;
 mod framing;
 mod guard;
 mod head;
+mod phases;
 mod tls;
 
 use std::collections::HashMap;
@@ -169,7 +170,7 @@ impl Server {
             let serving = async {
                 match tls {
                     None => serve_connection(stream, peer, gateway, &limits, draining).await,
-                    Some(tls) => serve_tls_connection(stream, peer, tls, gateway, &limits, draining).await,
+                    Some(tls) => Box::pin(serve_tls_connection(stream, peer, tls, gateway, &limits, draining)).await,
                 }
             };
             // A request's own panics are its answer; what panics here is the connection's.

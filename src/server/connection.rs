@@ -8,8 +8,7 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -18,15 +17,16 @@ use http::header::CONNECTION;
 use http::{HeaderValue, Method, Request, Response};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
-use hyper::service::service_fn;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::framing::Refused;
 use super::guard::{Guard, Refusal};
 use super::head::{Most, USUAL_HEADERS};
+use super::phases::{Alarm, Busy, Phase, Phases, poll_alarm};
 use super::{GRACE, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
@@ -34,7 +34,7 @@ use crate::error::Error;
 use crate::gateway::{Body, Gateway, InFlight};
 
 /// How long a client may take to close, after our FIN.
-const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves one connection until the client closes it, a time-out does, or, once `draining` is cancelled, its grace is over
 /// and its last answer is given.
@@ -49,28 +49,7 @@ pub async fn serve_connection<S>(
 {
     let phase = Phases::new(limits);
     let refusal = Refusal::default();
-    let caller = caller.into();
-    let service = service_fn({
-        let (phase, gateway, draining) = (phase.clone(), Arc::clone(&gateway), draining.clone());
-        let refusal = Arc::clone(&refusal);
-        move |request: Request<Incoming>| {
-            let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
-            let (refusal, caller) = (Arc::clone(&refusal), caller.clone());
-            async move {
-                let (mut response, in_flight) = answer(&gateway, request, caller, &refusal).await;
-                if draining.is_cancelled() || refusal.get().is_some_and(|refused| refused.in_body) {
-                    response
-                        .headers_mut()
-                        .insert(CONNECTION, HeaderValue::from_static("close"));
-                }
-                Ok::<_, Infallible>(response.map(|body| Tracked {
-                    body,
-                    _in_flight: in_flight,
-                    _busy: busy,
-                }))
-            }
-        }
-    });
+    let service = service(&phase, &refusal, &gateway, &draining, caller.into());
     let watched = Watched {
         stream,
         phase: phase.clone(),
@@ -82,8 +61,9 @@ pub async fn serve_connection<S>(
     if limits.headers > USUAL_HEADERS {
         builder.max_headers(limits.headers);
     }
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(guard), service));
-    let mut alarm = pin!(sleep_until(phase.until().unwrap_or_else(Instant::now)));
+    let serve = |guard| Box::new(builder.serve_connection(TokioIo::new(guard), &service));
+    let mut line = Line::Resting(guard);
+    let mut alarm = pin!(phase.alarm());
     let mut drained = pin!(async {
         draining.cancelled().await;
         sleep(GRACE).await;
@@ -94,48 +74,134 @@ pub async fn serve_connection<S>(
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
-                // However it ends, there is nobody left to tell.
-                if connection.as_mut().poll(cx).is_ready() || patience_ends.as_mut().poll(cx).is_ready() {
+                if let Poll::Ready(event) = line.poll(cx) {
+                    return Poll::Ready(event);
+                }
+                if patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
                 if !is_closing && drained.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Drained);
                 }
-                poll_alarm(alarm.as_mut(), &phase, cx).map(Event::TimedOut)
+                let may_rest = matches!(line, Line::Serving(_)) && !is_closing;
+                poll_alarm(alarm.as_mut(), &phase, may_rest, cx).map(Event::Alarm)
             })
             .await
         };
-        match event {
-            Event::Ended | Event::TimedOut(Phase::Closing) => return,
-            Event::TimedOut(Phase::Head { .. }) => {
-                // Where that is said already, or something else, whoever it is said to does not read.
-                if refusal
-                    .set(Refused {
-                        error: Error::HeaderTimeout,
-                        in_body: false,
-                    })
-                    .is_err()
-                {
+        line = match (event, line) {
+            (Event::Asked, Line::Resting(guard)) => Line::Serving(serve(guard)),
+            (Event::Alarm(Alarm::Rest), Line::Serving(connection)) => {
+                let parts = connection.into_parts();
+                let mut guard = parts.io.into_inner();
+                guard.take_back(&parts.read_buf);
+                Line::Resting(guard)
+            }
+            (Event::Alarm(Alarm::Over(Phase::Head { .. })), line) => {
+                let (error, in_body) = (Error::HeaderTimeout, false);
+                if refusal.set(Refused { error, in_body }).is_err() {
+                    // That is said already, or something else, and whoever it is said to does not read.
                     return;
                 }
-                phase.set(Phase::Head {
-                    until: Instant::now() + LINGER,
-                });
+                let until = Instant::now() + LINGER;
+                phase.set(Phase::Head { until });
+                line
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
-            Event::TimedOut(Phase::Busy { .. }) => return gateway.metrics().refused(Error::RequestTimeout.detail()),
-            Event::Drained => {
-                is_closing = true;
-                connection.as_mut().graceful_shutdown();
+            (Event::Alarm(Alarm::Over(Phase::Busy { .. })), _) => {
+                return gateway.metrics().refused(Error::RequestTimeout.detail());
             }
-            Event::TimedOut(Phase::Idle { .. }) => {
-                // One more time to close in peace, then it is dropped.
+            (
+                event @ (Event::Drained | Event::Alarm(Alarm::Over(Phase::Idle { .. }))),
+                Line::Serving(mut connection),
+            ) => {
+                is_closing = true;
+                if matches!(event, Event::Alarm(_)) {
+                    // One more time to close in peace, then it is dropped.
+                    phase.set(Phase::Closing);
+                    give_up = Some(Instant::now() + LINGER + LINGER);
+                }
+                Pin::new(&mut *connection).graceful_shutdown();
+                Line::Serving(connection)
+            }
+            (Event::Left | Event::Drained | Event::Alarm(Alarm::Over(Phase::Idle { .. })), Line::Resting(guard)) => {
+                is_closing = true;
                 phase.set(Phase::Closing);
                 give_up = Some(Instant::now() + LINGER + LINGER);
-                connection.as_mut().graceful_shutdown();
+                Line::Closing(guard)
             }
+            (Event::Ended | Event::Alarm(_), _) => return,
+            (_, line) => line,
+        };
+    }
+}
+
+/// A connection between its requests and in them. hyper's side of one weighs 18 KiB, and most connections ask nothing most
+/// of the time.
+enum Line<G, C> {
+    /// Nothing is asked, or the beginning of a head is there.
+    Resting(G),
+    /// hyper has it.
+    Serving(Box<C>),
+    /// It ends without hyper.
+    Closing(G),
+}
+
+impl<S, C> Line<Guard<Watched<S>>, C>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    C: Future + Unpin,
+{
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        // However it ends, there is nobody left to tell.
+        match self {
+            Self::Resting(guard) => guard.poll_request(cx).map(|request| match request {
+                Ok(true) => Event::Asked,
+                Ok(false) => Event::Left,
+                Err(_) => Event::Ended,
+            }),
+            Self::Serving(connection) => Pin::new(&mut **connection).poll(cx).map(|_| Event::Ended),
+            Self::Closing(guard) => Pin::new(guard).poll_shutdown(cx).map(|_| Event::Ended),
         }
     }
+}
+
+enum Event {
+    /// There is something for hyper to do.
+    Asked,
+    /// The client has ended it, with nothing asked.
+    Left,
+    Ended,
+    Drained,
+    Alarm(Alarm),
+}
+
+/// Answers a connection's requests.
+fn service(
+    phase: &Phases,
+    refusal: &Refusal,
+    gateway: &Arc<Gateway>,
+    draining: &CancellationToken,
+    caller: Caller,
+) -> impl Service<Request<Incoming>, Response = Response<Tracked>, Error = Infallible, Future: Send> + Send {
+    let (phase, refusal) = (phase.clone(), Arc::clone(refusal));
+    let (gateway, draining) = (Arc::clone(gateway), draining.clone());
+    service_fn(move |request: Request<Incoming>| {
+        let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
+        let (refusal, caller) = (Arc::clone(&refusal), caller.clone());
+        async move {
+            let (mut response, in_flight) = answer(&gateway, request, caller, &refusal).await;
+            if draining.is_cancelled() || refusal.get().is_some_and(|refused| refused.in_body) {
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok(response.map(|body| Tracked {
+                body,
+                _in_flight: in_flight,
+                _busy: busy,
+            }))
+        }
+    })
 }
 
 /// The answer to one request, or to what came in place of one.
@@ -172,130 +238,6 @@ pub(super) async fn close<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> 
         Ok(())
     };
     tokio::time::timeout(LINGER, drain).await.unwrap_or(Ok(()))
-}
-
-enum Event {
-    Ended,
-    Drained,
-    TimedOut(Phase),
-}
-
-/// What a connection is doing, and until when it may.
-#[derive(Clone, Copy, Debug)]
-enum Phase {
-    /// Nothing is asked.
-    Idle { until: Instant },
-    /// A request's head has begun.
-    Head { until: Instant },
-    /// A request is being answered.
-    Busy { until: Instant },
-    /// Nothing more is answered.
-    Closing,
-}
-
-/// A connection's phase, as all who change it share it.
-#[derive(Clone, Debug)]
-pub(super) struct Phases {
-    phase: Arc<Mutex<Phase>>,
-    /// A head has begun behind the request that is being answered.
-    is_next_begun: Arc<AtomicBool>,
-    idle_timeout: Duration,
-    header_timeout: Duration,
-    request_timeout: Duration,
-}
-
-impl Phases {
-    pub(super) fn new(limits: &Limits) -> Self {
-        let until = Instant::now() + limits.idle_timeout;
-        Self {
-            phase: Arc::new(Mutex::new(Phase::Idle { until })),
-            is_next_begun: Arc::default(),
-            idle_timeout: limits.idle_timeout,
-            header_timeout: limits.header_timeout,
-            request_timeout: limits.request_timeout,
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, phase: Phase) {
-        *self.lock() = phase;
-    }
-
-    fn until(&self) -> Option<Instant> {
-        match *self.lock() {
-            Phase::Idle { until } | Phase::Head { until } | Phase::Busy { until } => Some(until),
-            Phase::Closing => None,
-        }
-    }
-
-    /// Bytes came: where nothing was asked, a request has begun.
-    pub(super) fn heard(&self) {
-        let mut phase = self.lock();
-        if matches!(*phase, Phase::Idle { .. }) {
-            *phase = Phase::Head {
-                until: Instant::now() + self.header_timeout,
-            };
-        }
-    }
-
-    /// The beginning of a head is there, or it is whole now.
-    pub(super) fn next_begun(&self, is_begun: bool) {
-        self.is_next_begun.store(is_begun, Ordering::Relaxed);
-    }
-
-    /// Whether a request is being answered, or nothing more is.
-    pub(super) fn is_busy(&self) -> bool {
-        matches!(*self.lock(), Phase::Busy { .. } | Phase::Closing)
-    }
-
-    /// A request is being answered, until this is dropped.
-    pub(super) fn busy(&self) -> Busy {
-        // An answer in words is given when `request_timeout` is over, and has a while to go out.
-        let until = Instant::now() + self.request_timeout + LINGER;
-        self.set(Phase::Busy { until });
-        Busy(self.clone())
-    }
-}
-
-/// A request that is being answered; when dropped, the connection is idle again, or the next one's head has begun.
-pub(super) struct Busy(Phases);
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        let now = Instant::now();
-        self.0.set(if self.0.is_next_begun.load(Ordering::Relaxed) {
-            let until = now + self.0.header_timeout;
-            Phase::Head { until }
-        } else {
-            let until = now + self.0.idle_timeout;
-            Phase::Idle { until }
-        });
-    }
-}
-
-/// Ready with the phase that has lasted too long. The alarm is set anew only where it would ring too late: phases change
-/// with every request, and most end long before it rings.
-fn poll_alarm(mut alarm: Pin<&mut Sleep>, phases: &Phases, cx: &mut Context<'_>) -> Poll<Phase> {
-    loop {
-        let Some(until) = phases.until() else {
-            return Poll::Pending;
-        };
-        if until < alarm.deadline() {
-            alarm.as_mut().reset(until);
-        }
-        ready!(alarm.as_mut().poll(cx));
-        let phase = *phases.lock();
-        match phase {
-            Phase::Idle { until } | Phase::Head { until } | Phase::Busy { until } if until > Instant::now() => {
-                alarm.as_mut().reset(until);
-            }
-            Phase::Idle { .. } | Phase::Head { .. } | Phase::Busy { .. } => return Poll::Ready(phase),
-            Phase::Closing => return Poll::Pending,
-        }
-    }
 }
 
 /// A response's body; with it goes the request's time.
@@ -355,6 +297,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.phase.settled(false);
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -363,6 +306,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.phase.settled(false);
         Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
     }
 
@@ -371,11 +315,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        // hyper flushes only what it has written whole.
+        self.phase.settled(matches!(self.ending, Ending::Open));
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.phase.settled(false);
         loop {
             match &mut this.ending {
                 Ending::Open => {

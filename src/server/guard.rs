@@ -7,7 +7,7 @@
 //! so the refusal is answered after the answers that are still due, and the connection closed as after any other.
 
 use std::io;
-use std::mem;
+use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
@@ -16,9 +16,9 @@ use bytes::{Buf as _, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
-use super::connection::Phases;
 use super::framing::{Framing, Refused};
 use super::head::Most;
+use super::phases::Phases;
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
@@ -67,6 +67,28 @@ impl<S> Guard<S> {
         followed.through
     }
 
+    /// The same for what is held, to which something was added.
+    fn check_held(&mut self) {
+        let held = mem::take(&mut self.held);
+        let through = self.check(&held);
+        self.held = held;
+        if self.refusal.get().is_some() {
+            self.held.truncate(through);
+            self.hold(&[]);
+        }
+        self.phases
+            .next_begun(self.refusal.get().is_none() && self.held.len() > through);
+        self.checked = self.checked.max(through);
+    }
+
+    /// Takes back what went on and was not looked at: it goes on again, before all else.
+    pub(super) fn take_back(&mut self, unread: &[u8]) {
+        if !unread.is_empty() {
+            self.held = [unread, &self.held].concat().as_slice().into();
+            self.checked += unread.len();
+        }
+    }
+
     /// Keeps what may not go on yet; what may never is replaced.
     fn hold(&mut self, rest: &[u8]) {
         match self.refusal.get() {
@@ -106,17 +128,25 @@ impl<S: AsyncRead + Unpin> Guard<S> {
         if ready!(poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.held))? == 0 {
             return Poll::Ready(Ok(Read::End));
         }
-        let held = mem::take(&mut self.held);
-        let through = self.check(&held);
-        self.held = held;
-        if self.refusal.get().is_some() {
-            self.held.truncate(through);
-            self.hold(&[]);
-        }
-        self.phases
-            .next_begun(self.refusal.get().is_none() && self.held.len() > through);
-        self.checked = self.checked.max(through);
+        self.check_held();
         Poll::Ready(Ok(Read::Held))
+    }
+
+    /// Reads until there is something for hyper to do: a head is whole, or what came is refused. `false`: the client has
+    /// ended its side, and nothing of it may go on.
+    pub(super) fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        while self.checked == 0 && self.refusal.get().is_none() {
+            // No room is kept for whoever sends nothing.
+            let mut room = [MaybeUninit::uninit(); READ];
+            let mut buffer = ReadBuf::uninit(&mut room);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Ok(false));
+            }
+            self.held.extend_from_slice(buffer.filled());
+            self.check_held();
+        }
+        Poll::Ready(Ok(true))
     }
 }
 

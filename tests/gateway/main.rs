@@ -29,6 +29,7 @@
 //! - `edge`: what the RFCs call an error, and the limits of a request
 //! - `limits`: what many connections and few file descriptors come to
 //! - `connections`: time-outs, limits, and who shares what
+//! - `resting`: a connection on which nothing is asked keeps next to nothing, and nobody notices
 //! - `tls`: upstream over TLS
 
 #![allow(
@@ -63,6 +64,7 @@ mod passthrough;
 mod reload;
 mod requests;
 mod restart;
+mod resting;
 mod secrets;
 mod status;
 mod stop;

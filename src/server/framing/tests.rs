@@ -14,8 +14,8 @@ use hyper_util::rt::TokioIo;
 use proptest::prelude::*;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadBuf};
 
-use super::super::connection::Phases;
 use super::super::guard::{Guard, REFUSED, Refusal};
+use super::super::phases::Phases;
 use super::*;
 use crate::config::{Config, Limits};
 

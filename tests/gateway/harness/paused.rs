@@ -27,6 +27,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Reply, poll_request};
+use super::raw::Raw;
 
 /// A buffer that holds any answer of these tests.
 const PIPE: usize = 1 << 16;
@@ -134,6 +135,15 @@ impl Paused {
     /// What a log or a panic would print of the gateway and all its parts.
     pub fn debug(&self) -> String {
         format!("{:?}", self.gateway)
+    }
+
+    /// The client's end of a connection that holds `room` bytes each way.
+    pub fn connect(&self, room: usize, draining: CancellationToken) -> Raw<DuplexStream> {
+        let (near, far) = duplex(room);
+        let (gateway, limits) = (Arc::clone(&self.gateway), self.config.limits.clone());
+        let peer = IpAddr::from(Ipv4Addr::LOCALHOST);
+        tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, draining).await });
+        Raw::over(near)
     }
 
     /// The client's end of a connection that begins with a TLS handshake.

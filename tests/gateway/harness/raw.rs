@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -11,8 +11,8 @@ use super::process::PATIENCE;
 use super::{KEY, TASK_INFO};
 
 /// One connection.
-pub struct Raw {
-    pub stream: TcpStream,
+pub struct Raw<S = TcpStream> {
+    pub stream: S,
     buffer: Vec<u8>,
 }
 
@@ -59,8 +59,20 @@ impl Raw {
         TcpStream::connect(address).await.map(Self::over)
     }
 
-    /// The other side of a connection that was accepted.
-    pub fn over(stream: TcpStream) -> Self {
+    /// Whether the other side has ended the connection, cleanly, as far as is known now.
+    pub fn has_ended(&self) -> io::Result<bool> {
+        match self.stream.try_read(&mut [0]) {
+            Ok(0) => Ok(true),
+            Ok(_) => Err(io::Error::other("bytes that nobody asked for")),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
+    /// The other side of a connection that was accepted, or one in memory.
+    pub fn over(stream: S) -> Self {
         Self {
             stream,
             buffer: Vec::new(),
@@ -126,16 +138,6 @@ impl Raw {
             if seen.contains(text) {
                 return seen.into_owned();
             }
-        }
-    }
-
-    /// Whether the other side has ended the connection, cleanly, as far as is known now.
-    pub fn has_ended(&self) -> io::Result<bool> {
-        match self.stream.try_read(&mut [0]) {
-            Ok(0) => Ok(true),
-            Ok(_) => Err(io::Error::other("bytes that nobody asked for")),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(error),
         }
     }
 

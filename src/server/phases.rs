@@ -1,0 +1,185 @@
+//! What a connection is doing, and until when it may.
+//!
+//! The phase is set by whoever sees it change: a request's first byte, its head's end, its answer's end. One alarm per
+//! connection serves all phases.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::connection::LINGER;
+use crate::config::Limits;
+
+/// How long nothing is asked before hyper's side of a connection is given up: long enough that whoever sends one request
+/// after the other does not pay for a new one, and far below the time between two polls of a task.
+pub(super) const REST_AFTER: Duration = Duration::from_secs(1);
+
+/// What a connection is doing, and until when it may.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Phase {
+    /// Nothing is asked.
+    Idle { until: Instant },
+    /// A request's head has begun.
+    Head { until: Instant },
+    /// A request is being answered.
+    Busy { until: Instant },
+    /// Nothing more is answered.
+    Closing,
+}
+
+impl Phase {
+    fn until(self) -> Option<Instant> {
+        match self {
+            Self::Idle { until } | Self::Head { until } | Self::Busy { until } => Some(until),
+            Self::Closing => None,
+        }
+    }
+}
+
+/// A connection's phase, as all who change it share it.
+#[derive(Clone, Debug)]
+pub(super) struct Phases(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    phase: Mutex<Phase>,
+    /// A head has begun behind the request that is being answered.
+    is_next_begun: AtomicBool,
+    /// All that was written has gone to the client's stream, and its end is not begun.
+    is_settled: AtomicBool,
+    idle_timeout: Duration,
+    header_timeout: Duration,
+    request_timeout: Duration,
+}
+
+impl Phases {
+    pub(super) fn new(limits: &Limits) -> Self {
+        let until = Instant::now() + limits.idle_timeout;
+        Self(Arc::new(Shared {
+            phase: Mutex::new(Phase::Idle { until }),
+            is_next_begun: AtomicBool::new(false),
+            is_settled: AtomicBool::new(true),
+            idle_timeout: limits.idle_timeout,
+            header_timeout: limits.header_timeout,
+            request_timeout: limits.request_timeout,
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Phase> {
+        self.0.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Phase {
+        *self.lock()
+    }
+
+    pub(super) fn set(&self, phase: Phase) {
+        *self.lock() = phase;
+    }
+
+    /// When the connection may rest, if it stays in `phase`.
+    fn rests_at(&self, phase: Phase) -> Option<Instant> {
+        match phase {
+            Phase::Idle { until } if self.0.is_settled.load(Ordering::Relaxed) => {
+                Some(until - self.0.idle_timeout.saturating_sub(REST_AFTER))
+            }
+            Phase::Idle { .. } | Phase::Head { .. } | Phase::Busy { .. } | Phase::Closing => None,
+        }
+    }
+
+    /// An alarm for [`poll_alarm`].
+    pub(super) fn alarm(&self) -> Sleep {
+        sleep_until(self.now().until().unwrap_or_else(Instant::now))
+    }
+
+    /// Bytes came: where nothing was asked, a request has begun.
+    pub(super) fn heard(&self) {
+        let mut phase = self.lock();
+        if matches!(*phase, Phase::Idle { .. }) {
+            *phase = Phase::Head {
+                until: Instant::now() + self.0.header_timeout,
+            };
+        }
+    }
+
+    /// The beginning of a head is there, or it is whole now.
+    pub(super) fn next_begun(&self, is_begun: bool) {
+        self.0.is_next_begun.store(is_begun, Ordering::Relaxed);
+    }
+
+    /// Whether nothing is on its way to the client, an end included.
+    pub(super) fn settled(&self, is_settled: bool) {
+        self.0.is_settled.store(is_settled, Ordering::Relaxed);
+    }
+
+    /// Whether a request is being answered, or nothing more is.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(self.now(), Phase::Busy { .. } | Phase::Closing)
+    }
+
+    /// A request is being answered, until this is dropped.
+    pub(super) fn busy(&self) -> Busy {
+        // An answer in words is given when `request_timeout` is over, and has a while to go out.
+        let until = Instant::now() + self.0.request_timeout + LINGER;
+        self.set(Phase::Busy { until });
+        Busy(self.clone())
+    }
+}
+
+/// A request that is being answered; when dropped, the connection is idle again, or the next one's head has begun.
+pub(super) struct Busy(Phases);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let (now, shared) = (Instant::now(), &self.0.0);
+        self.0.set(if shared.is_next_begun.load(Ordering::Relaxed) {
+            let until = now + shared.header_timeout;
+            Phase::Head { until }
+        } else {
+            let until = now + shared.idle_timeout;
+            Phase::Idle { until }
+        });
+    }
+}
+
+/// Why an alarm rings.
+pub(super) enum Alarm {
+    /// The phase has lasted too long.
+    Over(Phase),
+    /// Nothing was asked for a while.
+    Rest,
+}
+
+/// Ready when the phase has lasted too long, or, where that is asked, when the connection `may_rest`. The alarm is set anew
+/// only where it would ring too late: phases change with every request, and most end long before it rings.
+pub(super) fn poll_alarm(
+    mut alarm: Pin<&mut Sleep>,
+    phases: &Phases,
+    may_rest: bool,
+    cx: &mut Context<'_>,
+) -> Poll<Alarm> {
+    loop {
+        let phase = phases.now();
+        let Some(until) = phase.until() else {
+            return Poll::Pending;
+        };
+        let rests_at = if may_rest { phases.rests_at(phase) } else { None };
+        let next = rests_at.map_or(until, |rests_at| rests_at.min(until));
+        if next < alarm.deadline() {
+            alarm.as_mut().reset(next);
+        }
+        ready!(alarm.as_mut().poll(cx));
+        let now = Instant::now();
+        if until <= now {
+            return Poll::Ready(Alarm::Over(phase));
+        }
+        if next <= now {
+            return Poll::Ready(Alarm::Rest);
+        }
+        alarm.as_mut().reset(next);
+    }
+}

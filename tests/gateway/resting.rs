@@ -1,0 +1,120 @@
+//! A connection on which nothing is asked gives hyper's side of it up, and nobody notices. That it does give it up is
+//! `tests/idle_connections.rs`'s.
+
+use std::time::Duration;
+
+use crun_gateway::server::GRACE;
+use tokio::io::AsyncReadExt as _;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::TASK_INFO;
+use crate::harness::paused::{Behaviour, Paused};
+use crate::harness::raw;
+
+const ROOM: usize = 1 << 16;
+/// Longer than it takes to come to rest.
+const REST: Duration = Duration::from_secs(5);
+
+fn start() -> Paused {
+    Paused::start(Behaviour::default(), |_| {})
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_has_rested_is_served_like_any_other() {
+    let gateway = start();
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    // 1 s to the nanosecond is when it comes to rest.
+    for pause in [0, 500, 999, 1000, 1001, 5000, 60_000] {
+        sleep(Duration::from_millis(pause)).await;
+        assert!(client.poll("a").await.is(200));
+    }
+    sleep(REST).await;
+    client.send(["a", "b", "c"].map(raw::poll).concat()).await.unwrap();
+    for task in ["a", "b", "c"] {
+        assert_eq!(client.reply().await.json()["data"]["task_id"], task);
+    }
+    sleep(REST).await;
+    for byte in raw::poll("d").bytes() {
+        client.send([byte]).await.unwrap();
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(client.reply().await.json()["data"]["task_id"], "d");
+    sleep(REST).await;
+    let head = format!("POST {TASK_INFO} HTTP/1.1\r\nhost: gateway\r\ncontent-length: 10000\r\n\r\n");
+    client.send(head + "the beginning of a body").await.unwrap();
+    assert!(client.reply().await.is(405));
+    // hyper waits for no body that nobody wants.
+    client.assert_ends().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rested_connection_is_held_to_the_same_rules() {
+    let gateway = start();
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    assert!(client.poll("a").await.is(200));
+    sleep(REST).await;
+    client.send("GET / HTTP/1.1\nhost: gateway\n\n").await.unwrap();
+    let refusal = client.reply().await;
+    assert!(refusal.is(400) && refusal.says_close(), "{refusal:?}");
+    client.assert_ends().await;
+
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    assert!(client.poll("a").await.is(200));
+    sleep(REST).await;
+    let started = Instant::now();
+    client.send("GET / HTTP/1.1\r\nhost: ").await.unwrap();
+    assert!(client.reply().await.is(408));
+    assert_eq!(started.elapsed(), Duration::from_secs(10));
+    client.assert_ends().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_idle_timeout_counts_from_the_last_answer_though_the_connection_rests() {
+    let gateway = start();
+    for asks in [true, false] {
+        let started = Instant::now();
+        let mut client = gateway.connect(ROOM, CancellationToken::new());
+        if asks {
+            sleep(REST).await;
+            assert!(client.poll("a").await.is(200));
+        }
+        let idle_since = if asks { Instant::now() } else { started };
+        assert_eq!(client.stream.read(&mut [0; 64]).await.unwrap(), 0);
+        assert_eq!(idle_since.elapsed(), Duration::from_secs(75));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rested_connection_may_ask_once_more_at_a_stop() {
+    let gateway = start();
+    for asks in [true, false] {
+        let draining = CancellationToken::new();
+        let mut client = gateway.connect(ROOM, draining.clone());
+        assert!(client.poll("a").await.is(200));
+        sleep(REST).await;
+        draining.cancel();
+        let stopped = Instant::now();
+        sleep(GRACE / 2).await;
+        if asks {
+            let reply = client.poll("a").await;
+            assert!(reply.is(200) && reply.says_close(), "{reply:?}");
+            client.assert_ends().await;
+        } else {
+            client.assert_ends().await;
+            assert_eq!(stopped.elapsed(), GRACE);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_not_read_yet_is_not_lost() {
+    let gateway = start();
+    // Holds no whole answer.
+    let mut client = gateway.connect(64, CancellationToken::new());
+    for _ in 0..2 {
+        client.send(raw::poll("a")).await.unwrap();
+        sleep(Duration::from_mins(1)).await;
+        assert_eq!(client.reply().await.json()["data"]["task_id"], "a");
+    }
+}

@@ -1,0 +1,81 @@
+//! What a client's connection keeps of the heap, counted to the byte: `deploy/` reckons with 24 KiB. A binary of its own:
+//! the allocator counts for all threads, so nothing else may run beside it.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on shall fail")]
+
+use std::alloc::System;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crun_gateway::config::Config;
+use crun_gateway::gateway::Gateway;
+use crun_gateway::metrics::Metrics;
+use crun_gateway::server::serve_connection;
+use crun_gateway::upstream;
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+use tokio::time::{advance, pause, sleep};
+use tokio_util::sync::CancellationToken;
+
+#[global_allocator]
+static HEAP: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+const CONNECTIONS: usize = 200;
+const KIB: usize = 1 << 10;
+
+fn allocated() -> usize {
+    let stats = HEAP.stats();
+    stats.bytes_allocated - stats.bytes_deallocated
+}
+
+/// Asks, and reads the whole answer: it names no key, so it is 401.
+async fn ask(connection: &mut DuplexStream) {
+    connection
+        .write_all(b"GET /api/v1/client/job/TaskInfo?task_id=a HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"null}") {
+        assert!(connection.read_buf(&mut answer).await.unwrap() > 0);
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 401 "));
+}
+
+#[tokio::test]
+async fn a_connection_keeps_little_while_it_is_served_and_next_to_nothing_while_it_rests() {
+    pause();
+    let config = Config::default();
+    let dial = upstream::tcp("http://127.0.0.1:9".parse().unwrap());
+    let gateway = Gateway::new(config.clone(), dial, Arc::new(Metrics::new().unwrap())).unwrap();
+    let open = || {
+        let (near, far) = duplex(64 * KIB);
+        let (gateway, limits) = (Arc::clone(&gateway), config.limits.clone());
+        let peer = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await });
+        near
+    };
+    // What the first one brings about is none of the others'.
+    ask(&mut open()).await;
+
+    let none = allocated();
+    let each = |now: usize| (now - none) / CONNECTIONS;
+    let mut connections: Vec<_> = (0..CONNECTIONS).map(|_| open()).collect();
+    sleep(Duration::from_millis(1)).await;
+    let unused = each(allocated());
+    for connection in &mut connections {
+        ask(connection).await;
+    }
+    let served = each(allocated());
+    advance(Duration::from_secs(2)).await;
+    sleep(Duration::from_millis(1)).await;
+    let resting = each(allocated());
+    for connection in &mut connections {
+        ask(connection).await;
+    }
+    let again = each(allocated());
+
+    let said = format!("bytes: {unused} unused, {served} served, {resting} resting, {again} served again");
+    assert!(unused < 3 * KIB && resting < 3 * KIB && served < 24 * KIB, "{said}");
+    assert!(again.abs_diff(served) < KIB && served > 4 * resting, "{said}");
+}
