@@ -72,6 +72,8 @@ pub enum Error {
         limit: NonZeroU32,
         /// When a place in the queue is free.
         retry_after: Duration,
+        /// It was known that the turn would come too late, so nobody waited for it in vain.
+        foreseen: bool,
     },
     /// The breaker is open: upstream was unavailable lately.
     #[error("upstream is unavailable: it is probed until it answers again")]

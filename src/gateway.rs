@@ -148,6 +148,7 @@ impl Gateway {
     /// # Errors
     /// When the upstream in `config` cannot be used.
     pub fn new(config: Config, dial: Dial, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
+        metrics.lets_in(config.limits.connections);
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics))?;
         let accounts = Accounts::new(&config, upstream.clone(), Arc::clone(&metrics), Instant::now());
         Ok(Arc::new(Self {
@@ -169,6 +170,7 @@ impl Gateway {
     /// Takes a changed configuration over, from the next poll and the next permit on. What needs a restart is the caller's
     /// business ([`Config::taken_over`]).
     pub fn configure(&self, config: Config) {
+        self.metrics.lets_in(config.limits.connections);
         self.accounts.configure(&config, Instant::now());
         self.config.store(Arc::new(config));
     }
@@ -267,6 +269,9 @@ impl Gateway {
         let mut poll = match self.read_poll(method, uri, headers, caller, arrived) {
             Ok(poll) => poll,
             Err(error) => {
+                if error == Error::TooManyAccounts {
+                    self.metrics.refused(error.detail());
+                }
                 let (metrics, requests) = &self.strangers;
                 metrics.answered(requests, Served::None, error.status().as_u16(), arrived.elapsed());
                 return refuse(&error, OTHER, request_id);
@@ -302,6 +307,9 @@ impl Gateway {
                 response::answer(&answer, cache, now, poll.asker.account.lifetime(now))
             }
             Err(error) => {
+                if let Some(reason) = admission::shed(&error) {
+                    account.metrics.shed(reason);
+                }
                 let (requests, code) = (poll.asker.requests(&poll.caller), error.status().as_u16());
                 account.answered(&requests, Served::None, code, arrived.elapsed());
                 refuse(&error, &account.label, request_id)

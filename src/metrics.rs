@@ -31,7 +31,7 @@ const UPSTREAM_BUCKETS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2
 /// One emission interval is 0.07 s; 2 s is where the saturation alert looks.
 const WAIT_BUCKETS: &[f64] = &[0.005, 0.035, 0.07, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 7.0, 10.0, 30.0];
 
-/// Why a poll was turned away by the budget.
+/// Why a poll was turned away by the budget: answered 429.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shed {
     /// `budget.max_queue` flights wait already.
@@ -131,7 +131,7 @@ pub fn code_class(code: u16) -> usize {
 const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
 
 /// Why the edge goes no further with a request or a connection.
-const REFUSALS: [&str; 8] = [
+const REFUSALS: [&str; 9] = [
     "malformed",
     "head_too_large",
     "body_too_large",
@@ -140,6 +140,7 @@ const REFUSALS: [&str; 8] = [
     "request_timeout",
     "connections",
     "accept",
+    "too_many_accounts",
 ];
 
 /// Every family.
@@ -151,6 +152,8 @@ pub struct Metrics {
     upstream_requests: IntCounterVec,
     /// One attempt, from permit to the last byte.
     pub upstream_request_duration: Histogram,
+    /// Connections to upstream that could not be opened: attempts that were never made, and cost nothing.
+    pub upstream_connect_failures: IntCounter,
     upstream_calls_saved: IntCounterVec,
     budget_wait: HistogramVec,
     budget_queue_length: IntGaugeVec,
@@ -180,6 +183,8 @@ pub struct Metrics {
     pub panics: IntCounter,
     /// Client connections open now.
     pub connections: IntGauge,
+    /// As many are let in.
+    connections_limit: IntGauge,
     /// Upstream connections open now.
     pub upstream_connections: IntGauge,
     tls_handshake_failures: IntCounterVec,
@@ -252,6 +257,13 @@ impl Metrics {
                     "upstream_request_duration_seconds",
                     "One attempt, from its permit to the last byte.",
                     UPSTREAM_BUCKETS,
+                ))?,
+            )?,
+            upstream_connect_failures: register(
+                &registry,
+                IntCounter::with_opts(opts(
+                    "upstream_connect_failures_total",
+                    "Connections to upstream that could not be opened: name, TCP, TLS, or too slow.",
                 ))?,
             )?,
             upstream_calls_saved: register(
@@ -402,6 +414,13 @@ impl Metrics {
                 &registry,
                 IntGauge::with_opts(opts("connections", "Client connections open."))?,
             )?,
+            connections_limit: register(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "connections_limit",
+                    "Client connections that are let in: limits.connections, or fewer for want of file descriptors.",
+                ))?,
+            )?,
             upstream_connections: register(
                 &registry,
                 IntGauge::with_opts(opts("upstream_connections", "Upstream connections open."))?,
@@ -446,6 +465,12 @@ impl Metrics {
         }
         metrics.tls_reload_success.set(1);
         Ok(metrics)
+    }
+
+    /// So many client connections are let in from now on.
+    pub fn lets_in(&self, connections: usize) {
+        self.connections_limit
+            .set(i64::try_from(connections).unwrap_or(i64::MAX));
     }
 
     /// Counts a client's handshake that came to nothing.

@@ -508,6 +508,7 @@ impl Inner {
             Ok(Err(error)) => error,
             Err(_) => anyhow::anyhow!("not open within upstream.connect_timeout"),
         };
+        self.metrics.upstream_connect_failures.inc();
         let error = format!("{error:#}");
         if self.breaker.is_open() {
             // The breaker has said so, once; that its probes fail is no news.

@@ -58,25 +58,33 @@ impl Gateway {
     }
 
     fn budget_spent(&self, account: &Arc<Account>, late_by: Option<Duration>) -> Error {
-        let reason = late_by.map_or(Shed::Deadline, |_| Shed::Admission);
-        account.metrics.shed(reason);
+        let foreseen = late_by.is_some();
         let now = Instant::now();
         let late_by = late_by.unwrap_or_else(|| account.budget.paused_for(now));
         Error::BudgetSpent {
             limit: self.config.load().budget.limit,
             retry_after: account.budget.retry_after(late_by, now),
+            foreseen,
         }
     }
 
     /// Why a flight gave way that stood in a full queue.
     pub(super) fn queue_full(&self, account: &Account) -> Error {
-        account.metrics.shed(Shed::QueueFull);
         let now = Instant::now();
         Error::QueueFull {
             limit: self.config.load().budget.limit,
             retry_after: account.budget.retry_after(account.budget.paused_for(now), now),
         }
     }
+}
+
+/// Why a poll is turned away that is answered with `error`, if the budget did it. Asked once a poll, so that each counts once
+/// whoever shared its flight, and one that has a snapshot not at all.
+pub(super) fn shed(error: &Error) -> Option<Shed> {
+    if let Error::BudgetSpent { foreseen, .. } = error {
+        return Some(if *foreseen { Shed::Admission } else { Shed::Deadline });
+    }
+    matches!(error, Error::QueueFull { .. }).then_some(Shed::QueueFull)
 }
 
 /// Leaves a flight of which a poll has been answered with a snapshot: somebody waits for it in the background, on nobody's

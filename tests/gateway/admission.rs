@@ -254,3 +254,24 @@ async fn nobody_waits_for_a_pause_that_outlasts_every_deadline() {
     let arrivals = gateway.arrivals();
     assert!(arrivals[1] >= paused + Duration::from_mins(1), "the pause is kept");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_poll_that_is_turned_away_counts_once_whoever_shared_its_flight() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.max_queue = 20;
+    }));
+    // Its youngest task, for which it polls five times, is the first to give way.
+    let greedy = tasks("task", 20).chain(vec!["last".to_owned(); 5]);
+    let newcomers = async {
+        // Nothing is granted yet.
+        sleep(HOLD / 2).await;
+        rush(&gateway, MODEST, tasks("new", 10)).await
+    };
+    let (greedy, newcomers) = tokio::join!(rush(&gateway, GREEDY, greedy), newcomers);
+    let is_refused = |polled: &&Polled| polled.reply.header("cache-status") == Some("crun-gateway; detail=queue_full");
+    let last: Vec<_> = greedy.iter().filter(|polled| polled.task == "last").collect();
+    assert_eq!((last.len(), last.into_iter().filter(is_refused).count()), (5, 5));
+    let refused = greedy.iter().chain(&newcomers).filter(is_refused).count();
+    let shed = gateway.metric("crun_gateway_budget_shed_total{account=\"other\",reason=\"queue_full\"}");
+    assert!((shed - refused as f64).abs() < 0.5, "{shed} counted, {refused} refused");
+}

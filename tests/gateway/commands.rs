@@ -150,7 +150,9 @@ async fn every_line_of_metrics_parses_and_nothing_has_been_counted_at_the_start(
         "tls_handshake_failures_total",
         "tls_reload_success",
         "connections",
+        "connections_limit",
         "upstream_connections",
+        "upstream_connect_failures_total",
         "build_info",
     ] {
         assert!(

@@ -135,6 +135,10 @@ async fn more_unlisted_keys_than_max_accounts_are_told_to_wait() {
     let third = poll_as(gateway.address, "ak_3", "same").await;
     third.assert_is_our_error(429);
     assert!(third.header("retry-after").is_some());
+    let refused = gateway
+        .metric("crun_gateway_refused_total{reason=\"too_many_accounts\"}")
+        .await;
+    assert!((refused - 1.0).abs() < 0.5, "{refused}");
     assert_eq!(poll_as(gateway.address, "ak_1", "same").await.status, 200);
 }
 

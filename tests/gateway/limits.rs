@@ -84,6 +84,8 @@ async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() 
     assert!(!gateway.log().contains("need a restart"), "{}", gateway.log());
     // 512 less 192 for everything else, shared 10 to 1.
     let fitting = 290;
+    let limit = gateway.metric("crun_gateway_connections_limit").await;
+    assert!((limit - f64::from(fitting)).abs() < 0.5, "{limit}");
     let mut let_in = Vec::new();
     for _ in 0..fitting {
         let_in.push(Raw::connect(gateway.address).await);

@@ -108,6 +108,12 @@ async fn a_minute_without_upstream(how: Away, opens_within: Duration) {
         gateway.dials()
     };
     let probes: Vec<_> = attempts.into_iter().filter(|at| *at > open && *at < back).collect();
+    let unconnected = gateway.metric("crun_gateway_upstream_connect_failures_total");
+    if matches!(how, Away::Status(_) | Away::Code(_)) {
+        assert!(unconnected < 0.5, "{how:?}: {unconnected}");
+    } else {
+        assert!(unconnected >= probes.len() as f64 - 5.0, "{how:?}: {unconnected}");
+    }
     assert!(probes.len() > 30, "{how:?}: {}", probes.len());
     for pair in probes.windows(2).skip(1) {
         // The account's pace, one emission interval, is between probe and query.
