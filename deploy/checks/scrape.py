@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -119,7 +120,9 @@ class Load:
             thread.start()
 
     def poll(self, address, number):
-        connection = http.client.HTTPConnection(address, timeout=30)
+        # Whose certificate it is does not matter here.
+        tls = ssl._create_unverified_context()
+        connection = http.client.HTTPSConnection(address, timeout=30, context=tls)
         chance = random.Random(number)
         while not self.stop.wait(0.25 if number == 0 else 0.04):
             task = f"running.{chance.randrange(TASKS)}" if number else f"ended.{time.monotonic_ns()}"
@@ -192,6 +195,10 @@ def main(binary, packaged, rules_dir, folder):
         rules[-1].write_text(yaml.safe_dump(shorten(shipped)))
     for name in ("key", "token"):
         (folder / name).write_text({"key": "ak_music", "token": "token-studio"}[name])
+    # Over TLS, so that the metrics of certificates are there.
+    certificate, private = folder / "tls.crt", folder / "tls.key"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=gateway"
+    subprocess.run([*make.split(), "-out", certificate, "-keyout", private], check=True, capture_output=True)
 
     processes = []
     try:
@@ -203,6 +210,7 @@ def main(binary, packaged, rules_dir, folder):
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
             "upstream": {"url": url},
+            "tls": {"cert_file": str(certificate), "key_file": str(private)},
             "accounts": [
                 {
                     "name": "music",
