@@ -514,8 +514,9 @@ impl AsyncRead for Pieces<'_> {
     }
 }
 
-/// What a guard lets through, and whether it then breaks off.
-fn guarded(bytes: &[u8], lengths: &[usize], room: usize) -> (Vec<u8>, bool) {
+/// What a guard lets through, and whether it then breaks off. Before each read it may rest; what hyper had not looked at then
+/// it takes back.
+fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec<u8>, bool) {
     let pieces = Pieces {
         bytes,
         lengths: lengths.iter().cycle(),
@@ -524,16 +525,27 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize) -> (Vec<u8>, bool) {
     let _busy = phases.busy();
     let mut guard = Guard::new(pieces, phases, most(), Refusal::default());
     let mut cx = Context::from_waker(Waker::noop());
-    let mut through = Vec::new();
-    loop {
+    let (mut through, mut last) = (Vec::new(), 0);
+    for rests in rests.iter().cycle() {
+        if *rests {
+            let unread = through.split_off(through.len() - last / 2);
+            guard.take_back(&unread);
+            if let Poll::Ready(Ok(false)) = guard.poll_request(&mut cx) {
+                return (through, false);
+            }
+        }
         let mut buffer = vec![0; room];
         let mut buffer = ReadBuf::new(&mut buffer);
         match Pin::new(&mut guard).poll_read(&mut cx, &mut buffer) {
-            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => through.extend_from_slice(buffer.filled()),
+            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
+                last = buffer.filled().len();
+                through.extend_from_slice(buffer.filled());
+            }
             Poll::Ready(Err(_)) => return (through, true),
             Poll::Ready(Ok(())) | Poll::Pending => return (through, false),
         }
     }
+    (through, false)
 }
 
 thread_local! {
@@ -561,9 +573,10 @@ proptest! {
         bytes in stream(),
         lengths in prop::collection::vec(1_usize..400, 1..6),
         room in 1_usize..300,
+        rests in prop::collection::vec(any::<bool>(), 1..6),
     ) {
         let whole = follow(&bytes);
-        let (through, breaks_off) = guarded(&bytes, &lengths, room);
+        let (through, breaks_off) = guarded(&bytes, &lengths, room, &rests);
         if breaks_off {
             prop_assert!(bytes.starts_with(&through) && whole.through < through.len());
             prop_assert!(whole.refused.is_some());
