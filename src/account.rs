@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use http::HeaderValue;
+use ring::hmac;
 use secrecy::{ExposeSecret, SecretString};
 use subtle::ConstantTimeEq;
 
@@ -37,6 +38,15 @@ impl ApiKey {
         let mut value = value.unwrap_or_else(|_| HeaderValue::from_static(""));
         value.set_sensitive(true);
         value
+    }
+
+    /// 256 bits that follow from the key and from nothing else, and from which it does not (HMAC-SHA-256): a secret for
+    /// `purpose`, the same after a restart and in every replica.
+    pub fn derive(&self, purpose: &[u8]) -> [u8; 32] {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, self.0.expose_secret().as_bytes());
+        let mut derived = [0; 32];
+        derived.copy_from_slice(hmac::sign(&key, purpose).as_ref());
+        derived
     }
 
     /// How many characters the key has: what `check` may print of it.

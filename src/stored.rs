@@ -3,6 +3,9 @@
 //! Terms as in RFC 9111 §4.2: an answer is fresh while its age is below its freshness lifetime, and stale after that.
 //! A live answer's lifetime is its account's at the moment, since it depends on how many tasks are live: whoever asks
 //! brings it along. Ages are taken from the monotonic clock; `complete_at` and the like are compared with the wall clock.
+//! How an answer looks outside this process is `stored/encoding.rs`'s business.
+
+mod encoding;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -14,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::config;
 use crate::task::{Class, Reading, Stage, media_lifetime};
+pub use encoding::{Moment, Owner, Seal};
 
 /// How long a success without media is kept like a live answer, from first sight: the media may land after the flip.
 const SETTLING: Duration = Duration::from_mins(10);
@@ -78,6 +82,18 @@ impl Keeping {
         unix_now: u64,
         cache: &config::Cache,
     ) -> Option<Self> {
+        let settling_since = before.and_then(|before| before.keeping?.settling_since);
+        Self::since(reading, settling_since, now, unix_now, cache)
+    }
+
+    /// The same, where a success without media was first seen at `settling_since`.
+    fn since(
+        reading: &Reading,
+        settling_since: Option<Instant>,
+        now: Instant,
+        unix_now: u64,
+        cache: &config::Cache,
+    ) -> Option<Self> {
         let live = |settling_since| Self {
             lifetime: None,
             keep: cache.max_stale.max(cache.fresh.ceiling),
@@ -97,7 +113,7 @@ impl Keeping {
         match reading.class {
             Class::Live => Some(live(None)),
             Class::Settling => {
-                let since = before.and_then(|before| before.keeping?.settling_since).unwrap_or(now);
+                let since = settling_since.unwrap_or(now);
                 let settles = now.saturating_duration_since(since) < SETTLING;
                 Some(if settles {
                     live(Some(since))
