@@ -195,7 +195,7 @@ type StdInstant = std::time::Instant;
 
 impl Expiry<Key, Arc<Answer>> for KeepsFor {
     fn expire_after_create(&self, _: &Key, answer: &Arc<Answer>, _: StdInstant) -> Option<Duration> {
-        answer.keeping.map(|keeping| keeping.keep)
+        keeps_for(answer)
     }
 
     fn expire_after_update(
@@ -205,8 +205,14 @@ impl Expiry<Key, Arc<Answer>> for KeepsFor {
         _: StdInstant,
         _: Option<Duration>,
     ) -> Option<Duration> {
-        answer.keeping.map(|keeping| keeping.keep)
+        keeps_for(answer)
     }
+}
+
+/// How long it is kept yet: it may have been read from elsewhere, days old.
+fn keeps_for(answer: &Answer) -> Option<Duration> {
+    let age = answer.age(Instant::now());
+    answer.keeping.map(|keeping| keeping.keep.saturating_sub(age))
 }
 
 #[cfg(test)]

@@ -181,6 +181,12 @@ pub struct Cache {
     pub fresh: Fresh,
     /// The oldest that a live snapshot may be when it is served.
     pub max_stale: Duration,
+    /// The file in which ended tasks outlive the process; `None` is none.
+    pub disk: Option<PathBuf>,
+    /// What they may take there, in bytes.
+    pub disk_max_bytes: u64,
+    /// How long they are kept there, from when upstream said so.
+    pub disk_max_age: Duration,
 }
 
 /// The bounds of a live answer's freshness lifetime.

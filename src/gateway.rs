@@ -10,7 +10,7 @@
 //! ```
 //! What follows from the attempt that a flight makes: `gateway::attempt`. While the breaker is open nobody flies:
 //! `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`. What upstream
-//! thinks of the key stands before it all: `gateway::clearance`.
+//! thinks of the key stands before it all: `gateway::clearance`. What outlives the process: `gateway::recall`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s, and
 //! what the gateway tells of itself `gateway::status`'s.
@@ -26,6 +26,7 @@ mod max_age;
 mod others;
 mod outage;
 mod passthrough;
+mod recall;
 mod response;
 mod status;
 mod tally;
@@ -44,6 +45,7 @@ use crate::account::{AccountId, Caller};
 use crate::budget::{Entry, Standing};
 use crate::cache::Cache;
 use crate::config::Config;
+use crate::disk::{self, Disk};
 use crate::error::Error;
 use crate::flight::{Flights, Leader};
 pub use crate::metrics::InFlight;
@@ -57,6 +59,7 @@ use asker::Asker;
 use attempt::outcome;
 use clearance::{is_in_vain, is_refused_key};
 use keys::Key;
+use recall::Recall;
 pub use response::Body;
 use response::CacheStatus;
 pub use status::Status;
@@ -80,6 +83,9 @@ pub struct Gateway {
     accounts: Accounts,
     cache: Cache,
     flights: Flights<FlightKey, Progress>,
+    /// Answers that outlive the process; `None` unless configured.
+    disk: Option<Disk>,
+    recalls: Flights<(AccountId, TaskId), Recall>,
     upstream: Upstream,
     metrics: Arc<Metrics>,
     /// The counters of polls that belong to no account.
@@ -155,6 +161,8 @@ impl Gateway {
             accounts,
             cache: Cache::new(config.cache.max_bytes, Arc::clone(&metrics)),
             flights: Flights::default(),
+            disk: disk::Settings::of(&config.cache).map(|settings| Disk::open(settings, metrics.disk.clone())),
+            recalls: Flights::default(),
             upstream,
             strangers: (metrics.account(OTHER), metrics.client(OTHER, OTHER)),
             metrics,
@@ -248,6 +256,15 @@ impl Gateway {
             self.accounts.show(now);
             self.upstream.sweep(now);
             self.cache.maintain();
+        }
+    }
+
+    /// Writes what is on its way to disk, once nothing more comes. At once where nothing is kept there.
+    ///
+    /// Cancel safe.
+    pub async fn close(&self) {
+        if let Some(disk) = &self.disk {
+            disk.close().await;
         }
     }
 
@@ -347,7 +364,10 @@ impl Gateway {
         account.watch.asked(&poll.task, poll.arrived);
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
-        let kept = self.cache.get(account.id, &poll.task, poll.arrived, live);
+        let kept = match self.cache.get(account.id, &poll.task, poll.arrived, live) {
+            None if !on_trial => self.recall(poll).await,
+            kept => kept,
+        };
         let snapshot = match kept.filter(|_| !on_trial) {
             Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
             stale => stale.map(|answer| answer.asked),

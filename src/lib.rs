@@ -6,7 +6,7 @@
 //! simulator                                the simulated upstream and the demo fleet
 //! server  admin  reload                    edges: accept, TLS, drain · metrics, health, status page · a changed configuration
 //! gateway                                  the life of a request: knows all the parts
-//! cache  flight  upstream  watch           the parts: know nothing of each other
+//! cache  disk  flight  upstream  watch     the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when
 //! stored                                   what is kept of an answer
 //! config  error  metrics                   checked config · one enum · one struct
@@ -18,6 +18,7 @@ pub mod admin;
 pub mod budget;
 pub mod cache;
 pub mod config;
+pub mod disk;
 pub mod error;
 pub mod flight;
 pub mod gateway;
@@ -32,14 +33,19 @@ pub mod upstream;
 pub mod watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use admin::Health;
 use config::Config;
 use gateway::Gateway;
 use metrics::Metrics;
+
+/// How long a stop that has used up `drain` still waits for the disk.
+const LAST_WRITES: Duration = Duration::from_secs(1);
 
 /// The two edges, bound: tests bind port 0.
 #[derive(Debug)]
@@ -127,7 +133,34 @@ pub async fn run(
         tokio::spawn(watch)
     });
     let certificates = tls.clone().map(|tls| tokio::spawn(tls.watch()));
-    server::serve(listeners.clients, tls, gateway, metrics, shutdown.drain, shutdown.now).await;
+    let stopping = tokio::spawn({
+        let drain = shutdown.drain.clone();
+        async move {
+            drain.cancelled().await;
+            Instant::now()
+        }
+    });
+    let now = shutdown.now.clone();
+    server::serve(
+        listeners.clients,
+        tls,
+        Arc::clone(&gateway),
+        metrics,
+        shutdown.drain,
+        shutdown.now,
+    )
+    .await;
+    // What ended in the last moments goes to disk, too: within what is left of `drain`, or the little that it takes.
+    let too_late = async {
+        let since = stopping.await.unwrap_or_else(|_| Instant::now());
+        sleep_until((since + gateway.config().drain).max(Instant::now() + LAST_WRITES)).await;
+    };
+    tokio::select! {
+        biased;
+        () = now.cancelled() => {}
+        () = gateway.close() => {}
+        () = too_late => tracing::warn!("not all ended tasks were written to disk in time"),
+    }
     beat.abort();
     sweep.abort();
     for task in [reload, certificates].into_iter().flatten() {

@@ -3,6 +3,8 @@
 //! Names follow prometheus.io/docs/practices/naming. Labels come from closed sets only: configured account names and
 //! `other`, and the words of `outcome`. Every series exists at 0 from the start, so that a first error is an increase.
 
+mod disk;
+
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,6 +15,7 @@ use prometheus::{
 };
 
 use crate::outcome::{Outcome, Served};
+pub use disk::{DiskMetrics, DiskRead, DiskStep};
 
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
@@ -171,6 +174,8 @@ pub struct Metrics {
     /// What they weigh.
     pub cache_bytes: IntGauge,
     cache_evictions: IntCounterVec,
+    /// Of answers kept on disk.
+    pub disk: DiskMetrics,
     passthrough_requests: Vec<IntCounter>,
     /// 1 while the configuration last read is in force.
     pub config_reload_success: IntGauge,
@@ -374,6 +379,7 @@ impl Metrics {
                     &["cause"],
                 )?,
             )?,
+            disk: DiskMetrics::new(&registry)?,
             passthrough_requests: CODE_CLASSES
                 .iter()
                 .map(|class| passthrough.with_label_values(&[class]))

@@ -12,7 +12,7 @@ const ROWS: &[&[&str]] = &[
     &["config", "error", "metrics"],
     &["stored"],
     &["budget"],
-    &["cache", "flight", "upstream", "watch"],
+    &["cache", "disk", "flight", "upstream", "watch"],
     &["gateway"],
     &["server", "admin", "reload"],
     &["simulator"],

@@ -94,6 +94,9 @@ fn an_empty_file_has_every_default() {
     assert_eq!(config.cache.fresh.floor, secs(2));
     assert_eq!(config.cache.fresh.ceiling, secs(30));
     assert_eq!(config.cache.max_stale, Duration::from_mins(10));
+    assert_eq!(config.cache.disk, None);
+    assert_eq!(config.cache.disk_max_bytes, 1 << 30);
+    assert_eq!(config.cache.disk_max_age, Duration::from_hours(7 * 24));
     assert_eq!(config.passthrough, ["/api/v1/"]);
     assert_eq!(config.limits.header_bytes, 32 << 10);
     assert_eq!(config.limits.headers, 100);
@@ -235,6 +238,9 @@ fn every_field_has_a_range() {
         ("cache.fresh.floor", &["2", "31s"]),
         ("cache.fresh.ceiling", &["0s"]),
         ("cache.max_stale", &["10", "never"]),
+        ("cache.disk", &["''", "7", "/var/lib/crun-gateway/"]),
+        ("cache.disk_max_bytes", &["1MiB", "0"]),
+        ("cache.disk_max_age", &["0s", "7"]),
         ("passthrough", &["null", "/api/"]),
         ("limits.header_bytes", &["0", "1000", "65KiB"]),
         ("limits.headers", &["0", "1001"]),
@@ -572,7 +578,7 @@ unknown_keys: reject
 max_accounts: 3
 client_header: X-Team
 budget: {{ limit: 1000000, margin: 1ns, max_wait: 30m 1s, max_queue: 1 }}
-cache: {{ max_bytes: 1TiB, terminal: 364d 1ms, not_found: 0s, fresh: {{ floor: 0s, ceiling: 1ms }}, max_stale: 0s }}
+cache: {{ max_bytes: 1TiB, terminal: 364d 1ms, not_found: 0s, fresh: {{ floor: 0s, ceiling: 1ms }}, max_stale: 0s, disk: /a/b, disk_max_bytes: 17MiB, disk_max_age: 2d }}
 passthrough: []
 limits: {{ header_bytes: 1KiB, headers: 1000, request_body: 0, request_timeout: 31m, requests: 1, header_timeout: 1m, idle_timeout: 1d, connections: 1, connections_per_address: 2, upstream_connections: 3, body_bytes: 2MB }}
 drain: 24h

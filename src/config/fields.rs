@@ -150,6 +150,9 @@ fn cache(r: &mut Reader<'_>) -> Cache {
             ceiling: r.duration("ceiling", secs(30), MS..=YEAR),
         }),
         max_stale: r.duration("max_stale", secs(600), Duration::ZERO..=YEAR),
+        disk: r.nullable("disk", values::file),
+        disk_max_bytes: r.bytes("disk_max_bytes", GIB, 16 * MIB..=16 * TIB),
+        disk_max_age: r.duration("disk_max_age", 7 * DAY, secs(1)..=YEAR),
     }
 }
 

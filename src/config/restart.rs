@@ -17,6 +17,18 @@ impl Config {
         left.keep("tls", &mut self.tls, &running.tls);
         left.keep("upstream", &mut self.upstream, &running.upstream);
         left.keep("cache.max_bytes", &mut self.cache.max_bytes, &running.cache.max_bytes);
+        let (cache, running_cache) = (&mut self.cache, &running.cache);
+        left.keep("cache.disk", &mut cache.disk, &running_cache.disk);
+        left.keep(
+            "cache.disk_max_bytes",
+            &mut cache.disk_max_bytes,
+            &running_cache.disk_max_bytes,
+        );
+        left.keep(
+            "cache.disk_max_age",
+            &mut cache.disk_max_age,
+            &running_cache.disk_max_age,
+        );
         let (limits, running_limits) = (&mut self.limits, &running.limits);
         left.keep(
             "limits.upstream_connections",

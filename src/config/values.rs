@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -41,6 +42,18 @@ pub(super) fn text<'a>(value: &'a Value, example: &str) -> Result<&'a str, Wrong
         Some(_) => wrong("is empty", format!("write text, e.g. {example:?}")),
         None => Err(is_not(value, "text in quotes", &format!("{example:?}"))),
     }
+}
+
+/// A path of a file, which need not be there.
+pub(super) fn file(value: &Value) -> Result<PathBuf, Wrong> {
+    let path = text(value, "/var/lib/crun-gateway/answers")?;
+    if path.ends_with('/') || path.contains('\0') {
+        return wrong(
+            "is no file's path",
+            r#"name a file, e.g. "/var/lib/crun-gateway/answers""#,
+        );
+    }
+    Ok(path.into())
 }
 
 /// A whole number.

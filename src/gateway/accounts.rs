@@ -26,6 +26,7 @@ use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::outcome::Served;
+use crate::stored::Owner;
 use crate::upstream::{Pool, Upstream};
 use crate::watch::Watch;
 use maker::{Maker, Rules};
@@ -37,6 +38,8 @@ const IDLE: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(super) struct Account {
     pub(super) id: AccountId,
+    /// The same for what outlives the process.
+    pub(super) owner: Owner,
     /// The configured name, or `other`: metric label and log field.
     pub(super) label: Arc<str>,
     pub(super) budget: Budget,

@@ -35,6 +35,7 @@ impl Gateway {
         match result {
             Ok(fetched) => {
                 let answer = self.keep(account, task, fetched);
+                self.remember(account, key, task, &answer);
                 let outcome = outcome(answer.reading.class);
                 account.metrics.attempted(outcome, took);
                 log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);

@@ -15,7 +15,7 @@ use prometheus::IntGauge;
 use tokio::time::Instant;
 
 use crate::account::ApiKey;
-use crate::stored::{Answer, Keeping};
+use crate::stored::{Answer, Keeping, Seal};
 
 /// How long a refusal is remembered. Clients poll every 2 to 5 s, so a key that is accepted again, or an account that has
 /// credits again, is without answers for hardly longer than one interval, and what is refused costs a query in 5 s, 1.4 %
@@ -40,6 +40,8 @@ pub(super) struct Key {
     /// Tells it from all others for as long as the process runs.
     pub(super) number: u64,
     pub(super) refusal: Refusal,
+    /// What answers fetched with it are sealed with where they outlive the process.
+    pub(super) seal: Arc<Seal>,
     epoch: Instant,
     /// Microseconds after `epoch` from which on upstream's last word is too old; 0 when there is none.
     due_us: AtomicU64,
@@ -50,6 +52,7 @@ impl Key {
     /// refused keys.
     pub(super) fn new(secret: ApiKey, number: u64, epoch: Instant, refused: IntGauge) -> Self {
         Self {
+            seal: Arc::new(Seal::of(&secret)),
             secret,
             number,
             refusal: Refusal::new(refused),

@@ -9,6 +9,7 @@
 //! - `client_tls`: clients over TLS: certificates that change, clients that have one, handshakes that fail
 //! - `clock`: the wall clock jumps (`tests/clock/run`)
 //! - `coalescing`: a flight for everybody
+//! - `disk`: ended tasks outlive the process, and no disk is in anybody's way
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
 //! - `isolation`: keys, accounts, and what passes between them
@@ -48,6 +49,7 @@ mod clock;
 mod coalescing;
 mod commands;
 mod connections;
+mod disk;
 mod edge;
 mod fairness;
 mod fidelity;

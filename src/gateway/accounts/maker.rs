@@ -18,6 +18,7 @@ use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{self, Config, Fresh, UnknownKeys};
 use crate::metrics::{AccountMetrics, Metrics, OTHER};
+use crate::stored::Owner;
 use crate::upstream::Upstream;
 use crate::watch::Watch;
 
@@ -93,7 +94,8 @@ impl Maker {
                 return Arc::clone(prior);
             }
         }
-        let (id, label) = (self.ids.listed(&configured.name), configured.name.as_str().into());
+        let id = (self.ids.listed(&configured.name), Owner::listed(&configured.name));
+        let label = configured.name.as_str().into();
         let metrics = self.metrics.account(&configured.name);
         let others = prior.map_or_else(
             || Arc::new(Others::new(&configured.name, Arc::clone(&self.metrics))),
@@ -153,7 +155,8 @@ impl Maker {
         asked_ms: u64,
     ) -> Account {
         let key = known.unwrap_or_else(|| self.key(secret, &self.other));
-        let (id, metrics, others) = (self.ids.unlisted(secret), self.other.clone(), Arc::clone(&self.others));
+        let id = (self.ids.unlisted(secret), Owner::unlisted(secret));
+        let (metrics, others) = (self.other.clone(), Arc::clone(&self.others));
         Account {
             number: Some(self.unlisted.fetch_add(1, Ordering::Relaxed) + 1),
             asked_ms: AtomicU64::new(asked_ms),
@@ -170,7 +173,7 @@ impl Maker {
     #[allow(clippy::too_many_arguments, reason = "they are what an account is")]
     fn account(
         &self,
-        id: AccountId,
+        (id, owner): (AccountId, Owner),
         label: Arc<str>,
         keys: Vec<Arc<Key>>,
         budget: Budget,
@@ -180,6 +183,7 @@ impl Maker {
     ) -> Account {
         Account {
             id,
+            owner,
             label,
             budget,
             pool: self.upstream.pool(),

@@ -93,6 +93,15 @@ impl Gateway {
         Self::start_by(command, upstream, config).await
     }
 
+    /// The same, where a file may hold so many kilobytes and no more.
+    pub async fn start_with_file_size(upstream: &str, config: &str, kilobytes: u32) -> Self {
+        // In blocks of 512 bytes; the signal would end it.
+        let limited = format!("trap '' XFSZ && ulimit -f {} && exec \"$0\" \"$@\"", kilobytes * 2);
+        let mut command = Command::new("sh");
+        command.args(["-c", &limited, BINARY]);
+        Self::start_by(command, upstream, config).await
+    }
+
     async fn start_by(mut command: Command, upstream: &str, config: &str) -> Self {
         let file = config_file(&complete(upstream, config));
         command.arg("--config").arg(file.path());

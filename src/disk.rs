@@ -1,0 +1,466 @@
+//! Sealed answers on disk, so that a restart does not cost the budget a second time for what had ended.
+//!
+//! Written behind: an answer goes into a bounded queue, and a task of its own writes what has gathered there in one
+//! commit; what finds no room is counted and not written. Read on demand, on threads where reading may block, and only
+//! what is there; whoever waits does so for a moment, and while the disk stands still nobody does. No request ever waits
+//! for a write. Without a file that can be used the gateway runs as if there were none, says why and what to do, and tries
+//! again from time to time. What is in the file is `disk/file.rs`'s business, what an answer means nobody's here.
+//!
+//! redb, and not fjall (redb 4.6, fjall 3.1; 200,000 answers of 1.2 to 3.2 KB in commits of 256, each waited for): 1 new
+//! dependency against 16, 6 MB of memory against 145, opened in 4 ms against 190, and the file is bounded by what it holds;
+//! that fjall writes an answer in 18 us and redb in 66, reads one in 22 and redb in 11, is nothing at 15 a second.
+
+mod file;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::config;
+use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
+use file::{Bounds, File, Sealed, Trouble};
+
+/// Answers that wait to be written, and their bytes: over a minute of one account's, and no more than a few of the largest
+/// or an eighth of what may be kept.
+const QUEUE: usize = 1024;
+const QUEUE_BYTES: usize = 32 << 20;
+
+/// How long an answer waits for others that go into the same commit: a commit is some writes and a wait for the disk.
+const LINGER: Duration = Duration::from_millis(200);
+
+/// Reads at once.
+const READERS: usize = 4;
+
+/// How often it is looked for answers that are too old.
+const SWEEP: Duration = Duration::from_mins(1);
+
+/// How long a file that cannot be used is left alone: as long as another process may take to end, longer each time, and
+/// no longer than it takes to hear of it that space is free again.
+const FIRST_RETRY: Duration = Duration::from_secs(5);
+const LAST_RETRY: Duration = Duration::from_mins(5);
+
+/// Where answers are kept, and how many.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The file.
+    pub path: PathBuf,
+    /// What the answers take there, in bytes.
+    pub max_bytes: u64,
+    /// The oldest.
+    pub max_age: Duration,
+}
+
+impl Settings {
+    /// What configuration says; `None` when nothing is kept on disk.
+    pub fn of(cache: &config::Cache) -> Option<Self> {
+        cache.disk.clone().map(|path| Self {
+            path,
+            max_bytes: cache.disk_max_bytes,
+            max_age: cache.disk_max_age,
+        })
+    }
+
+    /// What was said before (milliseconds since 1970) is too old.
+    fn oldest_ms(&self) -> u64 {
+        let oldest = SystemTime::now().checked_sub(self.max_age);
+        let oldest = oldest.and_then(|oldest| oldest.duration_since(UNIX_EPOCH).ok());
+        oldest.map_or(0, |oldest| u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+/// The answers on disk.
+#[derive(Debug)]
+pub struct Disk {
+    shared: Arc<Shared>,
+    queue: mpsc::Sender<Record>,
+    room: Arc<Semaphore>,
+    stop: CancellationToken,
+    stopped: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    state: watch::Sender<State>,
+    readers: Arc<Semaphore>,
+    /// A read did not come in time, and none has come since.
+    stands_still: AtomicBool,
+    /// What reads ran into.
+    trouble: mpsc::Sender<Trouble>,
+    metrics: DiskMetrics,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    Opening,
+    Open(Arc<File>),
+    Away,
+}
+
+/// An answer on its way to the disk.
+struct Record {
+    place: u128,
+    said_ms: u64,
+    seal: Box<dyn FnOnce() -> Option<Vec<u8>> + Send>,
+    /// Held until it is written.
+    _room: OwnedSemaphorePermit,
+}
+
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Record")
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// Opens the file in the background.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn open(settings: Settings, metrics: DiskMetrics) -> Self {
+        let (queue, records) = mpsc::channel(QUEUE);
+        let (trouble, troubles) = mpsc::channel(1);
+        let shared = Arc::new(Shared {
+            settings,
+            state: watch::Sender::new(State::Opening),
+            readers: Arc::new(Semaphore::new(READERS)),
+            stands_still: AtomicBool::new(false),
+            trouble,
+            metrics,
+        });
+        let room = QUEUE_BYTES.min(usize::try_from(shared.settings.max_bytes / 8).unwrap_or(QUEUE_BYTES));
+        let (stop, stopped) = (CancellationToken::new(), CancellationToken::new());
+        let keeper = Keeper {
+            shared: Arc::clone(&shared),
+            records,
+            troubles,
+            stop: stop.clone(),
+            said: None,
+            retry: FIRST_RETRY,
+        };
+        let is_over = stopped.clone().drop_guard();
+        tokio::spawn(async move {
+            keeper.run().await;
+            drop(is_over);
+        });
+        Self {
+            shared,
+            queue,
+            room: Arc::new(Semaphore::new(room)),
+            stop,
+            stopped,
+        }
+    }
+
+    /// Has an answer of about `size` bytes kept at `place`, which upstream said at `said_ms` (milliseconds since 1970).
+    /// `seal` gives its bytes, if it can be kept, and runs where it may take its time.
+    pub fn put(&self, place: u128, said_ms: u64, size: usize, seal: impl FnOnce() -> Option<Vec<u8>> + Send + 'static) {
+        let size = u32::try_from(size).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.room).try_acquire_many_owned(size);
+        let is_queued = room.is_ok_and(|room| {
+            let seal = Box::new(seal);
+            let record = Record {
+                place,
+                said_ms,
+                seal,
+                _room: room,
+            };
+            self.queue.try_send(record).is_ok()
+        });
+        if !is_queued {
+            self.shared.metrics.dropped.inc();
+        }
+    }
+
+    /// Whether an answer may be kept at `place`; if not, there is nothing to wait for.
+    pub fn may_hold(&self, place: u128) -> bool {
+        let may = match &*self.shared.state.borrow() {
+            State::Opening => true,
+            State::Open(file) => file.may_hold(place),
+            State::Away => false,
+        };
+        may && !self.shared.stands_still.load(Ordering::Relaxed)
+    }
+
+    /// What `open` makes of the answer at `place`, on a thread where it may take its time; `None` when there is none, or
+    /// it does not come within `patience`.
+    ///
+    /// Cancel safe.
+    pub async fn get<T: Send + 'static>(
+        &self,
+        place: u128,
+        patience: Duration,
+        open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
+    ) -> Option<T> {
+        let shared = &self.shared;
+        let Ok(read) = timeout(patience, Arc::clone(shared).read(place, open)).await else {
+            shared.stands_still.store(true, Ordering::Relaxed);
+            shared.metrics.read(DiskRead::Slow);
+            return None;
+        };
+        let read = read?;
+        shared
+            .metrics
+            .read(if read.is_some() { DiskRead::Hit } else { DiskRead::Miss });
+        read
+    }
+
+    /// Writes what waits to be written, and closes the file.
+    ///
+    /// Cancel safe: dropped, it goes on.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.stopped.cancelled().await;
+    }
+}
+
+impl Shared {
+    /// `None` when nothing was read.
+    async fn read<T: Send + 'static>(
+        self: Arc<Self>,
+        place: u128,
+        open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
+    ) -> Option<Option<T>> {
+        let mut state = self.state.subscribe();
+        let state = state.wait_for(|state| !matches!(state, State::Opening)).await;
+        let State::Open(file) = state.ok()?.clone() else {
+            return None;
+        };
+        if !file.may_hold(place) {
+            return None;
+        }
+        let turn = Arc::clone(&self.readers).acquire_owned().await.ok()?;
+        let read = spawn_blocking(move || {
+            let read = file.read(place, self.settings.oldest_ms());
+            self.stands_still.store(false, Ordering::Relaxed);
+            drop(turn);
+            match read {
+                Ok(sealed) => Some(sealed.and_then(|sealed| open(&sealed))),
+                Err(trouble) => {
+                    self.metrics.failed(DiskStep::Read);
+                    // One is enough to have the file opened anew.
+                    let _ = self.trouble.try_send(trouble);
+                    None
+                }
+            }
+        });
+        read.await.ok().flatten()
+    }
+
+    fn set(&self, state: State) {
+        self.metrics.up.set(i64::from(matches!(state, State::Open(_))));
+        if let State::Open(file) = &state {
+            self.show(file);
+        } else {
+            self.metrics.holds(0, 0);
+        }
+        self.state.send_replace(state);
+    }
+
+    fn show(&self, file: &File) {
+        let (entries, bytes) = file.holds();
+        self.metrics.holds(entries, bytes);
+    }
+}
+
+/// Who opens the file and writes to it.
+struct Keeper {
+    shared: Arc<Shared>,
+    records: mpsc::Receiver<Record>,
+    troubles: mpsc::Receiver<Trouble>,
+    stop: CancellationToken,
+    /// Of what was wrong with the file last, so that it is not said every few seconds.
+    said: Option<String>,
+    retry: Duration,
+}
+
+impl Keeper {
+    /// Until it is stopped, and what was queued is written.
+    async fn run(mut self) {
+        loop {
+            let path = self.shared.settings.path.clone();
+            // A panic of ours is contained there; one of the runtime's means that the process ends.
+            let Ok(opened) = spawn_blocking(move || File::open(&path)).await else {
+                return;
+            };
+            let trouble = match opened {
+                Ok(file) => self.keep(Arc::new(file)).await,
+                Err(trouble) => Some((DiskStep::Open, trouble)),
+            };
+            let Some((step, trouble)) = trouble else {
+                return self.shared.set(State::Away);
+            };
+            let may_go_on = self.complain(step, trouble).await;
+            self.shared.set(if may_go_on { State::Opening } else { State::Away });
+            if !may_go_on && self.pass_time().await {
+                return;
+            }
+        }
+    }
+
+    /// Writes what comes, until it is stopped or something goes wrong.
+    async fn keep(&mut self, file: Arc<File>) -> Option<(DiskStep, Trouble)> {
+        let (entries, bytes) = file.holds();
+        tracing::info!(path = %self.shared.settings.path.display(), entries, bytes, "ended tasks are kept on disk");
+        while self.troubles.try_recv().is_ok() {}
+        self.shared.set(State::Open(Arc::clone(&file)));
+        // What became too old while nobody ran.
+        let mut trouble = self.write(&file, Vec::new()).await;
+        while trouble.is_none() {
+            let mut batch = Vec::new();
+            tokio::select! {
+                biased;
+                read = self.troubles.recv() => {
+                    trouble = read.map(|read| (DiskStep::Read, read));
+                    continue;
+                }
+                () = self.stop.cancelled(), if !self.records.is_closed() => {
+                    self.records.close();
+                    continue;
+                }
+                received = self.records.recv_many(&mut batch, QUEUE) => if received == 0 {
+                    break;
+                },
+                () = sleep(SWEEP) => {}
+            }
+            if !batch.is_empty() {
+                let gather =
+                    async { while batch.len() < QUEUE && self.records.recv_many(&mut batch, QUEUE).await > 0 {} };
+                tokio::select! {
+                    biased;
+                    () = self.stop.cancelled() => {}
+                    _ = timeout(LINGER, gather) => {}
+                }
+            }
+            trouble = self.write(&file, batch).await;
+        }
+        self.shared.set(State::Away);
+        // Closing it may wait for the disk.
+        let _ = spawn_blocking(move || drop(file)).await;
+        trouble
+    }
+
+    async fn write(&mut self, file: &Arc<File>, batch: Vec<Record>) -> Option<(DiskStep, Trouble)> {
+        let (metrics, queued) = (&self.shared.metrics, batch.len() as u64);
+        let bounds = Bounds {
+            bytes: self.shared.settings.max_bytes,
+            oldest_ms: self.shared.settings.oldest_ms(),
+        };
+        let file = Arc::clone(file);
+        let writing = spawn_blocking(move || {
+            let sealed = batch.into_iter().filter_map(|record| {
+                let bytes = (record.seal)()?;
+                Some(Sealed {
+                    place: record.place,
+                    said_ms: record.said_ms,
+                    bytes,
+                })
+            });
+            let sealed: Vec<_> = sealed.collect();
+            let gone = file.write(&sealed, bounds)?;
+            Ok((sealed.len() as u64, gone, file))
+        });
+        let written = writing
+            .await
+            .unwrap_or_else(|_| Err(Trouble::Corrupt("writing panicked".to_owned())));
+        match written {
+            Ok((written, gone, file)) => {
+                if written > 0 {
+                    (self.said, self.retry) = (None, FIRST_RETRY);
+                }
+                metrics.writes.inc_by(written);
+                metrics.dropped.inc_by(queued - written);
+                metrics.evicted.inc_by(gone.evicted);
+                metrics.expired.inc_by(gone.expired);
+                self.shared.show(&file);
+                None
+            }
+            Err(trouble) => {
+                metrics.dropped.inc_by(queued);
+                Some((DiskStep::Write, trouble))
+            }
+        }
+    }
+
+    /// Says what is wrong and what to do; true when it is mended already.
+    async fn complain(&mut self, step: DiskStep, trouble: Trouble) -> bool {
+        self.shared.metrics.failed(step);
+        let path = self.shared.settings.path.clone();
+        let (what, fix) = match trouble {
+            Trouble::Corrupt(what) => {
+                let damaged = path.clone();
+                match spawn_blocking(move || file::set_aside(&damaged)).await {
+                    Ok(Ok(aside)) => {
+                        tracing::error!(
+                            path = %path.display(), operation = step.label(), what, moved_to = %aside.display(),
+                            "cache.disk: the file is corrupt; it is moved aside, and an empty one begun"
+                        );
+                        return true;
+                    }
+                    Ok(Err(error)) => (
+                        format!("it is corrupt ({what}), and cannot be moved aside: {error}"),
+                        "delete it",
+                    ),
+                    Err(_) => return false,
+                }
+            }
+            Trouble::InUse => (
+                "another process has it open".to_owned(),
+                "give each process a file of its own, or end the other",
+            ),
+            Trouble::Io(error) => (error.to_string(), fix(error.kind())),
+        };
+        if self.said.as_deref() != Some(&what) {
+            tracing::error!(
+                path = %path.display(), operation = step.label(), what, fix,
+                "cache.disk: the file cannot be used; nothing is kept on disk until it can"
+            );
+            self.said = Some(what);
+        }
+        false
+    }
+
+    /// Lets a while pass, in which nothing is written. True when it is to stop.
+    async fn pass_time(&mut self) -> bool {
+        let (stop, retry) = (self.stop.clone(), self.retry);
+        self.retry = (retry * 2).min(LAST_RETRY);
+        let drop_what_comes = async {
+            while self.records.recv().await.is_some() {
+                self.shared.metrics.dropped.inc();
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => true,
+            () = drop_what_comes => true,
+            () = sleep(retry) => false,
+        }
+    }
+}
+
+/// What to do about it.
+fn fix(kind: std::io::ErrorKind) -> &'static str {
+    use std::io::ErrorKind;
+    #[allow(
+        clippy::wildcard_enum_match_arm,
+        reason = "there are many, and few that say what to do"
+    )]
+    match kind {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "let the gateway's user write the file and its folder (on Kubernetes: fsGroup, and a volume that is not read-only)"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            "free space there, or lower cache.disk_max_bytes"
+        }
+        ErrorKind::IsADirectory => "name a file in that folder",
+        _ => "name a file in a folder that exists and can be written",
+    }
+}

@@ -1,0 +1,252 @@
+//! The file: sealed answers by place, and the order in which they go. Every call blocks.
+//!
+//! redb commits in two phases, so that what a kill, a torn write or a power cut leaves behind is the last commit, whole, and
+//! opens at once. What is inside a page is not checked when it is read: a bad structure is an error or a panic, both of
+//! which are taken for a corrupt file, and a bad answer does not open its seal. In memory are 64 bits of each place, so that
+//! a task which is not there costs no read.
+
+use std::collections::HashSet;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use redb::{Builder, Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+
+/// By place: when upstream said it, in milliseconds since 1970, and the sealed answer.
+const ANSWERS: TableDefinition<'_, u128, (u64, &[u8])> = TableDefinition::new("answers 1");
+
+/// The oldest first: what each takes, in bytes.
+const ORDER: TableDefinition<'_, (u64, u128), u64> = TableDefinition::new("order 1");
+
+/// Pages that redb keeps in memory, in bytes; the system keeps the file's besides.
+const PAGES: usize = 4 << 20;
+
+/// What an answer takes beside its bytes, at most, and at least with them.
+const ROW: u64 = 256;
+const SMALLEST: u64 = 1024;
+
+/// One part in so many is left for redb's own.
+const SPARE: u64 = 8;
+
+/// Why the file cannot be used.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// Another process has it open.
+    InUse,
+    /// It is not as it was written.
+    Corrupt(String),
+    /// The system says so.
+    Io(io::Error),
+}
+
+/// An answer to be written.
+pub(super) struct Sealed {
+    pub(super) place: u128,
+    /// When upstream said it, in milliseconds since 1970.
+    pub(super) said_ms: u64,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// How much may be kept.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    pub(super) bytes: u64,
+    /// Milliseconds since 1970: what was said before goes.
+    pub(super) oldest_ms: u64,
+}
+
+/// What went, and why.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Gone {
+    pub(super) evicted: u64,
+    pub(super) expired: u64,
+}
+
+/// The open file.
+#[derive(Debug)]
+pub(super) struct File {
+    database: Database,
+    book: Mutex<Book>,
+}
+
+/// What is there.
+#[derive(Debug, Default)]
+struct Book {
+    places: HashSet<u64>,
+    bytes: u64,
+}
+
+impl File {
+    /// Opens the file, or makes one.
+    pub(super) fn open(path: &Path) -> Result<Self, Trouble> {
+        contained(|| {
+            if let Some(folder) = path.parent() {
+                std::fs::create_dir_all(folder).map_err(Trouble::Io)?;
+            }
+            let database = Builder::new().set_cache_size(PAGES).create(path)?;
+            // A write that nothing follows: whoever may not write shall hear it now.
+            let start = begin(&database)?;
+            start.open_table(ANSWERS)?;
+            start.open_table(ORDER)?;
+            start.commit()?;
+            let mut book = Book::default();
+            for entry in database.begin_read()?.open_table(ORDER)?.iter()? {
+                let (key, weight) = entry?;
+                let (_, place) = key.value();
+                book.places.insert(mark(place));
+                book.bytes += weight.value();
+            }
+            Ok(Self {
+                database,
+                book: Mutex::new(book),
+            })
+        })
+    }
+
+    /// Whether an answer may be kept there; if not, none is.
+    pub(super) fn may_hold(&self, place: u128) -> bool {
+        self.book().places.contains(&mark(place))
+    }
+
+    /// The sealed answer that is kept there, unless it is older than `oldest_ms`.
+    pub(super) fn read(&self, place: u128, oldest_ms: u64) -> Result<Option<Vec<u8>>, Trouble> {
+        contained(|| {
+            let answers = self.database.begin_read()?.open_table(ANSWERS)?;
+            let kept = answers.get(place)?;
+            Ok(kept.and_then(|kept| {
+                let (said_ms, sealed) = kept.value();
+                (said_ms >= oldest_ms).then(|| sealed.to_vec())
+            }))
+        })
+    }
+
+    /// Writes `answers`, and lets go what is beyond `bounds`; durable, or not done at all.
+    pub(super) fn write(&self, answers: &[Sealed], bounds: Bounds) -> Result<Gone, Trouble> {
+        contained(|| {
+            let (mut added, mut removed, mut gone) = (Vec::new(), Vec::new(), Gone::default());
+            let mut bytes = self.book().bytes;
+            // What a commit writes and what it frees stand side by side until the next one.
+            let passing: u64 = answers.iter().map(|answer| weight(answer.bytes.len())).sum();
+            let most = (bounds.bytes - bounds.bytes / SPARE).saturating_sub(passing);
+            let commit = begin(&self.database)?;
+            {
+                let (mut kept, mut order) = (commit.open_table(ANSWERS)?, commit.open_table(ORDER)?);
+                for answer in answers {
+                    let weight = weight(answer.bytes.len());
+                    let before = kept.insert(answer.place, (answer.said_ms, answer.bytes.as_slice()))?;
+                    if let Some(said_ms) = before.map(|before| before.value().0) {
+                        let freed = order.remove((said_ms, answer.place))?;
+                        bytes = bytes.saturating_sub(freed.map_or(0, |freed| freed.value()));
+                    }
+                    order.insert((answer.said_ms, answer.place), weight)?;
+                    bytes += weight;
+                    added.push(mark(answer.place));
+                }
+                loop {
+                    let Some((said_ms, place, weight)) = order.first()?.map(|(key, weight)| {
+                        let (said_ms, place) = key.value();
+                        (said_ms, place, weight.value())
+                    }) else {
+                        break;
+                    };
+                    if said_ms < bounds.oldest_ms {
+                        gone.expired += 1;
+                    } else if bytes > most {
+                        gone.evicted += 1;
+                    } else {
+                        break;
+                    }
+                    order.remove((said_ms, place))?;
+                    kept.remove(place)?;
+                    bytes = bytes.saturating_sub(weight);
+                    removed.push(mark(place));
+                }
+            }
+            if answers.is_empty() && removed.is_empty() {
+                commit.abort()?;
+                return Ok(gone);
+            }
+            commit.commit()?;
+            let mut book = self.book();
+            book.bytes = bytes;
+            book.places.extend(added);
+            for place in removed {
+                book.places.remove(&place);
+            }
+            Ok(gone)
+        })
+    }
+
+    /// How many answers are there, and what they take in bytes.
+    pub(super) fn holds(&self) -> (usize, u64) {
+        let book = self.book();
+        (book.places.len(), book.bytes)
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Moves a corrupt file out of the way, over one that was there before; says where it is.
+pub(super) fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".corrupt");
+    std::fs::rename(path, &aside)?;
+    Ok(aside.into())
+}
+
+fn begin(database: &Database) -> Result<redb::WriteTransaction, Trouble> {
+    let mut commit = database.begin_write()?;
+    // Without it the next process, after a kill, would read the whole file before it opens.
+    commit.set_quick_repair(true);
+    Ok(commit)
+}
+
+/// redb panics where a page is not what another one says.
+fn contained<T>(work: impl FnOnce() -> Result<T, Trouble>) -> Result<T, Trouble> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Trouble::Corrupt("a page is not what it should be".to_owned())))
+}
+
+/// What is remembered of a place.
+fn mark(place: u128) -> u64 {
+    u64::try_from(place >> 64).unwrap_or_default()
+}
+
+/// What an answer takes in the file, in bytes: redb gives room by powers of two, one page at least, in which several small
+/// ones stand; and both tables, and what a commit leaves free for the next.
+fn weight(sealed: usize) -> u64 {
+    (sealed as u64 + ROW).next_power_of_two().max(SMALLEST) + ROW
+}
+
+impl Trouble {
+    #[allow(clippy::wildcard_enum_match_arm, reason = "redb may come to know more errors")]
+    fn of(error: redb::Error) -> Self {
+        match error {
+            redb::Error::DatabaseAlreadyOpen | redb::Error::LockProtocolMismatch => Self::InUse,
+            // What is no database at all.
+            redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => Self::Corrupt(error.to_string()),
+            redb::Error::Io(error) => Self::Io(error),
+            // After a failed write nothing more is done with the file until it is opened anew.
+            redb::Error::PreviousIo | redb::Error::DatabaseClosed => Self::Io(io::Error::other(error.to_string())),
+            other => Self::Corrupt(other.to_string()),
+        }
+    }
+}
+
+macro_rules! from_redb {
+    ($($error:ident),*) => {
+        $(impl From<redb::$error> for Trouble {
+            fn from(error: redb::$error) -> Self {
+                Self::of(error.into())
+            }
+        })*
+    };
+}
+
+from_redb!(DatabaseError, StorageError, TransactionError, TableError, CommitError);
+
+#[cfg(test)]
+mod tests;

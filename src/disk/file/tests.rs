@@ -1,0 +1,218 @@
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt as _;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const ANY: Bounds = Bounds {
+    bytes: u64::MAX,
+    oldest_ms: 0,
+};
+
+/// As a digest would be.
+fn place(number: u64) -> u128 {
+    u128::from(number.wrapping_mul(0x9e37_79b9_7f4a_7c15)) << 64 | u128::from(number)
+}
+
+fn sealed(number: u64, length: usize) -> Sealed {
+    Sealed {
+        place: place(number),
+        said_ms: 1_000_000 + number,
+        bytes: vec![u8::try_from(number % 251).unwrap(); length],
+    }
+}
+
+fn at(folder: &TempDir) -> PathBuf {
+    folder.path().join("answers")
+}
+
+fn open(folder: &TempDir) -> File {
+    File::open(&at(folder)).unwrap()
+}
+
+#[test]
+fn what_was_written_is_there_when_it_is_opened_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    assert!(!file.may_hold(place(1)));
+    file.write(&[sealed(1, 10), sealed(2, 100_000)], ANY).unwrap();
+    let held = file.holds();
+    drop(file);
+    let file = open(&folder);
+    assert_eq!((file.holds(), held.0), (held, 2));
+    for (number, length) in [(1, 10), (2, 100_000)] {
+        assert!(file.may_hold(place(number)));
+        assert_eq!(file.read(place(number), 0).unwrap(), Some(sealed(number, length).bytes));
+    }
+    assert!(!file.may_hold(place(3)));
+    assert_eq!(file.read(place(3), 0).unwrap(), None);
+}
+
+#[test]
+fn an_answer_takes_the_place_of_the_one_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    file.write(&[sealed(1, 5000), sealed(2, 10)], ANY).unwrap();
+    let later = Sealed {
+        said_ms: 2_000_000,
+        ..sealed(1, 10)
+    };
+    file.write(&[later], ANY).unwrap();
+    assert_eq!(file.holds(), (2, 2 * weight(10)));
+    assert_eq!(file.read(place(1), 0).unwrap(), Some(sealed(1, 10).bytes));
+    let only_later = Bounds {
+        oldest_ms: 2_000_000,
+        ..ANY
+    };
+    assert_eq!(file.write(&[], only_later).unwrap(), Gone { evicted: 0, expired: 1 });
+    assert!(file.may_hold(place(1)) && !file.may_hold(place(2)), "it counts as new");
+}
+
+#[test]
+fn what_upstream_said_too_long_ago_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    let answers: Vec<_> = (0..10).map(|number| sealed(number, 10)).collect();
+    file.write(&answers, ANY).unwrap();
+    let bounds = Bounds {
+        oldest_ms: 1_000_004,
+        ..ANY
+    };
+    assert_eq!(file.write(&[], bounds).unwrap(), Gone { evicted: 0, expired: 4 });
+    assert_eq!(file.write(&[], bounds).unwrap(), Gone::default());
+    assert_eq!(file.read(place(3), 0).unwrap(), None);
+    assert!(file.read(place(4), 1_000_004).unwrap().is_some());
+    assert!(
+        file.read(place(4), 1_000_005).unwrap().is_none(),
+        "whatever is there yet"
+    );
+    assert_eq!(open_after(file, &folder).holds().0, 6);
+}
+
+fn open_after(file: File, folder: &TempDir) -> File {
+    drop(file);
+    open(folder)
+}
+
+#[test]
+fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
+    // The sizes of answers that there are: small failures, songs, and bodies that echo what was sent.
+    for lengths in [
+        &[500][..],
+        &[2200],
+        &[1500, 3000, 900],
+        &[4200],
+        &[600, 70_000, 2200, 9000],
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = open(&folder);
+        let bounds = Bounds {
+            bytes: 4 * MIB,
+            oldest_ms: 0,
+        };
+        let (mut number, mut written, mut gone) = (0, 0, 0);
+        while written < 9 * MIB {
+            let batch: Vec<_> = (0..20)
+                .map(|_| {
+                    number += 1;
+                    sealed(number, lengths[usize::try_from(number).unwrap() % lengths.len()])
+                })
+                .collect();
+            written += batch.iter().map(|answer| weight(answer.bytes.len())).sum::<u64>();
+            gone += file.write(&batch, bounds).unwrap().evicted;
+            let (_, bytes) = file.holds();
+            assert!(bytes <= bounds.bytes);
+            // Not the length: redb makes the file longer than it writes.
+            let taken = at(&folder).metadata().unwrap().blocks() * 512;
+            assert!(taken <= bounds.bytes, "{lengths:?}: {taken} after {number}");
+        }
+        let (entries, bytes) = file.holds();
+        assert_eq!(number, gone + entries as u64);
+        assert!(bytes > bounds.bytes / 2, "no more than has to");
+        assert!(file.read(place(gone), 0).unwrap().is_none() && file.read(place(gone + 1), 0).unwrap().is_some());
+    }
+}
+
+#[test]
+fn one_process_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    assert!(matches!(File::open(&at(&folder)), Err(Trouble::InUse)));
+    drop(file);
+    open(&folder);
+}
+
+#[test]
+fn what_is_no_such_file_is_corrupt_and_set_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    for content in [&b"not ours"[..], &vec![0; 100_000]] {
+        std::fs::write(at(&folder), content).unwrap();
+        assert!(matches!(File::open(&at(&folder)), Err(Trouble::Corrupt(_))));
+        let aside = set_aside(&at(&folder)).unwrap();
+        assert_eq!(std::fs::read(aside).unwrap(), content);
+        assert_eq!(open(&folder).holds().0, 0);
+    }
+}
+
+#[test]
+fn a_folder_that_is_missing_is_made_and_one_that_cannot_be_is_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::open(&folder.path().join("a/b/answers")).unwrap();
+    drop(file);
+    std::fs::write(folder.path().join("file"), "").unwrap();
+    let below_a_file = File::open(&folder.path().join("file/answers"));
+    assert!(matches!(below_a_file, Err(Trouble::Io(_))), "{below_a_file:?}");
+}
+
+/// A file as a process left it that had 200 answers written.
+fn content() -> (Vec<u8>, HashMap<u128, Vec<u8>>) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    let answers: Vec<_> = (0..200).map(|number| sealed(number, 700)).collect();
+    for batch in answers.chunks(20) {
+        file.write(batch, ANY).unwrap();
+    }
+    let answers = answers.into_iter().map(|answer| (answer.place, answer.bytes));
+    // While it is open: what a kill leaves.
+    (std::fs::read(at(&folder)).unwrap(), answers.collect())
+}
+
+/// Opens what `content` has become; gives how many answers can be read. Whatever happens is an error, and no panic.
+fn readable(content: &[u8], answers: &HashMap<u128, Vec<u8>>) -> Option<usize> {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(at(&folder), content).unwrap();
+    let file = File::open(&at(&folder)).ok()?;
+    let as_written =
+        |(place, bytes): &(&u128, &Vec<u8>)| file.read(**place, 0).is_ok_and(|read| read.as_ref() == Some(bytes));
+    let found = answers.iter().filter(as_written).count();
+    // Whatever it makes of it.
+    let _ = file.write(&[sealed(1000, 10)], ANY);
+    Some(found)
+}
+
+#[test]
+fn a_file_that_a_kill_left_open_has_all_that_was_written() {
+    let (content, answers) = content();
+    assert_eq!(readable(&content, &answers), Some(200));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn a_damaged_file_is_an_error_at_worst(
+        at: prop::sample::Index, length in 1..3000_usize, byte: u8, cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let (mut content, answers) = content();
+        let start = at.index(content.len());
+        let end = (start + length).min(content.len());
+        content[start..end].fill(byte);
+        if let Some(cut) = cut {
+            content.truncate(cut.index(content.len()));
+        }
+        let found = readable(&content, &answers);
+        prop_assert!(found.is_none_or(|found| found <= 200));
+    }
+}

@@ -1,0 +1,97 @@
+//! Ended tasks that outlive the process: written to disk as they end, and read when memory has nothing of a task.
+//!
+//! A poll looks there before it asks whether upstream is away or a turn can be had: none of that matters for what has
+//! ended. Polls of one task share one reading of it. An answer that opens is proof that upstream accepted the key it is
+//! sealed with when it was asked for; so a restart costs no query to confirm a key that was confirmed a minute ago.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::time::Instant;
+
+use super::accounts::Account;
+use super::keys::Key;
+use super::{Gateway, Poll};
+use crate::stored::{Answer, Moment};
+use crate::task::TaskId;
+
+/// How long a poll waits for the disk at most; and no more than a quarter of `budget.max_wait`, so that there is time to
+/// ask upstream after all.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What came of reading.
+#[derive(Clone, Debug)]
+pub(super) enum Recall {
+    UnderWay,
+    Done(Option<Arc<Answer>>),
+}
+
+impl Gateway {
+    /// Has an ended task's answer, fetched with `key`, written to disk.
+    pub(super) fn remember(&self, account: &Account, key: &Key, task: &TaskId, answer: &Arc<Answer>) {
+        let Some(disk) = self.disk.as_ref().filter(|_| answer.has_ended()) else {
+            return;
+        };
+        let (owner, now) = (account.owner, now());
+        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), Arc::clone(answer));
+        let said_ms = now.unix_ms(answer.received);
+        disk.put(owner.place(&task), said_ms, answer.body.len(), move || {
+            seal.close(owner, &task, &answer, now)
+        });
+    }
+
+    /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
+    ///
+    /// Cancel safe: reading goes on, for whoever else waits.
+    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll) -> Option<Arc<Answer>> {
+        let (disk, account) = (self.disk.as_ref()?, &poll.asker.account);
+        let place = account.owner.place(&poll.task);
+        if !disk.may_hold(place) {
+            return None;
+        }
+        let (mut recall, leader) = self.recalls.join((account.id, poll.task.clone()), || Recall::UnderWay);
+        if let Some(leader) = leader {
+            let (gateway, account, task) = (Arc::clone(self), Arc::clone(account), poll.task.clone());
+            self.spawn(async move {
+                // 1. a poll finds nothing in memory; 2. the reading that was under way ends; 3. the poll begins this one.
+                let answer = match gateway.cache.snapshot(account.id, &task, Instant::now()) {
+                    None => gateway.read(&account, &task, place).await,
+                    kept => kept,
+                };
+                leader.land(|recall| *recall = Recall::Done(answer));
+            });
+        }
+        let done = recall.wait_for(|recall| matches!(recall, Recall::Done(_))).await;
+        match &*done.ok()? {
+            Recall::Done(answer) => answer.clone(),
+            Recall::UnderWay => None,
+        }
+    }
+
+    async fn read(&self, account: &Arc<Account>, task: &TaskId, place: u128) -> Option<Arc<Answer>> {
+        let disk = self.disk.as_ref()?;
+        let config = self.config();
+        let patience = PATIENCE.min(config.budget.max_wait / 4);
+        let (account, asked) = (Arc::clone(account), task.clone());
+        let opened = disk.get(place, patience, move |sealed| {
+            let now = now();
+            account.keys.iter().find_map(|key| {
+                let answer = key.seal.open(account.owner, &asked, sealed, now, &config.cache)?;
+                let ended = answer.has_ended();
+                ended.then(|| (account.id, Arc::clone(key), Arc::new(answer)))
+            })
+        });
+        let (account, key, answer) = opened.await?;
+        key.heard(answer.asked);
+        self.cache.put(account, task, &answer, Instant::now());
+        Some(answer)
+    }
+}
+
+fn now() -> Moment {
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH);
+    Moment {
+        at: Instant::now(),
+        unix: unix.unwrap_or_default(),
+    }
+}

@@ -1,0 +1,130 @@
+//! What Prometheus sees of the answers kept on disk. Every series is there at 0 where none are.
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
+
+use super::{opts, register};
+
+/// What became of an answer that the disk was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskRead {
+    /// It can be served.
+    Hit,
+    /// It was not there after all, or cannot be served: too old, or sealed with a key that its account has no longer.
+    Miss,
+    /// It did not come in time, and nobody waits for it.
+    Slow,
+}
+
+impl DiskRead {
+    const ALL: [Self; 3] = [Self::Hit, Self::Miss, Self::Slow];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Slow => "slow",
+        }
+    }
+}
+
+/// What was being done when the disk failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskStep {
+    /// The file was being opened, or set aside.
+    Open,
+    /// An answer was being read.
+    Read,
+    /// Answers were being written.
+    Write,
+}
+
+impl DiskStep {
+    const ALL: [Self; 3] = [Self::Open, Self::Read, Self::Write];
+
+    /// The metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// The families.
+#[derive(Clone, Debug)]
+pub struct DiskMetrics {
+    /// 1 while answers are kept on disk.
+    pub up: IntGauge,
+    /// How many.
+    pub entries: IntGauge,
+    /// What they take.
+    pub bytes: IntGauge,
+    reads: IntCounterVec,
+    /// Answers written.
+    pub writes: IntCounter,
+    /// Answers not written: the disk was too slow for them, or away.
+    pub dropped: IntCounter,
+    /// Answers that made room for others.
+    pub evicted: IntCounter,
+    /// Answers that were kept as long as they may be.
+    pub expired: IntCounter,
+    errors: IntCounterVec,
+}
+
+impl DiskMetrics {
+    pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let gauge = |name, help| register(registry, IntGauge::with_opts(opts(name, help))?);
+        let counter = |name, help| register(registry, IntCounter::with_opts(opts(name, help))?);
+        let evictions = IntCounterVec::new(
+            opts("disk_evictions_total", "Answers that left the disk, by why."),
+            &["cause"],
+        )?;
+        let evictions = register(registry, evictions)?;
+        let reads = IntCounterVec::new(
+            opts("disk_reads_total", "Answers that the disk was asked for, by what came."),
+            &["result"],
+        )?;
+        let errors = IntCounterVec::new(
+            opts("disk_errors_total", "Failures of the disk, by what was being done."),
+            &["operation"],
+        )?;
+        let metrics = Self {
+            up: gauge("disk_up", "1 while answers are kept on disk, else 0.")?,
+            entries: gauge("disk_entries", "Answers kept on disk.")?,
+            bytes: gauge("disk_bytes", "What the answers on disk take there.")?,
+            reads: register(registry, reads)?,
+            writes: counter("disk_writes_total", "Answers written to disk.")?,
+            dropped: counter(
+                "disk_dropped_total",
+                "Answers not written to disk: it was too slow, or away.",
+            )?,
+            evicted: evictions.with_label_values(&["size"]),
+            expired: evictions.with_label_values(&["age"]),
+            errors: register(registry, errors)?,
+        };
+        for result in DiskRead::ALL {
+            metrics.reads.with_label_values(&[result.label()]);
+        }
+        for step in DiskStep::ALL {
+            metrics.errors.with_label_values(&[step.label()]);
+        }
+        Ok(metrics)
+    }
+
+    /// Counts an answer that was asked for.
+    pub fn read(&self, result: DiskRead) {
+        self.reads.with_label_values(&[result.label()]).inc();
+    }
+
+    /// Counts a failure.
+    pub fn failed(&self, step: DiskStep) {
+        self.errors.with_label_values(&[step.label()]).inc();
+    }
+
+    /// Shows what is kept.
+    pub fn holds(&self, entries: usize, bytes: u64) {
+        self.entries.set(i64::try_from(entries).unwrap_or(i64::MAX));
+        self.bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+}
