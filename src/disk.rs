@@ -28,9 +28,9 @@ use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
 use file::{Bounds, File, Sealed, Trouble};
 
 /// Answers that wait to be written, and their bytes: over a minute of one account's, and no more than a few of the largest
-/// or an eighth of what may be kept.
+/// or an eighth of what may be kept. In memory they stand twice, once sealed.
 const QUEUE: usize = 1024;
-const QUEUE_BYTES: usize = 32 << 20;
+const QUEUE_BYTES: usize = 16 << 20;
 
 /// How long an answer waits for others that go into the same commit: a commit is some writes and a wait for the disk.
 const LINGER: Duration = Duration::from_millis(200);
@@ -464,3 +464,6 @@ fn fix(kind: std::io::ErrorKind) -> &'static str {
         _ => "name a file in a folder that exists and can be written",
     }
 }
+
+#[cfg(test)]
+mod tests;

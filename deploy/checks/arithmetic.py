@@ -23,6 +23,8 @@ PER_CLIENT = 24 << 10
 PER_TLS_CLIENT = 40 << 10
 PER_UPSTREAM = 48 << 10
 PROCESS = 32 << 20
+# Answers on their way to the disk, once as they are and once sealed; redb's pages; 16 bytes for each answer there.
+DISK = 64 << 20
 # Allocator and bookkeeping, on top of the bytes that the limits count.
 SLACK = 1.3
 # Between the end of `drain` and SIGKILL, in seconds.
@@ -92,12 +94,23 @@ def main(binary, files):
             + limits["connections"] * (PER_TLS_CLIENT if config.get("tls") else PER_CLIENT)
             + limits["upstream_connections"] * PER_UPSTREAM
             + PROCESS
+            + (DISK if config["cache"]["disk"] else 0)
         )
         memory = container["resources"]
         allowed, requested = (quantity(memory[of]["memory"], SIZES) for of in ("limits", "requests"))
         must(needed <= allowed, f"memory: {needed / 2**20:.0f} MiB may be needed, {allowed / 2**20:.0f} MiB are allowed")
         must(kept + PROCESS <= requested, "the memory request does not hold a full cache")
         must("cpu" in memory["requests"] and "cpu" not in memory["limits"], "a CPU request and no CPU limit")
+
+        # The disk: the largest file, and a corrupt one beside it.
+        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+        places = {m["mountPath"]: claims[m["name"]] for m in container["volumeMounts"] if m["name"] in claims}
+        for claim in places.values():
+            room = quantity(one("PersistentVolumeClaim", claim)["spec"]["resources"]["requests"]["storage"], SIZES)
+            most = quantity(config["cache"]["disk_max_bytes"], SIZES)
+            must(2 * most < room, f"claim {claim}: cache.disk may take {most / 2**20:.0f} MiB twice")
+        disk = config["cache"]["disk"]
+        must(not disk or str(Path(disk).parent) in places, f"cache.disk {disk} is on no claim")
 
         # Ports and paths.
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}

@@ -1,0 +1,118 @@
+use std::path::Path;
+
+use super::*;
+use crate::metrics::Metrics;
+
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Two places, as far apart as digests are.
+const A: u128 = 7 << 100;
+const B: u128 = 8 << 100;
+
+fn settings(folder: &Path) -> Settings {
+    Settings {
+        path: folder.join("answers"),
+        max_bytes: 16 << 20,
+        max_age: Duration::from_hours(1),
+    }
+}
+
+fn metrics() -> (Arc<Metrics>, DiskMetrics) {
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let disk = metrics.disk.clone();
+    (metrics, disk)
+}
+
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_millis()).unwrap()
+}
+
+fn text(sealed: &[u8]) -> Option<String> {
+    String::from_utf8(sealed.to_vec()).ok()
+}
+
+/// Whether a line of what Prometheus sees is `line`.
+fn shows(metrics: &Metrics, line: &str) -> bool {
+    let text = String::from_utf8(metrics.render().unwrap()).unwrap();
+    text.lines().any(|shown| shown == line)
+}
+
+#[tokio::test]
+async fn what_is_put_can_be_got_by_the_next_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Disk::open(settings(folder.path()), metrics().1);
+    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
+    disk.put(B, now_ms(), 3, || None);
+    disk.close().await;
+    assert!(!disk.may_hold(A), "closed");
+
+    let (metrics, disk_metrics) = metrics();
+    let disk = Disk::open(settings(folder.path()), disk_metrics);
+    assert_eq!(disk.get(A, PATIENCE, text).await.as_deref(), Some("abc"));
+    assert_eq!(disk.get(B, PATIENCE, text).await, None);
+    assert!(disk.may_hold(A) && !disk.may_hold(B));
+    assert_eq!(disk.get(A, PATIENCE, |_| None::<()>).await, None, "it does not open");
+    for (result, times) in [("hit", 1), ("miss", 1), ("slow", 0)] {
+        let line = format!(r#"crun_gateway_disk_reads_total{{result="{result}"}} {times}"#);
+        assert!(shows(&metrics, &line), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn while_the_disk_stands_still_nobody_waits_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (metrics, disk_metrics) = metrics();
+    let disk = Disk::open(settings(folder.path()), disk_metrics);
+    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
+    while metrics.disk.writes.get() < 1 {
+        tokio::task::yield_now().await;
+    }
+    // As many reads as there may be, none of which ends.
+    let readers = u32::try_from(READERS).unwrap();
+    let stuck = Arc::clone(&disk.shared.readers)
+        .acquire_many_owned(readers)
+        .await
+        .unwrap();
+    assert!(disk.may_hold(A));
+    assert_eq!(disk.get(A, Duration::from_millis(1), text).await, None);
+    assert!(shows(&metrics, r#"crun_gateway_disk_reads_total{result="slow"} 1"#));
+    assert!(!disk.may_hold(A), "the next one does not even ask");
+    drop(stuck);
+    assert!(disk.get(A, PATIENCE, text).await.is_some());
+    assert!(disk.may_hold(A), "it goes on");
+}
+
+#[tokio::test]
+async fn a_put_never_waits_and_what_finds_no_room_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, metrics) = metrics();
+    // Nothing is awaited here, so nothing is written meanwhile.
+    let disk = Disk::open(settings(folder.path()), metrics.clone());
+    for place in 0..QUEUE + 5 {
+        disk.put(A + place as u128, now_ms(), 10, || Some(vec![0; 10]));
+    }
+    assert_eq!(metrics.dropped.get(), 5, "more than may wait");
+    disk.close().await;
+    assert_eq!(metrics.writes.get(), QUEUE as u64);
+
+    let disk = Disk::open(settings(folder.path()), metrics.clone());
+    let eighth = 2 << 20;
+    disk.put(A, now_ms(), eighth - 10, || None);
+    disk.put(B, now_ms(), 11, || None);
+    assert_eq!(metrics.dropped.get(), 6, "larger than may wait");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_within_a_moment_is_written_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, metrics) = metrics();
+    let disk = Disk::open(settings(folder.path()), metrics.clone());
+    let start = tokio::time::Instant::now();
+    disk.put(A, now_ms(), 1, || Some(vec![1]));
+    while metrics.writes.get() < 1 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert!(start.elapsed() >= LINGER, "it waited for others: {:?}", start.elapsed());
+    drop(disk);
+}
