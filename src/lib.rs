@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! simulator                                the simulated upstream and the demo fleet
-//! server  admin  reload                    edges: accept, TLS, drain · metrics, health, status page · a changed configuration
+//! server  admin  reload  log               edges: accept, TLS, drain · metrics, health, status page · a changed configuration · stderr
 //! gateway                                  the life of a request: knows all the parts
 //! cache  disk  flight  upstream  watch     the parts: know nothing of each other
 //! budget                                   who may ask upstream, and when
@@ -22,6 +22,7 @@ pub mod disk;
 pub mod error;
 pub mod flight;
 pub mod gateway;
+pub mod log;
 pub mod metrics;
 pub mod outcome;
 pub mod reload;
@@ -86,9 +87,9 @@ pub async fn run(
     config: Config,
     source: Option<reload::Source>,
     listeners: Listeners,
+    metrics: Arc<Metrics>,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let metrics = Arc::new(Metrics::new().context("metrics")?);
     let tls = config
         .tls
         .clone()

@@ -10,12 +10,10 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{Registry, reload};
 
-use crun_gateway::config::{Config, Log, LogFormat};
+use crun_gateway::config::Config;
+use crun_gateway::log::Log;
+use crun_gateway::metrics::Metrics;
 use crun_gateway::reload::Source;
 use crun_gateway::server::descriptors::{self, Shortfall};
 use crun_gateway::simulator::{self, DemoArgs, UpstreamArgs};
@@ -55,9 +53,13 @@ const BAD_CONFIG: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Dropped last, on every way out: what was said is written then.
+    let log = Log::to_stderr();
     let done = match cli.command {
-        None => load(&cli.file).map_or_else(Ok, |config| serve(config, cli.file).map(|()| ExitCode::SUCCESS)),
-        Some(Command::Check(file)) => load(&file).map_or_else(Ok, |config| {
+        None => {
+            load(&cli.file, &log).map_or_else(Ok, |config| serve(config, cli.file, &log).map(|()| ExitCode::SUCCESS))
+        }
+        Some(Command::Check(file)) => load(&file, &log).map_or_else(Ok, |config| {
             let mut printed = config.render();
             let available = descriptors::hard_limit().context("file descriptors")?;
             if let Some(shortfall) = Shortfall::of(&config.limits, available) {
@@ -71,21 +73,23 @@ fn main() -> ExitCode {
         Some(Command::Demo(args)) => demo(args),
     };
     done.unwrap_or_else(|error| {
-        complain(&format!("crun-gateway: {error:#}"));
+        log.say(&format!("crun-gateway: {error:#}"));
         ExitCode::FAILURE
     })
 }
 
 /// The configuration, or the exit code after every problem was printed.
-fn load(file: &ConfigFile) -> Result<Config, ExitCode> {
+fn load(file: &ConfigFile, log: &Log) -> Result<Config, ExitCode> {
     Config::load(&file.config, &|name| std::env::var(name).ok()).map_err(|problems| {
-        complain(&problems.to_string());
+        log.say(&problems.to_string());
         ExitCode::from(BAD_CONFIG)
     })
 }
 
-fn serve(mut config: Config, file: ConfigFile) -> anyhow::Result<()> {
-    let level = init_log(&config.log);
+fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> {
+    let set_level = Box::new(log.start(&config.log));
+    let metrics = Arc::new(Metrics::new().context("metrics")?);
+    log.count_in(&metrics)?;
     let available = descriptors::raise().context("file descriptors")?;
     if let Some(shortfall) = Shortfall::of(&config.limits, available) {
         tracing::warn!("{shortfall}");
@@ -105,11 +109,10 @@ fn serve(mut config: Config, file: ConfigFile) -> anyhow::Result<()> {
                     shortfall.fit(&mut config.limits);
                 }
             }),
-            // The log outlives everything that could have a level to set.
-            set_level: Box::new(move |to| drop(level.modify(|filter| *filter = targets(to)))),
+            set_level,
         };
         let listeners = Listeners::bind(&config)?;
-        crun_gateway::run(config, Some(source), listeners, shutdown).await
+        crun_gateway::run(config, Some(source), listeners, metrics, shutdown).await
     });
     // Dropped, it would wait for look-ups of names that are under way, and those know no deadline.
     runtime.shutdown_background();
@@ -138,7 +141,8 @@ fn demo(args: DemoArgs) -> anyhow::Result<ExitCode> {
                 drain,
                 ..Shutdown::default()
             };
-            crun_gateway::run(config, None, Listeners { clients, admin }, shutdown).await
+            let metrics = Arc::new(Metrics::new().context("metrics")?);
+            crun_gateway::run(config, None, Listeners { clients, admin }, metrics, shutdown).await
         };
         simulator::demo(args, stop.cancelled_owned(), gateway).await
     })?;
@@ -179,29 +183,4 @@ fn notify_on_hangup(asked: Arc<Notify>) -> anyhow::Result<impl Future<Output = (
             asked.notify_one();
         }
     })
-}
-
-/// Our own words at the configured level; other crates' only as warnings, since what they print about a request is not
-/// under our control.
-fn targets(level: tracing::Level) -> Targets {
-    Targets::new()
-        .with_default(tracing::Level::WARN)
-        .with_target("crun_gateway", level)
-}
-
-/// To stderr. Gives what changes the level.
-fn init_log(log: &Log) -> reload::Handle<Targets, Registry> {
-    let (filter, level) = reload::Layer::new(targets(log.level));
-    let registry = tracing_subscriber::registry().with(filter);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    match log.format {
-        LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
-        LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
-    }
-    level
-}
-
-fn complain(text: &str) {
-    // Where stderr is closed there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "{text}");
 }

@@ -4,6 +4,7 @@
 //! `other`, and the words of `outcome`. Every series exists at 0 from the start, so that a first error is an increase.
 
 mod disk;
+mod elsewhere;
 
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,6 +17,7 @@ use prometheus::{
 
 use crate::outcome::{Outcome, Served};
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
+use elsewhere::Elsewhere;
 
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
@@ -548,6 +550,16 @@ impl Metrics {
     /// Counts a request that was streamed through.
     pub fn passed_through(&self, code: u16) {
         self.passthrough_requests[code_class(code)].inc();
+    }
+
+    /// Shows how many lines the log has dropped: `count` is read whenever Prometheus asks.
+    ///
+    /// # Errors
+    /// Only for a bug: it is shown already.
+    pub fn log_lines_dropped(&self, count: impl Fn() -> u64 + Send + Sync + 'static) -> prometheus::Result<()> {
+        let help = "Lines that the log dropped: nobody read the ones before, or could.";
+        let dropped = Elsewhere::new(opts("log_lines_dropped_total", help), count)?;
+        self.registry.register(Box::new(dropped))
     }
 
     /// The text that Prometheus scrapes.

@@ -14,7 +14,7 @@ const ROWS: &[&[&str]] = &[
     &["budget"],
     &["cache", "disk", "flight", "upstream", "watch"],
     &["gateway"],
-    &["server", "admin", "reload"],
+    &["server", "admin", "reload", "log"],
     &["simulator"],
     &["lib", "main"],
 ];

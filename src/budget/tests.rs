@@ -19,7 +19,7 @@ fn most_in_a_second(instants: &[Duration]) -> usize {
     let within = |first: Duration| {
         instants
             .iter()
-            .filter(|at| (first..first + SECOND).contains(at))
+            .filter(|at| (first..first + SECOND).contains(*at))
             .count()
     };
     instants.iter().map(|first| within(*first)).max().unwrap_or(0)
@@ -33,7 +33,7 @@ fn fewest_in_a_wanted_second(history: &History) -> Option<usize> {
         let starts = history.granted.iter().map(just_after).chain([from]);
         for start in starts.filter(|start| *start >= from && *start + SECOND <= to) {
             let second = start..start + SECOND;
-            let granted = history.granted.iter().filter(|at| second.contains(at)).count();
+            let granted = history.granted.iter().filter(|at| second.contains(*at)).count();
             fewest = fewest.into_iter().chain([granted]).min();
         }
     }

@@ -157,7 +157,7 @@ async fn no_key_comes_out_anywhere() {
     }
     poll_as(gateway.address, "ak_S3cr3tToo", "same").await;
     let seen = [
-        gateway.log(),
+        gateway.logged("poll answered", 3).await,
         gateway.admin("/metrics").await.1,
         gateway.admin("/").await.1,
     ]

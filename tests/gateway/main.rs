@@ -21,6 +21,7 @@
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
+//! - `log`: a log that nobody reads holds up nobody
 //! - `secrets`: a key is in nothing that comes out
 //! - `stop`: a stop loses nothing
 //! - `kubernetes_stop`: nor does one as Kubernetes does it, behind a Service
@@ -59,6 +60,7 @@ mod isolation;
 mod keys;
 mod kubernetes_stop;
 mod limits;
+mod log;
 mod misbehaviour;
 mod outage;
 mod pace;

@@ -531,7 +531,7 @@ async fn on_real_sockets_upstream_is_gone_for_a_minute() {
     }
     assert!(gateway.metric(BREAKER).await.abs() < f64::EPSILON);
     assert_eq!(upstream.stats().await["violations"], 0);
-    let log = gateway.log();
+    let log = gateway.logged("the breaker is closed", 1).await;
     assert_eq!(log.matches("the breaker is open").count(), 1, "{log}");
     assert_eq!(log.matches("the breaker is closed").count(), 1, "{log}");
 }

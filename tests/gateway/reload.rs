@@ -54,17 +54,6 @@ impl Mounted {
     }
 }
 
-/// Waits until the log has so many lines with `text`.
-async fn logged(gateway: &Gateway, text: &str, times: usize) {
-    let found = async {
-        while gateway.log().matches(text).count() < times {
-            sleep(Duration::from_millis(10)).await;
-        }
-    };
-    let is_there = tokio::time::timeout(PATIENCE, found).await.is_ok();
-    assert!(is_there, "not {times} times {text:?} in\n{}", gateway.log());
-}
-
 /// Polls as `token` without a break until told to stop; every answer has to be a 200. Gives how many there were.
 fn keep_polling(address: SocketAddr, token: &'static str, stop: &Arc<AtomicBool>) -> JoinSet<usize> {
     let mut clients = JoinSet::new();
@@ -101,7 +90,7 @@ async fn a_key_is_rotated_under_load_without_a_failed_request() {
     }
     // Nobody tells the gateway: it finds out.
     secrets.swap(&[("key", "ak_new"), ("token", "token-app")]);
-    logged(&gateway, TAKEN_OVER, 1).await;
+    gateway.logged(TAKEN_OVER, 1).await;
     let before = upstream.stats().await["accounts"].as_array().unwrap().len();
     assert!(before <= 2);
     let new_is_used = async {
@@ -143,7 +132,7 @@ async fn kept_answers_outlive_a_reload_and_a_removed_key_loses_them() {
         "accounts: [{{ name: music, keys: [{}] }}]",
         secrets.file("one")
     ));
-    logged(&gateway, TAKEN_OVER, 1).await;
+    gateway.logged(TAKEN_OVER, 1).await;
     assert_eq!(message("ak_one").await, "for ak_one");
     assert_eq!(upstream.queries(), 1, "it was kept");
     assert_eq!(message("ak_two").await, "for ak_two", "an account of its own");
@@ -151,7 +140,7 @@ async fn kept_answers_outlive_a_reload_and_a_removed_key_loses_them() {
         "unknown_keys: reject\naccounts: [{{ name: music, keys: [{}] }}]",
         secrets.file("one")
     ));
-    logged(&gateway, TAKEN_OVER, 2).await;
+    gateway.logged(TAKEN_OVER, 2).await;
     assert_eq!(poll_as(gateway.address, "ak_two", "same").await.status, 401);
     assert_eq!(message("ak_one").await, "for ak_one");
     assert_eq!(upstream.queries(), 2);
@@ -163,7 +152,7 @@ async fn a_wrong_configuration_changes_nothing_and_says_what_is_wrong() {
     let gateway = Gateway::start(&upstream.url, "client_header: x-team").await;
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
     gateway.reconfigure("budget: { limit: 0 }\nlog: { level: loud }");
-    logged(&gateway, "is not taken over", 2).await;
+    gateway.logged("is not taken over", 2).await;
     for field in ["budget.limit: ", "log.level: "] {
         assert!(gateway.log().contains(field), "{}", gateway.log());
     }
@@ -173,7 +162,7 @@ async fn a_wrong_configuration_changes_nothing_and_says_what_is_wrong() {
     );
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
     gateway.reconfigure("budget: { limit: 12 }");
-    logged(&gateway, TAKEN_OVER, 1).await;
+    gateway.logged(TAKEN_OVER, 1).await;
     assert_eq!(
         gateway.metric("crun_gateway_config_reload_success").await.to_string(),
         "1"
@@ -191,8 +180,8 @@ async fn what_needs_a_restart_is_named_and_the_rest_is_taken_over() {
     gateway.reconfigure(
         "cache: { max_bytes: \"64MiB\" }\nlog: { level: debug, format: json }\nlimits: { body_bytes: \"32MiB\" }",
     );
-    logged(&gateway, TAKEN_OVER, 1).await;
-    logged(&gateway, "need a restart", 1).await;
+    gateway.logged(TAKEN_OVER, 1).await;
+    gateway.logged("need a restart", 1).await;
     assert!(
         gateway
             .log()
@@ -201,7 +190,7 @@ async fn what_needs_a_restart_is_named_and_the_rest_is_taken_over() {
         gateway.log()
     );
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
-    logged(&gateway, "poll answered", 1).await;
+    gateway.logged("poll answered", 1).await;
 }
 
 #[tokio::test]

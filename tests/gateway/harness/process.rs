@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
 use super::client::{bare, request};
 
@@ -63,12 +64,21 @@ fn complete(upstream: &str, config: &str) -> String {
     format!("{lines}admin: \"127.0.0.1:0\"\nworker_threads: 2\n{config}\n")
 }
 
+/// Whoever reads a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    Reads,
+    Pauses,
+    Leaves,
+}
+
 /// A running gateway; it is killed with the test.
 pub struct Gateway {
     pub address: SocketAddr,
     pub admin: SocketAddr,
     child: Child,
     log: Arc<Mutex<String>>,
+    reader: watch::Sender<Reader>,
     config: tempfile::NamedTempFile,
     upstream: String,
 }
@@ -112,9 +122,11 @@ impl Gateway {
             .spawn()
             .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
-        let lines = follow(child.stderr.take().unwrap(), Arc::clone(&log));
+        let reader = watch::Sender::new(Reader::Reads);
+        let lines = follow(child.stderr.take().unwrap(), Arc::clone(&log), reader.subscribe());
         // Nothing is written there, and if it were it would be seen.
-        drop(follow(child.stdout.take().unwrap(), Arc::clone(&log)));
+        let stdout = child.stdout.take().unwrap();
+        drop(follow(stdout, Arc::clone(&log), reader.subscribe()));
         let serving = timeout(PATIENCE, lines)
             .await
             .expect("the gateway starts in time")
@@ -139,6 +151,7 @@ impl Gateway {
             admin: field("admin"),
             child,
             log,
+            reader,
             config: file,
             upstream: upstream.to_owned(),
         }
@@ -155,6 +168,24 @@ impl Gateway {
     /// Everything logged so far, and whatever else was printed.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
+    }
+
+    /// Waits until so many lines with `text` are logged, and gives everything logged by then.
+    pub async fn logged(&self, text: &str, times: usize) -> String {
+        let found = async {
+            while self.log().matches(text).count() < times {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let is_there = timeout(PATIENCE, found).await.is_ok();
+        let log = self.log();
+        assert!(is_there, "not {times} times {text:?} in\n{log}");
+        log
+    }
+
+    /// What whoever reads what it logs and prints does from the next line on.
+    pub fn reader(&self, reader: Reader) {
+        self.reader.send_replace(reader);
     }
 
     /// Changes its configuration, as `start` made it, and sends SIGHUP.
@@ -208,10 +239,11 @@ fn send(child: &Child, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), signal).unwrap();
 }
 
-/// Collects lines; gives the one that says where the gateway serves.
+/// Collects lines while it is read; gives the one that says where the gateway serves.
 fn follow<R: AsyncRead + Unpin + Send + 'static>(
     output: R,
     log: Arc<Mutex<String>>,
+    mut reader: watch::Receiver<Reader>,
 ) -> tokio::sync::oneshot::Receiver<Option<String>> {
     let (found, serving) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
@@ -223,6 +255,11 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
                 && let Some(found) = found.take()
             {
                 let _ = found.send(Some(line));
+            }
+            // Where the gateway is gone, so is whoever could say so: what it left behind is read.
+            let reader = reader.wait_for(|reader| *reader != Reader::Pauses).await;
+            if reader.is_ok_and(|reader| *reader == Reader::Leaves) {
+                break;
             }
         }
         found.map(|found| found.send(None))

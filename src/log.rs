@@ -1,0 +1,134 @@
+//! The log: lines to stderr, for which nobody waits.
+//!
+//! A container's stderr is a pipe, and whoever reads it may stop: a full one would hold up every thread that has something
+//! to say. So lines go to a thread that alone writes them. Where it falls behind, the newest are dropped and counted, and
+//! what is left is written before the process ends, as far as somebody reads it. A panic is a line like any other.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt;
+use std::io::{self, Write};
+use std::panic::PanicHookInfo;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tracing::Level;
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Registry, reload};
+
+use crate::config;
+use crate::config::LogFormat;
+use crate::metrics::Metrics;
+
+/// Lines that wait to be written: some 2 MB, and at `log.level: info`, where a line is an attempt, half a minute of twenty
+/// accounts.
+const MOST_LINES: usize = 8192;
+
+/// The way to stderr. Dropped, it writes what is left, for at most a second.
+pub struct Log {
+    lines: NonBlocking,
+    unwritten: Arc<AtomicU64>,
+    _flush: WorkerGuard,
+}
+
+impl Log {
+    /// Opens it. Nothing is logged before [`Self::start`].
+    pub fn to_stderr() -> Self {
+        let unwritten = Arc::new(AtomicU64::new(0));
+        let stderr = Stderr {
+            unwritten: Arc::clone(&unwritten),
+        };
+        let (lines, flush) = NonBlockingBuilder::default()
+            .buffered_lines_limit(MOST_LINES)
+            .lossy(true)
+            .thread_name("log")
+            .finish(stderr);
+        Self {
+            lines,
+            unwritten,
+            _flush: flush,
+        }
+    }
+
+    /// Says something to whoever started the process, in the order of the log.
+    pub fn say(&self, text: &str) {
+        // Where stderr is closed there is nobody to tell.
+        let _ = self.lines.clone().write_all(format!("{text}\n").as_bytes());
+    }
+
+    /// Has `metrics` count the lines that were dropped, since nobody read the ones before or could.
+    ///
+    /// # Errors
+    /// Only for a bug: they are counted already.
+    pub fn count_in(&self, metrics: &Metrics) -> anyhow::Result<()> {
+        let (dropped, unwritten) = (self.lines.error_counter(), Arc::clone(&self.unwritten));
+        let lost = move || dropped.dropped_lines() as u64 + unwritten.load(Ordering::Relaxed);
+        Ok(metrics.log_lines_dropped(lost)?)
+    }
+
+    /// From now on what happens is logged, as `log` says, panics too. Gives what changes the level.
+    pub fn start(&self, log: &config::Log) -> impl Fn(Level) + Send + 'static {
+        let (filter, level) = reload::Layer::<_, Registry>::new(targets(log.level));
+        let registry = tracing_subscriber::registry().with(filter);
+        let lines = tracing_subscriber::fmt::layer().with_writer(self.lines.clone());
+        match log.format {
+            LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
+            LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
+        }
+        std::panic::set_hook(Box::new(log_panic));
+        // The log outlives everything that could have a level to set.
+        move |to| drop(level.modify(|filter| *filter = targets(to)))
+    }
+}
+
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Log").finish_non_exhaustive()
+    }
+}
+
+/// Our own words at the configured level; other crates' only as warnings, since what they print about a request is not
+/// under our control.
+fn targets(level: Level) -> Targets {
+    Targets::new()
+        .with_default(Level::WARN)
+        .with_target("crun_gateway", level)
+}
+
+/// std's own hook writes to stderr itself, and waits.
+fn log_panic(info: &PanicHookInfo<'_>) {
+    let backtrace = Backtrace::capture();
+    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then_some(backtrace);
+    tracing::error!(
+        thread = std::thread::current().name(),
+        location = info.location().map(tracing::field::display),
+        message = info.payload_as_str(),
+        backtrace = backtrace.as_ref().map(tracing::field::display),
+        "panicked"
+    );
+}
+
+/// What the thread writes to.
+struct Stderr {
+    unwritten: Arc<AtomicU64>,
+}
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::stderr().write(bytes)
+    }
+
+    fn write_all(&mut self, line: &[u8]) -> io::Result<()> {
+        let written = io::stderr().write_all(line);
+        if written.is_err() {
+            self.unwritten.fetch_add(1, Ordering::Relaxed);
+        }
+        written
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}

@@ -1,0 +1,108 @@
+//! The log holds up nobody, and loses nothing that it need not.
+
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::harness::client::poll_request;
+use crate::harness::process::Reader;
+use crate::harness::{Gateway, KEY, PATIENCE, Simulator, poll};
+
+const DROPPED: &str = "crun_gateway_log_lines_dropped_total";
+const TALKATIVE: &str = "log: { level: debug }";
+
+/// Polls on some connections, all of which have to be answered, until lines are dropped.
+async fn poll_until_lines_are_dropped(gateway: &Gateway) {
+    let mut clients = JoinSet::new();
+    for _ in 0..8 {
+        let address = gateway.address;
+        clients.spawn(async move {
+            let stream = TcpStream::connect(address).await.unwrap();
+            let (mut sender, connection) = hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
+                .await
+                .unwrap();
+            tokio::spawn(connection);
+            loop {
+                let response = sender.send_request(poll_request(KEY, "ended.a")).await.unwrap();
+                assert_eq!(response.status(), 200);
+                http_body_util::BodyExt::collect(response).await.unwrap();
+            }
+        });
+    }
+    let dropped = async {
+        while gateway.metric(DROPPED).await < 1000.0 {
+            if let Some(ended) = clients.try_join_next() {
+                ended.unwrap();
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, dropped).await.expect("polls go on being answered");
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_holds_up_no_request_and_what_it_loses_is_counted() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, TALKATIVE).await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    assert_eq!(gateway.metric(DROPPED).await.to_string(), "0");
+    gateway.reader(Reader::Pauses);
+    poll_until_lines_are_dropped(&gateway).await;
+    assert_eq!(poll(gateway.address, "ended.b").await.status, 200);
+    assert!(!gateway.log().contains("ended.b"));
+
+    gateway.reader(Reader::Reads);
+    let last = async {
+        while !gateway.log().contains("ended.last") {
+            assert_eq!(poll(gateway.address, "ended.last").await.status, 200);
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, last)
+        .await
+        .expect("it goes on where it is read again");
+    gateway.terminate();
+    assert!(gateway.exit().await.success());
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_does_not_hold_up_a_stop() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, TALKATIVE).await;
+    gateway.reader(Reader::Pauses);
+    poll_until_lines_are_dropped(&gateway).await;
+    gateway.terminate();
+    assert!(gateway.exit().await.success());
+}
+
+#[tokio::test]
+async fn what_is_logged_just_before_the_end_is_not_lost() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    for _ in 0..5 {
+        let mut gateway = Gateway::start(&upstream.url, "drain: \"2s\"\nbudget: { max_wait: \"1s\" }").await;
+        gateway.terminate();
+        // The second one ends it at once.
+        gateway.terminate();
+        assert!(gateway.exit().await.success());
+        gateway.logged(" stopped", 1).await;
+    }
+}
+
+#[tokio::test]
+async fn lines_that_cannot_be_written_are_counted() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let mut gateway = Gateway::start(&upstream.url, TALKATIVE).await;
+    gateway.reader(Reader::Leaves);
+    let counted = async {
+        while gateway.metric(DROPPED).await < 1.0 {
+            assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+        }
+    };
+    timeout(PATIENCE, counted)
+        .await
+        .expect("what is written to nobody is counted");
+    gateway.terminate();
+    assert!(gateway.exit().await.success());
+}
