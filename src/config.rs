@@ -120,6 +120,8 @@ pub struct Upstream {
     pub max_body: usize,
     /// Extra root certificates, PEM.
     pub ca_file: Option<PathBuf>,
+    /// Whether it is told which trace a request belongs to.
+    pub traceparent: bool,
 }
 
 /// A configured account.

@@ -30,6 +30,7 @@ mod recall;
 mod response;
 mod status;
 mod tally;
+mod traced;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -53,16 +54,18 @@ use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::outcome::Served;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
+use crate::trace::TraceId;
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts};
 use asker::Asker;
-use attempt::outcome;
+use attempt::{Attempt, outcome};
 use clearance::{is_in_vain, is_refused_key};
 use keys::Key;
 use recall::Recall;
 pub use response::Body;
 use response::CacheStatus;
 pub use status::Status;
+use traced::{FlightTrace, Trace};
 
 /// A flight makes at most two attempts, both paid.
 const MOST_ATTEMPTS: u32 = 2;
@@ -128,7 +131,7 @@ enum Landed {
 
 /// Who asks, for which task, and since when.
 #[derive(Debug)]
-struct Poll {
+struct Poll<'t> {
     arrived: Instant,
     asker: Asker,
     /// Whose connection it came on.
@@ -138,6 +141,7 @@ struct Poll {
     task: TaskId,
     /// How old a live answer may be, if the client says so.
     max_age: Option<Duration>,
+    trace: &'t Trace,
 }
 
 /// How a poll is answered.
@@ -198,13 +202,14 @@ impl Gateway {
 
     /// The answer to a request that goes no further, or to what is none; counted and logged. `headers` may name it.
     pub fn refuse(&self, error: &Error, headers: &HeaderMap) -> Response<Body> {
-        self.refuse_named(error, response::request_id(headers))
+        self.refuse_named(error, response::request_id(headers), Trace::of(headers).id())
     }
 
-    fn refuse_named(&self, error: &Error, request_id: HeaderValue) -> Response<Body> {
+    fn refuse_named(&self, error: &Error, request_id: HeaderValue, trace: TraceId) -> Response<Body> {
         self.metrics.refused(error.detail());
         tracing::debug!(
             request_id = request_id.to_str().unwrap_or_default(),
+            trace_id = %trace,
             code = error.status().as_u16(),
             detail = error.detail(),
             "request refused"
@@ -225,14 +230,15 @@ impl Gateway {
     pub async fn handle(self: Arc<Self>, mut request: Request<Incoming>, caller: Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
+        let trace = Trace::of(request.headers());
         let in_time = {
             // Each move of it would take its room again.
             let answering = pin!(async {
                 if request.uri().path() == TASK_INFO_PATH {
                     let (method, uri, headers) = (request.method(), request.uri(), request.headers());
-                    self.poll(method, uri, headers, &caller, &request_id).await
+                    self.poll(method, uri, headers, &caller, &request_id, &trace).await
                 } else {
-                    Box::pin(self.pass_through(request)).await
+                    Box::pin(self.pass_through(request, &request_id, &trace)).await
                 }
             });
             let most = self.config.load().limits.request_timeout;
@@ -240,7 +246,7 @@ impl Gateway {
         };
         let mut response = match in_time {
             Some(Ok(response)) => response,
-            Some(Err(_)) => return self.refuse_named(&Error::RequestTimeout, request_id),
+            Some(Err(_)) => return self.refuse_named(&Error::RequestTimeout, request_id, trace.id()),
             None => response::error(&Error::Internal),
         };
         response.headers_mut().insert(response::REQUEST_ID, request_id);
@@ -281,9 +287,10 @@ impl Gateway {
         headers: &HeaderMap,
         caller: &Caller,
         request_id: &HeaderValue,
+        trace: &Trace,
     ) -> Response<Body> {
         let arrived = Instant::now();
-        let mut poll = match self.read_poll(method, uri, headers, caller, arrived) {
+        let mut poll = match self.read_poll(method, uri, headers, caller, arrived, trace) {
             Ok(poll) => poll,
             Err(error) => {
                 if error == Error::TooManyAccounts {
@@ -291,14 +298,14 @@ impl Gateway {
                 }
                 let (metrics, requests) = &self.strangers;
                 metrics.answered(requests, Served::None, error.status().as_u16(), arrived.elapsed());
-                return refuse(&error, OTHER, request_id);
+                return refuse(&error, OTHER, request_id, trace);
             }
         };
         let answered = loop {
             match self.answer_to_key(&mut poll).await {
                 // A changed configuration has taken its key to another account: whatever went wrong was the old one's.
                 Err(_) if poll.asker.account.superseded.is_cancelled() => {
-                    match self.read_poll(method, uri, headers, caller, arrived) {
+                    match self.read_poll(method, uri, headers, caller, arrived, trace) {
                         Ok(anew) => poll = anew,
                         Err(error) => break Err(error),
                     }
@@ -314,6 +321,7 @@ impl Gateway {
                 account.answered(&poll.asker.requests(&poll.caller), served, answer.code(), took);
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
+                    trace_id = %trace.id(),
                     account = &*account.label,
                     task = poll.task.as_str(),
                     cache = served.label(),
@@ -329,19 +337,20 @@ impl Gateway {
                 }
                 let (requests, code) = (poll.asker.requests(&poll.caller), error.status().as_u16());
                 account.answered(&requests, Served::None, code, arrived.elapsed());
-                refuse(&error, &account.label, request_id)
+                refuse(&error, &account.label, request_id, trace)
             }
         }
     }
 
-    fn read_poll(
+    fn read_poll<'t>(
         &self,
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,
         caller: &Caller,
         arrived: Instant,
-    ) -> Result<Poll, Error> {
+        trace: &'t Trace,
+    ) -> Result<Poll<'t>, Error> {
         if method != Method::GET && method != Method::HEAD {
             return Err(Error::MethodNotAllowed);
         }
@@ -355,11 +364,12 @@ impl Gateway {
             name: headers.get(&self.config.load().client_header).cloned(),
             task,
             max_age: max_age::wanted(headers),
+            trace,
         })
     }
 
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
-    async fn answer(self: &Arc<Self>, poll: &Poll) -> Result<Answered, Error> {
+    async fn answer(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Answered, Error> {
         let account = &poll.asker.account;
         account.watch.asked(&poll.task, poll.arrived);
         let live = self.lifetime_for(poll);
@@ -383,7 +393,7 @@ impl Gateway {
     /// `snapshot` since when the stale one is kept.
     async fn fetch(
         self: &Arc<Self>,
-        poll: &Poll,
+        poll: &Poll<'_>,
         snapshot: Option<Instant>,
         live: Duration,
     ) -> Result<Answered, Error> {
@@ -410,7 +420,8 @@ impl Gateway {
             let mut place = standing.join(client.clone(), asker.weight(), latest);
             let collapsed = leader.is_none();
             if let Some(leader) = leader {
-                self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live));
+                let trace = poll.trace.flight();
+                self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace);
             }
             let landed = tokio::select! {
                 biased;
@@ -447,7 +458,7 @@ impl Gateway {
 
     /// How long live answers are fresh for this poll: a client may want it shorter, down to the floor, as long as that
     /// takes no turn from anybody who waits.
-    fn lifetime_for(&self, poll: &Poll) -> Duration {
+    fn lifetime_for(&self, poll: &Poll<'_>) -> Duration {
         let lifetime = poll.asker.account.lifetime(poll.arrived);
         match poll.max_age {
             Some(max_age) if poll.asker.account.budget.waiting() == 0 => {
@@ -458,7 +469,7 @@ impl Gateway {
     }
 
     /// The snapshot that may be served instead of an error.
-    fn stand_in(&self, poll: &Poll, detail: &'static str) -> Option<Answered> {
+    fn stand_in(&self, poll: &Poll<'_>, detail: &'static str) -> Option<Answered> {
         if poll.asker.is_refused() {
             return None;
         }
@@ -478,10 +489,11 @@ impl Gateway {
         asker: &Asker,
         task: &TaskId,
         live: Option<Duration>,
+        trace: FlightTrace,
     ) {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
         let (key, task) = (Arc::clone(&asker.key), task.clone());
-        self.spawn(gateway.fly(leader, account, key, task, live));
+        self.spawn(gateway.fly(leader, account, key, task, live, trace));
     }
 
     /// Runs `work` on nobody's behalf, and counts its panics.
@@ -499,6 +511,7 @@ impl Gateway {
         key: Arc<Key>,
         task: TaskId,
         live: Option<Duration>,
+        trace: FlightTrace,
     ) {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let launched = Instant::now();
@@ -551,7 +564,10 @@ impl Gateway {
                 ready
             };
             leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
-            match self.ask(&account, &key, &task, attempt, ready, permit).await {
+            match self
+                .ask(&account, &key, &task, Attempt::new(attempt, &trace), ready, permit)
+                .await
+            {
                 Ok(answer) if answer.reading.class == Class::RateLimited && attempt < MOST_ATTEMPTS => {
                     leader.update(|progress| {
                         progress.phase = Phase::Waiting;
@@ -645,9 +661,10 @@ fn forwarded(answer: Arc<Answer>, was_stale: bool, collapsed: bool) -> Answered 
 }
 
 /// The one place where an error of a poll becomes a response and is logged.
-fn refuse(error: &Error, account: &str, request_id: &HeaderValue) -> Response<Body> {
+fn refuse(error: &Error, account: &str, request_id: &HeaderValue, trace: &Trace) -> Response<Body> {
     tracing::debug!(
         request_id = request_id.to_str().unwrap_or_default(),
+        trace_id = %trace.id(),
         account,
         cache = Served::None.label(),
         code = error.status().as_u16(),

@@ -10,7 +10,7 @@
 //! budget                                   who may ask upstream, and when
 //! stored                                   what is kept of an answer
 //! config  error  metrics                   checked config · one enum · one struct
-//! task  account  outcome                   words: pure, no I/O
+//! task  account  outcome  trace            words: pure, no I/O
 //! ```
 
 pub mod account;
@@ -30,6 +30,7 @@ pub mod server;
 pub mod simulator;
 pub mod stored;
 pub mod task;
+pub mod trace;
 pub mod upstream;
 pub mod watch;
 

@@ -42,6 +42,7 @@ use crate::config;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::task::TaskId;
+use crate::trace::TRACEPARENT;
 pub use breaker::{Breaker, Probe};
 use recent::Recent;
 use wire::Wire;
@@ -394,7 +395,13 @@ impl Ready {
     ///
     /// # Errors
     /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded.
-    pub async fn send(mut self, permit: Permit, key: &ApiKey, task: &TaskId) -> Result<Fetched, Failed> {
+    pub async fn send(
+        mut self,
+        permit: Permit,
+        key: &ApiKey,
+        task: &TaskId,
+        traceparent: Option<HeaderValue>,
+    ) -> Result<Fetched, Failed> {
         let closed = || Failed {
             error: Error::UpstreamBroken,
             unanswered: true,
@@ -406,7 +413,7 @@ impl Ready {
             wire,
         } = self.0.take().ok_or_else(closed)?;
         let upstream = Arc::clone(&pool.0.upstream);
-        let request = upstream.query(key, task).map_err(|error| Failed {
+        let request = upstream.query(key, task, traceparent).map_err(|error| Failed {
             error,
             unanswered: false,
         })?;
@@ -456,8 +463,13 @@ impl Inner {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The request upstream sees. Nothing of the client's but the task's id and its key.
-    fn query(&self, key: &ApiKey, task: &TaskId) -> Result<Request<Empty<Bytes>>, Error> {
+    /// The request upstream sees. Nothing of the client's but the task's id and its key, and its trace where that is wanted.
+    fn query(
+        &self,
+        key: &ApiKey,
+        task: &TaskId,
+        traceparent: Option<HeaderValue>,
+    ) -> Result<Request<Empty<Bytes>>, Error> {
         let uri = Uri::try_from(format!("{TASK_INFO_PATH}?{}", task.to_query())).map_err(|_| Error::Internal)?;
         let mut request = Request::new(Empty::new());
         *request.uri_mut() = uri;
@@ -470,6 +482,9 @@ impl Inner {
             USER_AGENT,
             HeaderValue::from_static(concat!("crun-gateway/", env!("CARGO_PKG_VERSION"))),
         );
+        if let Some(traceparent) = traceparent {
+            headers.insert(TRACEPARENT, traceparent);
+        }
         Ok(request)
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// Lowest row first. A module may name (`crate::x`) only modules of earlier rows, and itself.
 const ROWS: &[&[&str]] = &[
-    &["task", "account", "outcome"],
+    &["task", "account", "outcome", "trace"],
     &["config", "error", "metrics"],
     &["stored"],
     &["budget"],

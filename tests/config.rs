@@ -80,6 +80,7 @@ fn an_empty_file_has_every_default() {
     assert_eq!(config.upstream.connections, 120);
     assert_eq!(config.upstream.max_body, 16 << 20);
     assert_eq!(config.upstream.ca_file, None);
+    assert!(!config.upstream.traceparent);
     assert_eq!(config.accounts, []);
     assert_eq!(config.unknown_keys, UnknownKeys::Forward);
     assert_eq!(config.max_accounts, 10_000);
@@ -225,6 +226,7 @@ fn every_field_has_a_range() {
         ),
         ("upstream.max_body", &["1023", "2GiB", "big", "-1", "1.5"]),
         ("upstream.ca_file", &["/nowhere/ca.pem", "''", "7"]),
+        ("upstream.traceparent", &["yes please", "1"]),
         ("unknown_keys", &["maybe", "Forward", "true"]),
         ("max_accounts", &["0", "x"]),
         ("client_header", &["x-api-key", "Host", "'a b'", "''"]),

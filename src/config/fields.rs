@@ -77,6 +77,7 @@ fn upstream(r: &mut Reader<'_>) -> Upstream {
         connections: r.count("connections", 120, 1..=MANY),
         max_body: r.bytes("max_body", 16 * MIB, KIB..=GIB),
         ca_file: r.nullable("ca_file", ca_file),
+        traceparent: r.value("traceparent", false, values::boolean),
     }
 }
 

@@ -42,6 +42,7 @@ pub(super) fn yaml(config: &Config) -> String {
         format!("  connections: {}", upstream.connections),
         format!("  max_body: {}", size(upstream.max_body)),
         format!("  ca_file: {}", or_null(upstream.ca_file.as_deref().map(path))),
+        format!("  traceparent: {}", upstream.traceparent),
         accounts_yaml(accounts),
         format!("unknown_keys: {}", word(unknown_keys, &UNKNOWN_KEYS)),
         format!("max_accounts: {max_accounts}"),

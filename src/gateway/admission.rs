@@ -27,7 +27,7 @@ impl Gateway {
     /// Answers a poll whose flight has not landed: at its deadline or, where its turn would come `late_by` too late, before.
     pub(super) fn answer_without_landing(
         &self,
-        poll: &Poll,
+        poll: &Poll<'_>,
         progress: watch::Receiver<Progress>,
         late_by: Option<Duration>,
         was_stale: bool,

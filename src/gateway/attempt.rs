@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::accounts::Account;
 use super::clearance::learn;
 use super::keys::Key;
+use super::traced::FlightTrace;
 use super::{Gateway, MOST_ATTEMPTS};
 use crate::budget::Permit;
 use crate::error::Error;
@@ -17,6 +18,20 @@ use crate::stored::{Answer, Keeping};
 use crate::task::{self, Class, TaskId};
 use crate::upstream::{Failed, Fetched, Ready};
 
+/// Which attempt of which flight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Attempt<'t> {
+    number: u32,
+    trace: &'t FlightTrace,
+}
+
+impl<'t> Attempt<'t> {
+    /// The first is 1.
+    pub(super) fn new(number: u32, trace: &'t FlightTrace) -> Self {
+        Self { number, trace }
+    }
+}
+
 impl Gateway {
     /// One attempt, and all that follows from it: what is kept, counted, logged, and learnt of upstream and the account.
     pub(super) async fn ask(
@@ -24,12 +39,14 @@ impl Gateway {
         account: &Account,
         key: &Key,
         task: &TaskId,
-        attempt: u32,
+        attempt: Attempt<'_>,
         ready: Ready,
         permit: Permit,
     ) -> Result<Arc<Answer>, Failed> {
         let sent = Instant::now();
-        let result = ready.send(permit, &key.secret, task).await;
+        let is_told = self.config.load().upstream.traceparent;
+        let traceparent = is_told.then(|| attempt.trace.header()).flatten();
+        let result = ready.send(permit, &key.secret, task, traceparent).await;
         let took = sent.elapsed();
         let breaker = self.upstream.breaker();
         match result {
@@ -38,7 +55,7 @@ impl Gateway {
                 self.remember(account, key, task, &answer);
                 let outcome = outcome(answer.reading.class);
                 account.metrics.attempted(outcome, took);
-                log_attempt(account, task, attempt, outcome.label(), Some(&answer), took);
+                log_attempt(account, task, &attempt, outcome.label(), Some(&answer), took);
                 if outcome == Outcome::RateLimited {
                     pause(account, &answer);
                 }
@@ -54,10 +71,10 @@ impl Gateway {
             Err(failed) => {
                 let (outcome, detail) = (failure(&failed.error), failed.error.detail());
                 account.metrics.attempted(outcome, took);
-                log_attempt(account, task, attempt, detail, None, took);
+                log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Outcome::Unavailable {
                     breaker.answered(sent);
-                } else if !failed.unanswered || attempt >= MOST_ATTEMPTS {
+                } else if !failed.unanswered || attempt.number >= MOST_ATTEMPTS {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
                     breaker.failed(task, sent, detail);
                 }
@@ -125,11 +142,19 @@ pub(super) fn retry_after(answer: &Answer) -> Option<Duration> {
     task::retry_after(value, SystemTime::now())
 }
 
-fn log_attempt(account: &Account, task: &TaskId, attempt: u32, outcome: &str, answer: Option<&Answer>, took: Duration) {
+fn log_attempt(
+    account: &Account,
+    task: &TaskId,
+    attempt: &Attempt<'_>,
+    outcome: &str,
+    answer: Option<&Answer>,
+    took: Duration,
+) {
     tracing::info!(
         account = &*account.label,
         task = task.as_str(),
-        attempt,
+        trace_id = %attempt.trace.id(),
+        attempt = attempt.number,
         outcome,
         status = answer.map(|answer| answer.status.as_u16()),
         code = answer.map(Answer::code),

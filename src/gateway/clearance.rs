@@ -26,7 +26,7 @@ const NO_CREDITS: &str = "no_credits";
 
 impl Gateway {
     /// The answer for one poll, if upstream accepts its key; else what upstream said.
-    pub(super) async fn answer_to_key(self: &Arc<Self>, poll: &mut Poll) -> Result<Answered, Error> {
+    pub(super) async fn answer_to_key(self: &Arc<Self>, poll: &mut Poll<'_>) -> Result<Answered, Error> {
         if let Err(refusal) = poll.asker.admit(poll.arrived) {
             return Ok(remembered(refusal, KEY_REFUSED));
         }
@@ -46,7 +46,7 @@ impl Gateway {
 
     /// Asks upstream about a key that it has said nothing of lately, on nobody's behalf: a paid query like any other, for
     /// the task just polled, whatever is kept of it. The poll's own key may just have `flown`.
-    fn confirm(self: &Arc<Self>, poll: &Poll, flown: bool) {
+    fn confirm(self: &Arc<Self>, poll: &Poll<'_>, flown: bool) {
         let (now, account) = (poll.arrived, &poll.asker.account);
         let Some(key) = poll.asker.due(now, flown) else { return };
         if self.upstream.breaker().is_open() || !key.claim(now) {
@@ -63,7 +63,7 @@ impl Gateway {
             .join(flight, || Progress::new(account.budget.standing(None)));
         if let Some(leader) = leader {
             let asker = poll.asker.with(key);
-            self.launch(leader, &asker, &poll.task, None);
+            self.launch(leader, &asker, &poll.task, None, poll.trace.flight());
         }
         progress.borrow().standing.keep();
         // Somebody has to wait for it, or it would be given up.

@@ -12,7 +12,8 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::admission::leave_behind;
 use super::asker::Asker;
-use super::{Answered, FlightKey, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
+use super::attempt::Attempt;
+use super::{Answered, FlightKey, FlightTrace, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
 use crate::budget::Entry;
 use crate::error::Error;
 use crate::flight::Leader;
@@ -64,7 +65,9 @@ impl Gateway {
         };
         if let Ok(Some((ready, permit))) = timeout(PROBE_PATIENCE, approach).await {
             // What comes of it, `ask` tells the breaker.
-            let _ = self.ask(account, &asker.key, &task, FIRST, ready, permit).await;
+            let trace = FlightTrace::new();
+            let attempt = Attempt::new(FIRST, &trace);
+            let _ = self.ask(account, &asker.key, &task, attempt, ready, permit).await;
         }
         drop(probe);
     }
@@ -72,7 +75,11 @@ impl Gateway {
     /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is no snapshot any more.
     ///
     /// Cancel safe.
-    pub(super) async fn snapshot_when_slow(&self, poll: &Poll, mut progress: watch::Receiver<Progress>) -> Answered {
+    pub(super) async fn snapshot_when_slow(
+        &self,
+        poll: &Poll<'_>,
+        mut progress: watch::Receiver<Progress>,
+    ) -> Answered {
         let detail = loop {
             let slow = match progress.borrow_and_update().phase {
                 Phase::Waiting => None,

@@ -6,13 +6,14 @@
 
 use http::header::{AUTHORIZATION, EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
-use http::{Request, Response, Uri};
+use http::{HeaderValue, Request, Response, Uri};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
 use super::Gateway;
 use super::credential::bearers;
 use super::response::{self, Body};
+use super::traced::{self, Trace};
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
 
@@ -38,15 +39,30 @@ const MOST_DECODINGS: usize = 8;
 
 impl Gateway {
     /// Streams a request through, or says why not.
-    pub(super) async fn pass_through(&self, request: Request<Incoming>) -> Response<Body> {
+    pub(super) async fn pass_through(
+        &self,
+        request: Request<Incoming>,
+        request_id: &HeaderValue,
+        trace: &Trace,
+    ) -> Response<Body> {
         let result = match self.admit(&request) {
             Ok(admitted) => self.upstream.stream(self.rewritten(request, admitted)).await,
             Err(error) => Err(error),
         };
         let response = match result {
-            Ok(response) => response::streamed(response),
+            Ok(response) => {
+                tracing::debug!(
+                    request_id = request_id.to_str().unwrap_or_default(),
+                    trace_id = %trace.id(),
+                    code = response.status().as_u16(),
+                    "request passed through"
+                );
+                response::streamed(response)
+            }
             Err(error) => {
                 tracing::debug!(
+                    request_id = request_id.to_str().unwrap_or_default(),
+                    trace_id = %trace.id(),
                     code = error.status().as_u16(),
                     detail = error.detail(),
                     "request refused"
@@ -102,6 +118,7 @@ impl Gateway {
             }
             head.headers.insert(API_KEY_HEADER, key.header_value());
         }
+        traced::settle(&mut head.headers, self.config.load().upstream.traceparent);
         // hyper has answered, or will answer, `100-continue` itself.
         head.headers.remove(EXPECT);
         head.headers.insert(HOST, self.upstream.host().clone());

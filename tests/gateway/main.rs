@@ -33,6 +33,7 @@
 //! - `connections`: time-outs, limits, and who shares what
 //! - `resting`: a connection on which nothing is asked keeps next to nothing, and nobody notices
 //! - `tls`: upstream over TLS
+//! - `trace`: which trace and which request it was, and who is told
 
 #![allow(
     clippy::unwrap_used,
@@ -73,3 +74,4 @@ mod secrets;
 mod status;
 mod stop;
 mod tls;
+mod trace;
