@@ -62,6 +62,8 @@ pub struct Config {
     pub worker_threads: usize,
     /// What is logged, and how.
     pub log: Log,
+    /// Where spans go.
+    pub otlp: Otlp,
 }
 
 impl Config {
@@ -234,6 +236,19 @@ pub struct Log {
     pub format: LogFormat,
     /// The least severe level that is written.
     pub level: tracing::Level,
+}
+
+/// Where spans go: a collector that speaks OTLP/HTTP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Otlp {
+    /// Scheme, host and port; `None` is no spans at all.
+    pub endpoint: Option<Uri>,
+    /// Extra root certificates, PEM.
+    pub ca_file: Option<PathBuf>,
+    /// Of the traces that begin here, how many are kept, from 0 to 1.
+    pub sample_ratio: f64,
+    /// One request to the collector, connecting included.
+    pub timeout: Duration,
 }
 
 /// The form of a log line.

@@ -51,10 +51,11 @@ use crate::error::Error;
 use crate::flight::{Flights, Leader};
 pub use crate::metrics::InFlight;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
+use crate::otlp::Exporter;
 use crate::outcome::Served;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
-use crate::trace::TraceId;
+use crate::trace::{TraceContext, TraceId};
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts};
 use asker::Asker;
@@ -90,6 +91,8 @@ pub struct Gateway {
     disk: Option<Disk>,
     recalls: Flights<(AccountId, TaskId), Recall>,
     upstream: Upstream,
+    /// Where spans go, if they do.
+    exporter: Option<Exporter>,
     metrics: Arc<Metrics>,
     /// The counters of polls that belong to no account.
     strangers: (AccountMetrics, ClientRequests),
@@ -102,6 +105,8 @@ type FlightKey = (AccountId, TaskId, Option<u64>);
 #[derive(Clone, Debug)]
 struct Progress {
     standing: Standing,
+    /// The span that whoever joins is linked to.
+    trace: Option<TraceContext>,
     phase: Phase,
     /// What upstream answered to the first attempt, while a second is under way.
     last_error: Option<Arc<Answer>>,
@@ -156,7 +161,7 @@ impl Gateway {
     /// A gateway with an empty cache, whose budgets grant nothing for the first 1 s plus `budget.margin`.
     ///
     /// # Errors
-    /// When the upstream in `config` cannot be used.
+    /// When the upstream or the collector in `config` cannot be used.
     pub fn new(config: Config, dial: Dial, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
         metrics.lets_in(config.limits.connections);
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics))?;
@@ -168,6 +173,7 @@ impl Gateway {
             disk: disk::Settings::of(&config.cache).map(|settings| Disk::open(settings, metrics.disk.clone())),
             recalls: Flights::default(),
             upstream,
+            exporter: Exporter::start(&config.otlp, &metrics)?,
             strangers: (metrics.account(OTHER), metrics.client(OTHER, OTHER)),
             metrics,
             config: ArcSwap::from_pointee(config),
@@ -230,7 +236,7 @@ impl Gateway {
     pub async fn handle(self: Arc<Self>, mut request: Request<Incoming>, caller: Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        let trace = Trace::of(request.headers());
+        let trace = self.trace(&request, &request_id);
         let in_time = {
             // Each move of it would take its room again.
             let answering = pin!(async {
@@ -246,9 +252,10 @@ impl Gateway {
         };
         let mut response = match in_time {
             Some(Ok(response)) => response,
-            Some(Err(_)) => return self.refuse_named(&Error::RequestTimeout, request_id, trace.id()),
+            Some(Err(_)) => self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id()),
             None => response::error(&Error::Internal),
         };
+        trace.ended(response.status());
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
@@ -271,6 +278,15 @@ impl Gateway {
     pub async fn close(&self) {
         if let Some(disk) = &self.disk {
             disk.close().await;
+        }
+    }
+
+    /// Sends the spans that have ended to the collector; no more are, then.
+    ///
+    /// Cancel safe.
+    pub async fn close_spans(&self) {
+        if let Some(exporter) = &self.exporter {
+            exporter.close().await;
         }
     }
 
@@ -319,6 +335,7 @@ impl Gateway {
                 let now = Instant::now();
                 let took = now.saturating_duration_since(arrived);
                 account.answered(&poll.asker.requests(&poll.caller), served, answer.code(), took);
+                trace.answered(&account.label, served, answer.code());
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
                     trace_id = %trace.id(),
@@ -356,6 +373,7 @@ impl Gateway {
         }
         let key = self.credential(headers)?.ok_or(Error::MissingKey)?;
         let task = TaskId::from_query(uri.query())?;
+        self.trace_task(trace, &task);
         let asker = self.accounts.of(&key, arrived)?;
         Ok(Poll {
             arrived,
@@ -374,7 +392,8 @@ impl Gateway {
         account.watch.asked(&poll.task, poll.arrived);
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
-        let kept = match self.cache.get(account.id, &poll.task, poll.arrived, live) {
+        let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
+        let kept = match poll.trace.look_up(look) {
             None if !on_trial => self.recall(poll).await,
             kept => kept,
         };
@@ -413,15 +432,18 @@ impl Gateway {
                 return self.stand_in(poll, error.detail()).ok_or(error);
             }
             let alone = asker.is_refused().then_some(asker.key.number);
+            let mut trace = None;
             let (progress, leader) = self.flights.join((account.id, poll.task.clone(), alone), || {
-                Progress::new(account.budget.standing(snapshot))
+                let trace = trace.insert(poll.trace.flight());
+                Progress::new(account.budget.standing(snapshot), trace.link())
             });
             let standing = progress.borrow().standing.clone();
             let mut place = standing.join(client.clone(), asker.weight(), latest);
             let collapsed = leader.is_none();
-            if let Some(leader) = leader {
-                let trace = poll.trace.flight();
+            if let (Some(leader), Some(trace)) = (leader, trace) {
                 self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace);
+            } else {
+                poll.trace.joined(&progress.borrow());
             }
             let landed = tokio::select! {
                 biased;
@@ -511,7 +533,7 @@ impl Gateway {
         key: Arc<Key>,
         task: TaskId,
         live: Option<Duration>,
-        trace: FlightTrace,
+        mut trace: FlightTrace,
     ) {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let launched = Instant::now();
@@ -525,6 +547,7 @@ impl Gateway {
         let standing = leader.stage().standing.clone();
         let mut attempt = 1;
         loop {
+            trace.step("wait for turn");
             let entry = if attempt == 1 { Entry::InTurn } else { Entry::Again };
             let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
                 None => return self.give_up(leader),
@@ -535,6 +558,7 @@ impl Gateway {
                 return leader.land(Landed::InVain.stage());
             }
             leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
+            trace.step("connect");
             let mut connects = 1;
             let ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
@@ -546,6 +570,7 @@ impl Gateway {
                 }
             };
             leader.update(|progress| progress.phase = Phase::Waiting);
+            trace.step("wait for permit");
             let Some(Some(permit)) = while_awaited(&leader, &account, breaker, turn.permit(&ready)).await else {
                 return self.give_up(leader);
             };
@@ -564,6 +589,7 @@ impl Gateway {
                 ready
             };
             leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
+            trace.approached();
             match self
                 .ask(&account, &key, &task, Attempt::new(attempt, &trace), ready, permit)
                 .await
@@ -586,9 +612,10 @@ impl Gateway {
 }
 
 impl Progress {
-    fn new(standing: Standing) -> Self {
+    fn new(standing: Standing, trace: Option<TraceContext>) -> Self {
         Self {
             standing,
+            trace,
             phase: Phase::Waiting,
             last_error: None,
             landed: None,
@@ -671,5 +698,6 @@ fn refuse(error: &Error, account: &str, request_id: &HeaderValue, trace: &Trace)
         detail = error.detail(),
         "poll refused"
     );
+    trace.refused(error);
     response::error(error)
 }

@@ -4,12 +4,13 @@
 //!
 //! ```text
 //! simulator                                the simulated upstream and the demo fleet
-//! server  admin  reload  log               edges: accept, TLS, drain · metrics, health, status page · a changed configuration · stderr
+//! server  admin  reload  log               edges: accept, TLS, drain · metrics, health, status page · a changed configuration · the log
 //! gateway                                  the life of a request: knows all the parts
-//! cache  disk  flight  upstream  watch     the parts: know nothing of each other
+//! cache  disk  flight  upstream            the parts: know nothing of each other
+//! watch  otlp
 //! budget                                   who may ask upstream, and when
 //! stored                                   what is kept of an answer
-//! config  error  metrics                   checked config · one enum · one struct
+//! config  error  metrics  dial             checked config · one enum · one struct · how we connect
 //! task  account  outcome  trace            words: pure, no I/O
 //! ```
 
@@ -18,12 +19,14 @@ pub mod admin;
 pub mod budget;
 pub mod cache;
 pub mod config;
+pub mod dial;
 pub mod disk;
 pub mod error;
 pub mod flight;
 pub mod gateway;
 pub mod log;
 pub mod metrics;
+pub mod otlp;
 pub mod outcome;
 pub mod reload;
 pub mod server;
@@ -38,7 +41,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use admin::Health;
@@ -70,6 +73,9 @@ impl Listeners {
         })
     }
 }
+
+/// How long, at a stop, a collector may take for the last spans, within `drain`.
+const LONGEST_FLUSH: Duration = Duration::from_secs(2);
 
 /// How a run ends.
 #[derive(Clone, Debug, Default)]
@@ -152,16 +158,21 @@ pub async fn run(
         shutdown.now,
     )
     .await;
-    // What ended in the last moments goes to disk, too: within what is left of `drain`, or the little that it takes.
-    let too_late = async {
-        let since = stopping.await.unwrap_or_else(|_| Instant::now());
-        sleep_until((since + gateway.config().drain).max(Instant::now() + LAST_WRITES)).await;
+    let closing = async {
+        let (since, served) = (stopping.await.unwrap_or_else(|_| Instant::now()), Instant::now());
+        let drained = since + gateway.config().drain;
+        // What ended in the last moments goes to disk, too: within what is left of `drain`, or the little that it takes.
+        let last_writes = timeout_at(drained.max(served + LAST_WRITES), gateway.close());
+        // What a collector has not taken by then is lost.
+        let last_spans = timeout_at(drained.min(served + LONGEST_FLUSH), gateway.close_spans());
+        if tokio::join!(last_writes, last_spans).0.is_err() {
+            tracing::warn!("not all ended tasks were written to disk in time");
+        }
     };
     tokio::select! {
         biased;
         () = now.cancelled() => {}
-        () = gateway.close() => {}
-        () = too_late => tracing::warn!("not all ended tasks were written to disk in time"),
+        () = closing => {}
     }
     beat.abort();
     sweep.abort();

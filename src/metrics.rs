@@ -122,6 +122,29 @@ impl HandshakeFailure {
     }
 }
 
+/// Why an ended span did not reach the collector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpanDrop {
+    /// Too many were waiting: the collector is slow, or away.
+    QueueFull,
+    /// The collector will not take it.
+    Refused,
+    /// The process ended first.
+    Unsent,
+}
+
+impl SpanDrop {
+    const ALL: [Self; 3] = [Self::QueueFull, Self::Refused, Self::Unsent];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::QueueFull => "queue_full",
+            Self::Refused => "refused",
+            Self::Unsent => "unsent",
+        }
+    }
+}
+
 /// The class of an HTTP-like code, as a label.
 pub fn code_class(code: u16) -> usize {
     match code {
@@ -197,6 +220,9 @@ pub struct Metrics {
     tls_handshake_failures: IntCounterVec,
     /// 0 while what the files of `tls` hold was refused, and what was served before still is.
     pub tls_reload_success: IntGauge,
+    /// Spans that the collector took.
+    pub spans_exported: IntCounter,
+    spans_dropped: IntCounterVec,
     /// Without labels, and without a value while there is no certificate: 0 would have expired in 1970.
     tls_certificate_expiry: IntGaugeVec,
 }
@@ -450,6 +476,17 @@ impl Metrics {
                     "0 while what the files of tls hold was refused and the certificate before is served, else 1.",
                 ))?,
             )?,
+            spans_exported: register(
+                &registry,
+                IntCounter::with_opts(opts("spans_exported_total", "Spans that the collector took."))?,
+            )?,
+            spans_dropped: register(
+                &registry,
+                IntCounterVec::new(
+                    opts("spans_dropped_total", "Spans that did not reach the collector, by why."),
+                    &["reason"],
+                )?,
+            )?,
             tls_certificate_expiry: register(
                 &registry,
                 IntGaugeVec::new(
@@ -471,6 +508,9 @@ impl Metrics {
         for reason in HandshakeFailure::ALL {
             metrics.tls_handshake_failures.with_label_values(&[reason.label()]);
         }
+        for reason in SpanDrop::ALL {
+            metrics.spans_dropped(reason);
+        }
         metrics.tls_reload_success.set(1);
         Ok(metrics)
     }
@@ -479,6 +519,11 @@ impl Metrics {
     pub fn lets_in(&self, connections: usize) {
         self.connections_limit
             .set(i64::try_from(connections).unwrap_or(i64::MAX));
+    }
+
+    /// The counter of spans that did not reach the collector.
+    pub fn spans_dropped(&self, why: SpanDrop) -> IntCounter {
+        self.spans_dropped.with_label_values(&[why.label()])
     }
 
     /// Counts a client's handshake that came to nothing.

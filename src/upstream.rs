@@ -23,22 +23,19 @@ use bytes::Bytes;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER, TRANSFER_ENCODING, USER_AGENT,
 };
-use http::uri::Scheme;
 use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::Empty;
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout};
-use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::budget::{Connected, Permit};
 use crate::config;
+use crate::dial::{self, Handshake};
+pub use crate::dial::{Dial, Dialing, Stream, tcp};
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::task::TaskId;
@@ -46,7 +43,6 @@ use crate::trace::TRACEPARENT;
 pub use breaker::{Breaker, Probe};
 use recent::Recent;
 use wire::Wire;
-pub use wire::{Dial, Dialing, Stream, tcp};
 
 /// The path of the one endpoint that costs budget.
 pub const TASK_INFO_PATH: &str = "/api/v1/client/job/TaskInfo";
@@ -64,7 +60,7 @@ pub struct Upstream(Arc<Inner>);
 
 struct Inner {
     dial: Dial,
-    tls: Option<(TlsConnector, ServerName<'static>)>,
+    tls: Option<Handshake>,
     host: HeaderValue,
     settings: config::Upstream,
     /// `limits.upstream_connections`.
@@ -127,17 +123,7 @@ impl Upstream {
     ) -> anyhow::Result<Self> {
         let authority = settings.url.authority().context("upstream.url: no host")?;
         let host = HeaderValue::from_str(authority.as_str()).context("upstream.url: host")?;
-        let tls = if settings.url.scheme() == Some(&Scheme::HTTPS) {
-            let name = authority
-                .host()
-                .trim_start_matches('[')
-                .trim_end_matches(']')
-                .to_owned();
-            let name = ServerName::try_from(name).context("upstream.url: host")?;
-            Some((TlsConnector::from(Arc::new(tls_config(settings)?)), name))
-        } else {
-            None
-        };
+        let tls = dial::tls(&settings.url, settings.ca_file.as_deref(), "upstream")?;
         Ok(Self(Arc::new(Inner {
             dial,
             tls,
@@ -622,22 +608,4 @@ fn in_http(response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
         return Err(Error::UpstreamBroken);
     }
     Ok(response)
-}
-
-/// Roots of the web, and the operator's own; ALPN `http/1.1`.
-fn tls_config(settings: &config::Upstream) -> anyhow::Result<ClientConfig> {
-    let mut roots = RootCertStore::empty();
-    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(file) = &settings.ca_file {
-        let named = || format!("upstream.ca_file: {}", file.display());
-        for certificate in CertificateDer::pem_file_iter(file).with_context(named)? {
-            roots.add(certificate.with_context(named)?).with_context(named)?;
-        }
-    }
-    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(config)
 }

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 /// Lowest row first. A module may name (`crate::x`) only modules of earlier rows, and itself.
 const ROWS: &[&[&str]] = &[
     &["task", "account", "outcome", "trace"],
-    &["config", "error", "metrics"],
+    &["config", "error", "metrics", "dial"],
     &["stored"],
     &["budget"],
-    &["cache", "disk", "flight", "upstream", "watch"],
+    &["cache", "disk", "flight", "upstream", "watch", "otlp"],
     &["gateway"],
     &["server", "admin", "reload", "log"],
     &["simulator"],

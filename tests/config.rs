@@ -114,6 +114,10 @@ fn an_empty_file_has_every_default() {
     assert!((1..=4).contains(&config.worker_threads));
     assert_eq!(config.log.format, LogFormat::Text);
     assert_eq!(config.log.level, tracing::Level::INFO);
+    assert_eq!(config.otlp.endpoint, None);
+    assert_eq!(config.otlp.ca_file, None);
+    assert!((config.otlp.sample_ratio - 0.01).abs() < f64::EPSILON);
+    assert_eq!(config.otlp.timeout, secs(10));
     assert_eq!(config, Config::default());
 }
 
@@ -227,6 +231,18 @@ fn every_field_has_a_range() {
         ("upstream.max_body", &["1023", "2GiB", "big", "-1", "1.5"]),
         ("upstream.ca_file", &["/nowhere/ca.pem", "''", "7"]),
         ("upstream.traceparent", &["yes please", "1"]),
+        (
+            "otlp.endpoint",
+            &[
+                "otel-collector:4318",
+                "http://otel-collector:4318/v1/traces",
+                "grpc://x",
+                "7",
+            ],
+        ),
+        ("otlp.ca_file", &["/nowhere/ca.pem", "7"]),
+        ("otlp.sample_ratio", &["-0.1", "1.1", "'1'", "all"]),
+        ("otlp.timeout", &["10", "0s"]),
         ("unknown_keys", &["maybe", "Forward", "true"]),
         ("max_accounts", &["0", "x"]),
         ("client_header", &["x-api-key", "Host", "'a b'", "''"]),
@@ -586,6 +602,7 @@ limits: {{ header_bytes: 1KiB, headers: 1000, request_body: 0, request_timeout: 
 drain: 24h
 worker_threads: 1024
 log: {{ format: json, level: trace }}
+otlp: {{ endpoint: "https://collector:4318", ca_file: {roots:?}, sample_ratio: 1, timeout: 1ms }}
 "#
     );
     let config = accepts(&text);

@@ -18,7 +18,7 @@ use super::problem::{Wrong, wrong};
 use super::reader::Reader;
 use super::secret;
 use super::values::{self, written_duration, written_size};
-use super::{Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, UnknownKeys, Upstream, tls};
+use super::{Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, Otlp, UnknownKeys, Upstream, tls};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = secs(86_400);
@@ -62,6 +62,7 @@ pub(super) fn config(r: &mut Reader<'_>) -> Config {
             .nullable("worker_threads", count(1..=1024))
             .unwrap_or_else(default_worker_threads),
         log: r.section("log", log),
+        otlp: r.section("otlp", otlp),
     };
     let fix = "set it to null and run one replica";
     r.unsupported("shared", "replicas that share a budget", fix);
@@ -178,6 +179,15 @@ fn log(r: &mut Reader<'_>) -> Log {
     Log {
         format: r.choice("format", LogFormat::Text, &LOG_FORMATS),
         level: r.choice("level", Level::INFO, &LOG_LEVELS),
+    }
+}
+
+fn otlp(r: &mut Reader<'_>) -> Otlp {
+    Otlp {
+        endpoint: r.nullable("endpoint", values::endpoint),
+        ca_file: r.nullable("ca_file", ca_file),
+        sample_ratio: r.value("sample_ratio", 0.01, values::ratio),
+        timeout: r.duration("timeout", secs(10), MS..=secs(3600)),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use http::Uri;
+
 use super::fields::{LOG_FORMATS, LOG_LEVELS, UNKNOWN_KEYS};
 use super::tls::DEMANDS;
 use super::values::{written_duration as time, written_size};
@@ -25,10 +27,10 @@ pub(super) fn yaml(config: &Config) -> String {
         drain,
         worker_threads,
         log,
+        otlp,
     } = config;
     let size = |bytes: usize| quoted(&written_size(bytes as u64));
     let time = |duration| quoted(&time(duration));
-    let url = upstream.url.to_string();
     let prefixes: Vec<_> = passthrough.iter().map(|prefix| quoted(prefix)).collect();
 
     let lines = [
@@ -36,7 +38,7 @@ pub(super) fn yaml(config: &Config) -> String {
         format!("admin: {}", quoted(&admin.to_string())),
         tls.as_ref().map_or_else(|| "tls: null".to_owned(), tls_yaml),
         "upstream:".to_owned(),
-        format!("  url: {}", quoted(url.trim_end_matches('/'))),
+        format!("  url: {}", origin(&upstream.url)),
         format!("  connect_timeout: {}", time(upstream.connect_timeout)),
         format!("  timeout: {}", time(upstream.timeout)),
         format!("  connections: {}", upstream.connections),
@@ -82,6 +84,11 @@ pub(super) fn yaml(config: &Config) -> String {
         "log:".to_owned(),
         format!("  format: {}", word(&log.format, &LOG_FORMATS)),
         format!("  level: {}", word(&log.level, &LOG_LEVELS)),
+        "otlp:".to_owned(),
+        format!("  endpoint: {}", or_null(otlp.endpoint.as_ref().map(origin))),
+        format!("  ca_file: {}", or_null(otlp.ca_file.as_deref().map(path))),
+        format!("  sample_ratio: {}", otlp.sample_ratio),
+        format!("  timeout: {}", time(otlp.timeout)),
     ];
     lines.map(|line| line + "\n").concat()
 }
@@ -140,6 +147,11 @@ fn key_yaml(Key { key, source }: &Key) -> String {
 /// A JSON string, which is a YAML string in double quotes.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
+}
+
+/// Scheme, host and port.
+fn origin(url: &Uri) -> String {
+    quoted(url.to_string().trim_end_matches('/'))
 }
 
 fn path(path: &Path) -> String {

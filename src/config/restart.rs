@@ -38,6 +38,7 @@ impl Config {
         left.keep("limits.body_bytes", &mut limits.body_bytes, &running_limits.body_bytes);
         left.keep("worker_threads", &mut self.worker_threads, &running.worker_threads);
         left.keep("log.format", &mut self.log.format, &running.log.format);
+        left.keep("otlp", &mut self.otlp, &running.otlp);
         (self, left.0)
     }
 }

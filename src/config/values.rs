@@ -145,29 +145,48 @@ pub(super) fn address(value: &Value) -> Result<SocketAddr, Wrong> {
 
 /// `http://` or `https://`, a host and perhaps a port.
 pub(super) fn url(value: &Value) -> Result<Uri, Wrong> {
-    const FIX: &str = r#"write scheme and host only, e.g. "https://api.crun.ai""#;
-    let text = text(value, "https://api.crun.ai")?;
+    web_url(value, "https://api.crun.ai")
+}
+
+/// The same, of a collector.
+pub(super) fn endpoint(value: &Value) -> Result<Uri, Wrong> {
+    web_url(value, "http://otel-collector:4318")
+}
+
+/// From 0 to 1.
+pub(super) fn ratio(value: &Value) -> Result<f64, Wrong> {
+    let ratio = value.as_f64().ok_or_else(|| is_not(value, "a number", "0.01"))?;
+    if (0.0..=1.0).contains(&ratio) {
+        Ok(ratio)
+    } else {
+        wrong("is out of range", "choose a number from 0 to 1")
+    }
+}
+
+fn web_url(value: &Value, example: &str) -> Result<Uri, Wrong> {
+    let fix = format!("write scheme and host only, e.g. {example:?}");
+    let text = text(value, example)?;
     let Ok(uri) = text.parse::<Uri>() else {
-        return wrong("is not a URL", FIX);
+        return wrong("is not a URL", fix);
     };
     let web = [&Scheme::HTTP, &Scheme::HTTPS];
     let Some(authority) = uri
         .authority()
         .filter(|_| uri.scheme().is_some_and(|scheme| web.contains(&scheme)))
     else {
-        return wrong("is not an http or https URL", FIX);
+        return wrong("is not an http or https URL", fix);
     };
     if authority.as_str().contains('@') {
-        return wrong("has a user name or a password", FIX);
+        return wrong("has a user name or a password", fix);
     }
     if uri.path() != "/" || uri.query().is_some() || text.contains('#') {
-        return wrong("has a path, a query or a fragment", FIX);
+        return wrong("has a path, a query or a fragment", fix);
     }
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
     let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
     let port_is_sound = port.is_empty() || authority.port_u16().is_some_and(|port| port > 0);
     if ServerName::try_from(host).is_err() || !port_is_sound {
-        return wrong("has no valid host and port", FIX);
+        return wrong("has no valid host and port", fix);
     }
     Ok(uri)
 }

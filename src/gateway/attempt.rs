@@ -45,7 +45,8 @@ impl Gateway {
     ) -> Result<Arc<Answer>, Failed> {
         let sent = Instant::now();
         let is_told = self.config.load().upstream.traceparent;
-        let traceparent = is_told.then(|| attempt.trace.header()).flatten();
+        let query = attempt.trace.query(attempt.number);
+        let traceparent = is_told.then(|| query.context.header()).flatten();
         let result = ready.send(permit, &key.secret, task, traceparent).await;
         let took = sent.elapsed();
         let breaker = self.upstream.breaker();
@@ -55,6 +56,7 @@ impl Gateway {
                 self.remember(account, key, task, &answer);
                 let outcome = outcome(answer.reading.class);
                 account.metrics.attempted(outcome, took);
+                query.answered(&answer, outcome);
                 log_attempt(account, task, &attempt, outcome.label(), Some(&answer), took);
                 if outcome == Outcome::RateLimited {
                     pause(account, &answer);
@@ -71,6 +73,7 @@ impl Gateway {
             Err(failed) => {
                 let (outcome, detail) = (failure(&failed.error), failed.error.detail());
                 account.metrics.attempted(outcome, took);
+                query.failed(&failed.error, outcome);
                 log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Outcome::Unavailable {
                     breaker.answered(sent);

@@ -58,12 +58,14 @@ impl Gateway {
             "key not confirmed lately"
         );
         let flight = (account.id, poll.task.clone(), Some(key.number));
-        let (mut progress, leader) = self
-            .flights
-            .join(flight, || Progress::new(account.budget.standing(None)));
-        if let Some(leader) = leader {
+        let mut trace = None;
+        let (mut progress, leader) = self.flights.join(flight, || {
+            let trace = trace.insert(poll.trace.flight());
+            Progress::new(account.budget.standing(None), trace.link())
+        });
+        if let (Some(leader), Some(trace)) = (leader, trace) {
             let asker = poll.asker.with(key);
-            self.launch(leader, &asker, &poll.task, None, poll.trace.flight());
+            self.launch(leader, &asker, &poll.task, None, trace);
         }
         progress.borrow().standing.keep();
         // Somebody has to wait for it, or it would be given up.

@@ -65,7 +65,7 @@ impl Gateway {
         };
         if let Ok(Some((ready, permit))) = timeout(PROBE_PATIENCE, approach).await {
             // What comes of it, `ask` tells the breaker.
-            let trace = FlightTrace::new();
+            let trace = FlightTrace::begin(self.exporter.as_ref(), "probe");
             let attempt = Attempt::new(FIRST, &trace);
             let _ = self.ask(account, &asker.key, &task, attempt, ready, permit).await;
         }

@@ -16,6 +16,7 @@ use super::response::{self, Body};
 use super::traced::{self, Trace};
 use crate::account::{API_KEY_HEADER, ApiKey};
 use crate::error::Error;
+use crate::otlp::Span;
 
 /// Headers by which some servers let a request stand for another path or method: with one, an innocent path could be a
 /// query after all.
@@ -45,8 +46,12 @@ impl Gateway {
         request_id: &HeaderValue,
         trace: &Trace,
     ) -> Response<Body> {
+        let mut call = Span::none();
         let result = match self.admit(&request) {
-            Ok(admitted) => self.upstream.stream(self.rewritten(request, admitted)).await,
+            Ok(admitted) => {
+                call = trace.call(request.method());
+                self.upstream.stream(self.rewritten(request, admitted, &call)).await
+            }
             Err(error) => Err(error),
         };
         let response = match result {
@@ -57,7 +62,8 @@ impl Gateway {
                     code = response.status().as_u16(),
                     "request passed through"
                 );
-                response::streamed(response)
+                traced::said(&call, response.status());
+                response::streamed(response, call)
             }
             Err(error) => {
                 tracing::debug!(
@@ -67,6 +73,7 @@ impl Gateway {
                     detail = error.detail(),
                     "request refused"
                 );
+                trace.refused(&error);
                 response::error(&error)
             }
         };
@@ -101,7 +108,7 @@ impl Gateway {
         Ok(Admitted { path, key })
     }
 
-    fn rewritten(&self, request: Request<Incoming>, admitted: Admitted) -> Request<Incoming> {
+    fn rewritten(&self, request: Request<Incoming>, admitted: Admitted, call: &Span) -> Request<Incoming> {
         let Admitted { path, key } = admitted;
         let (mut head, body) = request.into_parts();
         // Origin form: a client may have sent an absolute one, naming us.
@@ -118,7 +125,7 @@ impl Gateway {
             }
             head.headers.insert(API_KEY_HEADER, key.header_value());
         }
-        traced::settle(&mut head.headers, self.config.load().upstream.traceparent);
+        traced::settle(&mut head.headers, self.config.load().upstream.traceparent, call);
         // hyper has answered, or will answer, `100-continue` itself.
         head.headers.remove(EXPECT);
         head.headers.insert(HOST, self.upstream.host().clone());

@@ -43,12 +43,13 @@ impl Gateway {
     /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
     ///
     /// Cancel safe: reading goes on, for whoever else waits.
-    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll) -> Option<Arc<Answer>> {
+    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Option<Arc<Answer>> {
         let (disk, account) = (self.disk.as_ref()?, &poll.asker.account);
         let place = account.owner.place(&poll.task);
         if !disk.may_hold(place) {
             return None;
         }
+        let _reading = poll.trace.part("disk");
         let (mut recall, leader) = self.recalls.join((account.id, poll.task.clone()), || Recall::UnderWay);
         if let Some(leader) = leader {
             let (gateway, account, task) = (Arc::clone(self), Arc::clone(account), poll.task.clone());

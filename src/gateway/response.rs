@@ -13,6 +13,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::error::Error;
+use crate::otlp::Span;
 use crate::stored::Answer;
 
 /// RFC 9211.
@@ -32,8 +33,8 @@ pub(super) const VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-g
 pub enum Body {
     /// Bytes that are there.
     Whole(Full<Bytes>),
-    /// Upstream's, as they come.
-    Streamed(Incoming),
+    /// Upstream's, as they come; its span ends with them.
+    Streamed(Incoming, Span),
 }
 
 impl HttpBody for Body {
@@ -43,21 +44,21 @@ impl HttpBody for Body {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         match self.get_mut() {
             Self::Whole(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
-            Self::Streamed(body) => Pin::new(body).poll_frame(cx),
+            Self::Streamed(body, _) => Pin::new(body).poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(body) => body.is_end_stream(),
-            Self::Streamed(body) => body.is_end_stream(),
+            Self::Streamed(body, _) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(body) => body.size_hint(),
-            Self::Streamed(body) => body.size_hint(),
+            Self::Streamed(body, _) => body.size_hint(),
         }
     }
 }
@@ -171,8 +172,8 @@ pub(super) fn error(error: &Error) -> Response<Body> {
 }
 
 /// Upstream's response to a request that was streamed through: untouched, but for what belongs to one connection.
-pub(super) fn streamed(response: Response<Incoming>) -> Response<Body> {
-    let mut response = response.map(Body::Streamed);
+pub(super) fn streamed(response: Response<Incoming>, call: Span) -> Response<Body> {
+    let mut response = response.map(|body| Body::Streamed(body, call));
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_GATEWAY);
     response

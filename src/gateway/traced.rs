@@ -1,24 +1,105 @@
-//! Which trace a request and a flight belong to, and what of that upstream sees: nothing, unless configured.
+//! Which trace a request and a flight belong to, what their spans say, and what of that upstream sees: nothing, unless
+//! configured.
 //!
-//! A request that names no trace begins one, but only once somebody wants to know: a hit that nobody logs costs nothing.
+//! ```text
+//! GET …/TaskInfo        a poll
+//! ├ cache               what was kept
+//! ├ disk                the same, where the cache has nothing and the disk may
+//! └ flight              of the poll that opened it; who joined is linked to it
+//!   ├ wait for turn     in the account's queue
+//!   ├ connect
+//!   ├ wait for permit   paced
+//!   └ query             upstream's answer; once more after a 429 or a broken connection
+//! POST /api/v1/         what is streamed through, to its last byte
+//! └ POST                upstream
+//! ```
+//! A request that names no trace begins one, but only once somebody wants to know: a hit that nobody logs or exports costs
+//! nothing. No span says anything that a client sent, but for what has been checked: its method, task and request id.
 
 use std::sync::OnceLock;
 
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode};
 
+use super::{Gateway, Progress};
+use crate::error::Error;
+use crate::otlp::{Exporter, Kind, Span};
+use crate::outcome::{Outcome, Served};
+use crate::stored::Answer;
+use crate::task::TaskId;
 use crate::trace::{BAGGAGE, TRACEPARENT, TRACESTATE, TraceContext, TraceId};
+use crate::upstream::TASK_INFO_PATH;
+
+const ACCOUNT: &str = "crun_gateway.account";
+const ATTEMPT: &str = "crun_gateway.attempt";
+const CACHE: &str = "crun_gateway.cache";
+const CODE: &str = "crun_gateway.code";
+const DETAIL: &str = "crun_gateway.detail";
+const OUTCOME: &str = "crun_gateway.outcome";
+const REQUEST_ID: &str = "crun_gateway.request_id";
+const TASK: &str = "crun_gateway.task";
+/// OpenTelemetry's names (<https://opentelemetry.io/docs/specs/semconv/http/http-spans/>).
+const METHOD: &str = "http.request.method";
+const ROUTE: &str = "http.route";
+const STATUS: &str = "http.response.status_code";
+
+impl Gateway {
+    /// The trace of a request, and where it is kept its span from here on.
+    pub(super) fn trace<B>(&self, request: &Request<B>, request_id: &HeaderValue) -> Trace {
+        let Some(exporter) = &self.exporter else {
+            return Trace::of(request.headers());
+        };
+        let config = self.config.load();
+        let (path, mut prefixes) = (request.uri().path(), config.passthrough.iter());
+        let route = if path == TASK_INFO_PATH {
+            Some(TASK_INFO_PATH)
+        } else {
+            prefixes.find(|prefix| path.starts_with(*prefix)).map(String::as_str)
+        };
+        let (word, known) = word(request.method());
+        let name = route.map_or(word.to_owned(), |route| format!("{word} {route}"));
+        let (context, span) = exporter.begin(TraceContext::of(request.headers()), &name, Kind::Server);
+        if span.is_kept() {
+            span.say(METHOD, known);
+            if let Some(route) = route {
+                span.say(ROUTE, route);
+            }
+            if !self.accounts.is_secret(request_id) {
+                span.say(REQUEST_ID, request_id.to_str().unwrap_or_default());
+            }
+        }
+        Trace {
+            context: OnceLock::from(context),
+            span,
+        }
+    }
+
+    /// What a poll asks for.
+    pub(super) fn trace_task(&self, trace: &Trace, task: &TaskId) {
+        let is_secret = || HeaderValue::from_str(task.as_str()).is_ok_and(|task| self.accounts.is_secret(&task));
+        if trace.span.is_kept() && !is_secret() {
+            trace.span.say(TASK, task.as_str());
+        }
+    }
+}
 
 /// A request's.
 #[derive(Debug, Default)]
-pub(super) struct Trace(OnceLock<TraceContext>);
+pub(super) struct Trace {
+    context: OnceLock<TraceContext>,
+    span: Span,
+}
 
 impl Trace {
+    /// What a request says, without a span.
     pub(super) fn of(headers: &HeaderMap) -> Self {
-        Self(TraceContext::of(headers).map(OnceLock::from).unwrap_or_default())
+        Self {
+            context: TraceContext::of(headers).map(OnceLock::from).unwrap_or_default(),
+            span: Span::none(),
+        }
     }
 
     fn context(&self) -> TraceContext {
-        *self.0.get_or_init(|| TraceContext::random(false))
+        *self.context.get_or_init(|| TraceContext::random(false))
     }
 
     /// What log lines show.
@@ -26,17 +107,66 @@ impl Trace {
         self.context().trace
     }
 
+    /// Looks up what was kept for a poll.
+    pub(super) fn look_up<T>(&self, look: impl FnOnce() -> T) -> T {
+        let _looking = self.part("cache");
+        look()
+    }
+
+    /// Something that a poll waits for.
+    pub(super) fn part(&self, name: &str) -> Span {
+        self.span.child(name, Kind::Internal)
+    }
+
+    /// How a poll was answered.
+    pub(super) fn answered(&self, account: &str, served: Served, code: u16) {
+        self.span.say(ACCOUNT, account);
+        self.span.say(CACHE, served.label());
+        self.span.say(CODE, code);
+    }
+
+    /// Why there was no answer of upstream's.
+    pub(super) fn refused(&self, error: &Error) {
+        self.span.say(DETAIL, error.detail());
+    }
+
+    /// The HTTP status that the client gets.
+    pub(super) fn ended(&self, status: StatusCode) {
+        self.span.say(STATUS, status.as_u16());
+        if status.is_server_error() {
+            self.span.fail();
+        }
+    }
+
     /// The trace of a flight that this request opens: the same.
     pub(super) fn flight(&self) -> FlightTrace {
+        let span = self.span.child("flight", Kind::Internal);
         FlightTrace {
-            context: self.context(),
+            context: span.context().unwrap_or_else(|| self.context()),
+            span,
+            step: Span::none(),
         }
+    }
+
+    /// It waits for a flight that somebody else opened.
+    pub(super) fn joined(&self, progress: &Progress) {
+        if let Some(flight) = progress.trace {
+            self.span.link(flight);
+        }
+    }
+
+    /// Upstream's part in a request that is streamed through.
+    pub(super) fn call(&self, method: &Method) -> Span {
+        let (word, known) = word(method);
+        let call = self.span.child(word, Kind::Client);
+        call.say(METHOD, known);
+        call
     }
 }
 
 /// Settles what a request that is streamed through says of its trace: nothing, or, where `upstream.traceparent` allows it,
-/// what the client said, as far as it is well-formed.
-pub(super) fn settle(headers: &mut HeaderMap, is_told: bool) {
+/// what the client said, as far as it is well-formed. Where that goes on with `call`, so does upstream.
+pub(super) fn settle(headers: &mut HeaderMap, is_told: bool, call: &Span) {
     if !is_told {
         headers.remove(BAGGAGE);
     }
@@ -45,18 +175,37 @@ pub(super) fn settle(headers: &mut HeaderMap, is_told: bool) {
         // Without the one the other means nothing (§3.3).
         headers.remove(TRACESTATE);
     }
+    if let Some(call) = call.context().filter(|_| is_told).and_then(|call| call.header()) {
+        headers.insert(TRACEPARENT, call);
+    }
+}
+
+/// The status of upstream's answer.
+pub(super) fn said(call: &Span, status: StatusCode) {
+    call.say(STATUS, status.as_u16());
+    if status.is_client_error() || status.is_server_error() {
+        call.fail();
+    }
 }
 
 /// A flight's: that of the request which opened it, or, for one on nobody's behalf, a new one.
 #[derive(Debug)]
 pub(super) struct FlightTrace {
     context: TraceContext,
+    span: Span,
+    /// What it does now.
+    step: Span,
 }
 
 impl FlightTrace {
-    pub(super) fn new() -> Self {
+    /// On nobody's behalf.
+    pub(super) fn begin(exporter: Option<&Exporter>, name: &str) -> Self {
+        let none = || (TraceContext::random(false), Span::none());
+        let (context, span) = exporter.map_or_else(none, |exporter| exporter.begin(None, name, Kind::Internal));
         Self {
-            context: TraceContext::random(false),
+            context,
+            span,
+            step: Span::none(),
         }
     }
 
@@ -65,8 +214,60 @@ impl FlightTrace {
         self.context.trace
     }
 
-    /// What upstream is told, where `upstream.traceparent` allows it.
-    pub(super) fn header(&self) -> Option<HeaderValue> {
-        self.context.header()
+    /// What the spans of those who join are linked to.
+    pub(super) fn link(&self) -> Option<TraceContext> {
+        self.span.context()
     }
+
+    /// It goes on to `step`.
+    pub(super) fn step(&mut self, step: &str) {
+        // The one before ends first.
+        self.step = Span::none();
+        self.step = self.span.child(step, Kind::Internal);
+    }
+
+    /// It asks upstream.
+    pub(super) fn query(&self, attempt: u32) -> Query {
+        let span = self.span.child("query", Kind::Client);
+        span.say(METHOD, "GET");
+        span.say(ROUTE, TASK_INFO_PATH);
+        span.say(ATTEMPT, attempt);
+        let context = span.context().unwrap_or(self.context);
+        Query { context, span }
+    }
+
+    /// It does nothing any more but to ask.
+    pub(super) fn approached(&mut self) {
+        self.step = Span::none();
+    }
+}
+
+/// A query to upstream, until it is dropped.
+pub(super) struct Query {
+    /// What upstream is told, where `upstream.traceparent` allows it.
+    pub(super) context: TraceContext,
+    span: Span,
+}
+
+impl Query {
+    pub(super) fn answered(&self, answer: &Answer, outcome: Outcome) {
+        said(&self.span, answer.status);
+        self.span.say(CODE, answer.code());
+        self.span.say(OUTCOME, outcome.label());
+    }
+
+    pub(super) fn failed(&self, error: &Error, outcome: Outcome) {
+        self.span.say(DETAIL, error.detail());
+        self.span.say(OUTCOME, outcome.label());
+        self.span.fail();
+    }
+}
+
+/// A method in a span's name, and as its attribute: a client may make up any.
+fn word(method: &Method) -> (&'static str, &'static str) {
+    const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
+    KNOWN
+        .iter()
+        .find(|known| **known == method.as_str())
+        .map_or(("HTTP", "_OTHER"), |known| (*known, *known))
 }

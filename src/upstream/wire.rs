@@ -1,4 +1,4 @@
-//! The bytes below hyper: how a connection is dialled, and where the instant of a write is taken.
+//! The bytes below hyper: where the instant of a write is taken.
 //!
 //! Writes are stamped on the raw stream, under TLS, since that is where bytes leave; what was heard is noted above TLS,
 //! since a session ticket is no answer.
@@ -8,46 +8,16 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use futures_util::future::BoxFuture;
-use http::Uri;
-use hyper_util::client::legacy::connect::HttpConnector;
-use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
-use tokio_rustls::TlsConnector;
 use tokio_util::io::InspectWriter;
-use tower_service::Service as _;
 
 use crate::budget::Permit;
+use crate::dial::{Handshake, Stream};
 
 /// The most bytes before an answer's body, interim answers included. hyper skips those without end, thousands at a time,
 /// and holds up whatever else its thread does. The usual limit of servers for a request's head, several times over.
 const MOST_BEFORE_BODY: usize = 64 << 10;
-
-/// A stream of bytes to upstream.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
-
-/// A stream that is being opened.
-pub type Dialing = BoxFuture<'static, io::Result<Box<dyn Stream>>>;
-
-/// How a raw stream to upstream is opened: TCP, or a pipe in memory where time is paused.
-pub type Dial = Arc<dyn Fn() -> Dialing + Send + Sync>;
-
-/// Dials `url` by DNS and TCP, without Nagle's delay; every address is tried, IPv6 and IPv4 side by side.
-pub fn tcp(url: Uri) -> Dial {
-    let mut connector = HttpConnector::new();
-    connector.enforce_http(false);
-    connector.set_nodelay(true);
-    Arc::new(move || {
-        let connecting = connector.clone().call(url.clone());
-        Box::pin(async move {
-            let stream = connecting.await.map_err(io::Error::other)?;
-            Ok(Box::new(stream.into_inner()) as Box<dyn Stream>)
-        })
-    })
-}
 
 /// What is known of a connection's bytes.
 #[derive(Clone, Debug, Default)]
@@ -65,10 +35,7 @@ struct State {
 
 impl Wire {
     /// Puts the stamp under the bytes and, where it is spoken, TLS between.
-    pub(super) async fn attach(
-        raw: Box<dyn Stream>,
-        tls: Option<&(TlsConnector, ServerName<'static>)>,
-    ) -> io::Result<(impl Stream, Self)> {
+    pub(super) async fn attach(raw: Box<dyn Stream>, tls: Option<&Handshake>) -> io::Result<(impl Stream, Self)> {
         let wire = Self::default();
         let below = wire.clone();
         let stamped = InspectWriter::new(raw, move |_: &[u8]| below.wrote());

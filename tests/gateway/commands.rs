@@ -148,6 +148,8 @@ async fn every_line_of_metrics_parses_and_nothing_has_been_counted_at_the_start(
         "requests_in_flight",
         "panics_total",
         "log_lines_dropped_total",
+        "spans_exported_total",
+        "spans_dropped_total",
         "tls_handshake_failures_total",
         "tls_reload_success",
         "connections",

@@ -2,6 +2,7 @@
 
 pub mod browser;
 pub mod client;
+pub mod collector;
 pub mod paused;
 pub mod process;
 pub mod raw;

@@ -20,6 +20,7 @@
 //! - `reload`: a changed configuration is taken over, whole or not at all
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
+//! - `spans`: what a collector is told of requests
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
 //! - `log`: a log that nobody reads holds up nobody
 //! - `secrets`: a key is in nothing that comes out
@@ -71,6 +72,7 @@ mod requests;
 mod restart;
 mod resting;
 mod secrets;
+mod spans;
 mod status;
 mod stop;
 mod tls;

@@ -178,14 +178,15 @@ async fn what_needs_a_restart_is_named_and_the_rest_is_taken_over() {
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
     assert!(!gateway.log().contains("poll answered"));
     gateway.reconfigure(
-        "cache: { max_bytes: \"64MiB\" }\nlog: { level: debug, format: json }\nlimits: { body_bytes: \"32MiB\" }",
+        "cache: { max_bytes: \"64MiB\" }\nlog: { level: debug, format: json }\nlimits: { body_bytes: \"32MiB\" }\notlp: \
+         { sample_ratio: 1.0 }",
     );
     gateway.logged(TAKEN_OVER, 1).await;
     gateway.logged("need a restart", 1).await;
     assert!(
         gateway
             .log()
-            .contains("fields=\"cache.max_bytes, limits.body_bytes, log.format\""),
+            .contains("fields=\"cache.max_bytes, limits.body_bytes, log.format, otlp\""),
         "{}",
         gateway.log()
     );

@@ -1,5 +1,5 @@
 //! A key, a token or a private key is in nothing that comes out, in no form: logs at their most talkative, metrics, every
-//! header and body that is the gateway's own, what `check` prints, and what is said of a configuration that is wrong.
+//! header and body that is the gateway's own, spans, what `check` prints, and what is said of a configuration that is wrong.
 
 use std::io::Write as _;
 use std::sync::Mutex;
@@ -15,6 +15,7 @@ use rustls_pki_types::pem::PemObject as _;
 use tokio::time::{Instant, sleep};
 
 use crate::harness::client::{bare, poll_request, request};
+use crate::harness::collector::{Collector, Takes};
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::process::{config_file, run};
 use crate::harness::raw::Raw;
@@ -283,8 +284,11 @@ fn requests() -> Vec<Request<Full<Bytes>>> {
 async fn comes_out_clean(upstream: &str, format: &str, more: &str, brings: &[u16], logs: &str) {
     let files = Files::new();
     let scan = files.scan();
+    let collector = Collector::start(Takes::Everything);
     let config = format!(
-        "log: {{ level: trace, format: {format} }}\nbudget: {{ limit: 1000, max_wait: 1s }}\n{more}{}",
+        "log: {{ level: trace, format: {format} }}\nbudget: {{ limit: 1000, max_wait: 1s }}\notlp: {{ endpoint: \
+         \"http://{}\", sample_ratio: 1.0 }}\n{more}{}",
+        collector.address,
         files.accounts()
     );
     let mut gateway = Gateway::start_with_env(upstream, &config, &ENV).await;
@@ -326,6 +330,10 @@ async fn comes_out_clean(upstream: &str, format: &str, more: &str, brings: &[u16
     let log = gateway.log();
     assert!(log.contains("poll refused") && log.contains(logs), "{log}");
     scan.look("the log", log);
+    assert!(collector.spans().len() > 100, "spans came");
+    for spans in collector.bodies() {
+        scan.look("the spans", spans);
+    }
     scan.assert_clean();
 }
 

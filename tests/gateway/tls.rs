@@ -20,14 +20,14 @@ use crate::harness::scripted::response;
 use crate::harness::{Gateway, Simulator, poll, request};
 
 /// A root of our own, and the certificate of a server that it vouches for.
-struct Identity {
+pub struct Identity {
     directory: tempfile::TempDir,
     certificate: rcgen::Certificate,
     key: rcgen::KeyPair,
 }
 
 impl Identity {
-    fn of(name: &str) -> Self {
+    pub fn of(name: &str) -> Self {
         Self::made(name, |_| {})
     }
 
@@ -65,7 +65,7 @@ impl Identity {
         }
     }
 
-    fn file(&self, name: &str) -> String {
+    pub fn file(&self, name: &str) -> String {
         let path: PathBuf = self.directory.path().join(name);
         path.to_str().unwrap().to_owned()
     }
@@ -84,7 +84,7 @@ impl Identity {
         Gateway::start(url, &config).await
     }
 
-    fn acceptor(&self, alpn: &[&str]) -> TlsAcceptor {
+    pub fn acceptor(&self, alpn: &[&str]) -> TlsAcceptor {
         let key = PrivateKeyDer::from_pem_slice(self.key.serialize_pem().as_bytes()).unwrap();
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
