@@ -157,10 +157,15 @@ async fn a_cold_restart_asks_upstream_for_none_of_ten_thousand_ended_tasks() {
 
 #[tokio::test]
 async fn a_stop_writes_what_has_just_ended() {
-    let (upstream, place) = (quick_upstream().await, Place::new());
+    // Answered when the stop waits for nothing else any more, and ends at once.
+    let (upstream, place) = (Simulator::start(&["--latency", "2500ms"]).await, Place::new());
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
-    let first = poll(gateway.address, "ended.just-now").await;
+    let address = gateway.address;
+    let first = tokio::spawn(async move { poll(address, "ended.just-now").await });
+    until(&gateway, "crun_gateway_requests_in_flight", 1).await;
     stop(gateway).await;
+    let first = first.await.unwrap();
+    assert_eq!(first.status, 200, "{first:?}");
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
     let second = poll(gateway.address, "ended.just-now").await;
     assert_is_hit(&second);
@@ -406,7 +411,7 @@ async fn a_full_disk_is_told_of_and_what_was_there_is_there_again() {
     let (upstream, place) = (quick_upstream().await, Place::new());
     let config = QUICK.to_owned() + &place.config("");
     let gateway = Gateway::start_with_file_size(&upstream.url, &config, 1024).await;
-    until(&gateway, UP, 1).await;
+    fill(&gateway, 1).await;
     let mut next = 0;
     while count(&gateway, NOT_WRITTEN).await < 1 {
         poll_all(gateway.address, next..next + 100, |_| {}).await;
@@ -417,7 +422,6 @@ async fn a_full_disk_is_told_of_and_what_was_there_is_there_again() {
     assert!(log.contains("free space there, or lower cache.disk_max_bytes"), "{log}");
     stop(gateway).await;
     let gateway = Gateway::start(&upstream.url, &config).await;
-    until(&gateway, ENTRIES, 100).await;
     let asked = upstream.queries().await;
     assert_is_hit(&poll(gateway.address, "ended.0").await);
     assert_eq!(upstream.queries().await, asked);
