@@ -49,6 +49,18 @@ impl ApiKey {
         derived
     }
 
+    /// The secret itself, for whoever has to present it: to log, print or keep it is a bug.
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+
+    /// What stands for the key where replicas have to mean the same one: 128 bits from which it does not follow.
+    pub fn digest(&self) -> String {
+        let derived = self.derive(b"crun-gateway account");
+        let half = derived.first_chunk().map_or(0, |half| u128::from_be_bytes(*half));
+        format!("{half:032x}")
+    }
+
     /// How many characters the key has: what `check` may print of it.
     pub fn length(&self) -> usize {
         self.0.expose_secret().len()
@@ -155,6 +167,13 @@ mod tests {
         let key = ApiKey::new("ak_secret").unwrap();
         assert!(!format!("{key:?}").contains("secret"));
         assert!(!format!("{:?}", key.header_value()).contains("secret"));
+    }
+
+    #[test]
+    fn a_digest_stands_for_one_key_in_every_process() {
+        let digest = |key| ApiKey::new(key).unwrap().digest();
+        assert_eq!(digest("ak_one"), "f7c52ea88182a8fae3321bf284f1e72a");
+        assert_ne!(digest("ak_one"), digest("ak_two"));
     }
 
     #[test]

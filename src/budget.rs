@@ -28,6 +28,7 @@ use tokio::time::Instant;
 
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use crate::shared::Lane;
 use admission::{PollId, Promised};
 use backoff::Backoff;
 use dispatcher::{Dispatcher, Message};
@@ -88,6 +89,7 @@ struct Shared {
     backoff: Arc<Mutex<Backoff>>,
     promised: Mutex<Promised>,
     ring: Arc<Ring>,
+    lane: Option<Arc<Lane>>,
     metrics: AccountMetrics,
 }
 
@@ -122,18 +124,20 @@ pub enum Entry {
 pub trait Connected {}
 
 impl Budget {
-    /// A budget with an empty queue.
+    /// A budget with an empty queue; one that replicas share spends what comes by its `lane`.
     ///
     /// # Panics
     /// Outside a tokio runtime: the dispatcher is spawned here.
-    pub fn new(pace: Pace, max_queue: usize, metrics: AccountMetrics) -> Self {
+    pub fn new(pace: Pace, max_queue: usize, lane: Option<Lane>, metrics: AccountMetrics) -> Self {
         let (inbox, messages) = mpsc::unbounded_channel();
+        let lane = lane.map(Arc::new);
         let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
         let waiting = Arc::new(AtomicUsize::new(0));
         let dispatcher = Dispatcher::new(
             max_queue,
             Arc::clone(&backoff),
             Arc::clone(&waiting),
+            lane.clone(),
             metrics.clone(),
             messages,
         );
@@ -147,6 +151,7 @@ impl Budget {
             backoff,
             promised: Mutex::default(),
             ring,
+            lane,
             metrics,
         }))
     }
@@ -183,7 +188,13 @@ impl Budget {
     /// Upstream answered 429, and said for how long: nothing is granted until then, and the pace is cut for a while.
     /// Gives how long the pause is; a pause is only ever extended.
     pub fn rate_limited(&self, retry_after: Option<Duration>, now: Instant) -> Duration {
-        let pause = lock(&self.0.backoff).rate_limited(retry_after, now);
+        let (pause, backed) = {
+            let mut backoff = lock(&self.0.backoff);
+            (backoff.rate_limited(retry_after, now), backoff.backed())
+        };
+        if let (Some(lane), Some(backed)) = (&self.0.lane, backed) {
+            lane.back_off(backed);
+        }
         self.0.tell(Message::BackedOff);
         pause
     }
@@ -193,10 +204,11 @@ impl Budget {
         lock(&self.0.backoff).paused_until(now).is_some()
     }
 
-    /// Queries a second that the pace allows at `now`.
+    /// Queries a second that the pace allows at `now`: of a shared budget, what this process can count on.
     pub fn rate(&self, now: Instant) -> f64 {
+        let share = self.0.lane.as_ref().map_or(1.0, |lane| lane.share());
         let backoff = lock(&self.0.backoff);
-        backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
+        share * backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
     }
 
     /// How many flights wait for a permit.
@@ -390,6 +402,12 @@ impl Turn {
 pub struct Permit(Stamp);
 
 impl Permit {
+    /// Whether it has waited too long to be used: where replicas share a budget, a late query could fall into a second that
+    /// is another's. It has to be dropped then.
+    pub fn is_late(&self, now: Instant) -> bool {
+        self.0.is_late(now)
+    }
+
     /// The request's bytes were given to the network, `at` this instant: one taken *after* the write, so that the stamp
     /// is never earlier than the arrival that it stands for.
     pub fn written(self, at: Instant) {

@@ -11,6 +11,7 @@ mod reader;
 mod render;
 mod restart;
 mod secret;
+mod shared;
 mod tls;
 mod values;
 mod watched;
@@ -26,6 +27,7 @@ use serde_json::Value;
 pub use self::problem::{Problem, Problems};
 use self::reader::Reader;
 pub use self::secret::{Key, KeySource};
+pub use self::shared::{Shared, Store, StoreUrl};
 pub use self::tls::{ClientCertificates, Demand, Identity, Tls};
 pub use self::watched::{Content, Watched};
 
@@ -54,6 +56,8 @@ pub struct Config {
     pub cache: Cache,
     /// Path prefixes that are streamed through; each begins and ends with `/`.
     pub passthrough: Vec<String>,
+    /// How replicas share budgets; `None` is one process.
+    pub shared: Option<Shared>,
     /// What bounds the process.
     pub limits: Limits,
     /// How long a stop waits for what is in flight or queued.

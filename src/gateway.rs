@@ -53,6 +53,7 @@ pub use crate::metrics::InFlight;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::otlp::Exporter;
 use crate::outcome::Served;
+use crate::shared::Shared;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use crate::trace::{TraceContext, TraceId};
@@ -85,6 +86,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 pub struct Gateway {
     config: ArcSwap<Config>,
     accounts: Accounts,
+    /// By which replicas share the budgets.
+    shared: Option<Shared>,
     cache: Cache,
     flights: Flights<FlightKey, Progress>,
     /// Answers that outlive the process; `None` unless configured.
@@ -165,9 +168,17 @@ impl Gateway {
     pub fn new(config: Config, dial: Dial, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
         metrics.lets_in(config.limits.connections);
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics))?;
-        let accounts = Accounts::new(&config, upstream.clone(), Arc::clone(&metrics), Instant::now());
+        let shared = Shared::start(&config, &metrics)?;
+        let accounts = Accounts::new(
+            &config,
+            upstream.clone(),
+            shared.clone(),
+            Arc::clone(&metrics),
+            Instant::now(),
+        );
         Ok(Arc::new(Self {
             accounts,
+            shared,
             cache: Cache::new(config.cache.max_bytes, Arc::clone(&metrics)),
             flights: Flights::default(),
             disk: disk::Settings::of(&config.cache).map(|settings| Disk::open(settings, metrics.disk.clone())),
@@ -223,6 +234,13 @@ impl Gateway {
         let mut response = response::error(error);
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
+    }
+
+    /// The process is told to stop: its part of a shared budget is its successor's.
+    pub fn leave(&self) {
+        if let Some(shared) = &self.shared {
+            shared.leave();
+        }
     }
 
     /// Everything that is counted.
@@ -545,10 +563,10 @@ impl Gateway {
         }
         let breaker = self.upstream.breaker();
         let standing = leader.stage().standing.clone();
-        let mut attempt = 1;
+        let (mut attempt, mut is_again) = (1, false);
         loop {
             trace.step("wait for turn");
-            let entry = if attempt == 1 { Entry::InTurn } else { Entry::Again };
+            let entry = if is_again { Entry::Again } else { Entry::InTurn };
             let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
                 None => return self.give_up(leader),
                 Some(Ok(turn)) => turn,
@@ -601,12 +619,19 @@ impl Gateway {
                     });
                 }
                 Ok(answer) => return leader.land(Landed::Fetched(answer, key).stage()),
+                // Nothing was sent: a permit that came too late for its slot is no attempt.
+                Err(failed) if failed.unspent => {
+                    leader.update(|progress| progress.phase = Phase::Waiting);
+                    is_again = true;
+                    continue;
+                }
                 Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
                     return leader.land(Landed::Failed(failed.error).stage());
                 }
                 Err(_) => leader.update(|progress| progress.phase = Phase::Waiting),
             }
             attempt += 1;
+            is_again = true;
         }
     }
 }

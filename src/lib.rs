@@ -9,6 +9,7 @@
 //! cache  disk  flight  upstream            the parts: know nothing of each other
 //! watch  otlp
 //! budget                                   who may ask upstream, and when
+//! shared                                   one budget for many replicas: the store's connection and script
 //! stored                                   what is kept of an answer
 //! config  error  metrics  dial             checked config · one enum · one struct · how we connect
 //! task  account  outcome  trace            words: pure, no I/O
@@ -30,6 +31,7 @@ pub mod otlp;
 pub mod outcome;
 pub mod reload;
 pub mod server;
+pub mod shared;
 pub mod simulator;
 pub mod stored;
 pub mod task;
@@ -128,6 +130,13 @@ pub async fn run(
         "serving"
     );
     // On the workers: where this function itself runs is its caller's choice, and says nothing of them.
+    let leave = tokio::spawn({
+        let (gateway, drain) = (Arc::clone(&gateway), shutdown.drain.clone());
+        async move {
+            drain.cancelled().await;
+            gateway.leave();
+        }
+    });
     let beat = tokio::spawn(async move { health.beat().await });
     let sweep = tokio::spawn({
         let gateway = Arc::clone(&gateway);
@@ -174,6 +183,7 @@ pub async fn run(
         () = now.cancelled() => {}
         () = closing => {}
     }
+    leave.abort();
     beat.abort();
     sweep.abort();
     for task in [reload, certificates].into_iter().flatten() {

@@ -5,6 +5,7 @@
 
 mod disk;
 mod elsewhere;
+mod shared;
 
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,6 +19,7 @@ use prometheus::{
 use crate::outcome::{Outcome, Served};
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use elsewhere::Elsewhere;
+pub use shared::{SharedCall, SharedMetrics};
 
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
@@ -537,6 +539,14 @@ impl Metrics {
         let expiry = self.tls_certificate_expiry.with_label_values::<&str>(&[]);
         expiry.set(i64::try_from(seconds).unwrap_or(i64::MAX));
         self.tls_reload_success.set(1);
+    }
+
+    /// The handles of a process that shares its budgets with up to `max_replicas`: families that others do not have.
+    ///
+    /// # Errors
+    /// When it was asked for before.
+    pub fn shared(&self, max_replicas: u32) -> prometheus::Result<SharedMetrics> {
+        SharedMetrics::new(&self.registry, max_replicas)
     }
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.

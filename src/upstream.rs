@@ -367,6 +367,8 @@ pub struct Failed {
     pub error: Error,
     /// Whether the connection closed before any byte of a response: then, and only then, asking again may help.
     pub unanswered: bool,
+    /// Whether nothing was sent at all: the permit was too late to be used.
+    pub unspent: bool,
 }
 
 impl Ready {
@@ -391,6 +393,7 @@ impl Ready {
         let closed = || Failed {
             error: Error::UpstreamBroken,
             unanswered: true,
+            unspent: false,
         };
         let Held {
             pool,
@@ -402,8 +405,16 @@ impl Ready {
         let request = upstream.query(key, task, traceparent).map_err(|error| Failed {
             error,
             unanswered: false,
+            unspent: false,
         })?;
         let asked = Instant::now();
+        if permit.is_late(asked) {
+            pool.hand_back(id, sender, wire);
+            return Err(Failed {
+                unspent: true,
+                ..closed()
+            });
+        }
         wire.arm(permit);
         let exchange = async {
             let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
@@ -417,6 +428,7 @@ impl Ready {
             Ok(Err(error)) => {
                 return Err(Failed {
                     unanswered: !wire.heard(),
+                    unspent: wire.was_late(),
                     error,
                 });
             }
@@ -424,6 +436,7 @@ impl Ready {
                 return Err(Failed {
                     error: Error::UpstreamTimeout,
                     unanswered: false,
+                    unspent: false,
                 });
             }
         };

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const ROWS: &[&[&str]] = &[
     &["task", "account", "outcome", "trace"],
     &["config", "error", "metrics", "dial"],
-    &["stored"],
+    &["stored", "shared"],
     &["budget"],
     &["cache", "disk", "flight", "upstream", "watch", "otlp"],
     &["gateway"],

@@ -275,7 +275,8 @@ fn every_field_has_a_range() {
         ("worker_threads", &["0", "1025", "two"]),
         ("log.format", &["xml"]),
         ("log.level", &["INFO", "off", "3"]),
-        ("shared", &["{ url: 'redis://:pw@x', max_replicas: 3 }", "true"]),
+        ("shared", &["true"]),
+        ("shared.max_replicas", &["0", "1001", "three"]),
     ] {
         for bad in bad {
             let nested = |text: String, name: &str| format!("{{ {name}: {text} }}");
@@ -314,12 +315,40 @@ fn fields_that_contradict_each_other_are_refused() {
 }
 
 #[test]
-fn what_a_later_version_may_read_is_refused_clearly() {
+fn replicas_share_by_a_store_that_is_named_without_its_password() {
+    accepts("shared: null");
+    accepts("shared: { max_replicas: 3 }");
+    accepts("shared: { max_replicas: 15, url: 'rediss://valkey', password: { env: MUSIC } }");
     refuses(
-        "shared: { url: 'redis://x' }",
-        "shared: replicas that share a budget are not supported by this version: set it to null and run one replica",
+        "shared: { url: 'redis://valkey' }",
+        "shared.max_replicas: is missing: write the highest number of processes that ever run at once",
     );
-    accepts("{ shared: null, accounts: [{ name: a, keys: [{ env: MUSIC }], clients: [] }] }");
+    refuses(
+        "shared: { max_replicas: 3, url: 'redis://:pw@valkey' }",
+        "shared.url: has a user name or a password: remove them, and name them in shared.username and shared.password",
+    );
+    refuses(
+        "shared: { max_replicas: 16 }",
+        "shared.max_replicas: is 16, above budget.limit of 15: a replica that is cut off could spend nothing: lower it",
+    );
+    refuses(
+        "{ budget: { margin: 10ms }, shared: { max_replicas: 3, url: 'redis://valkey' } }",
+        "budget.margin: is 10ms: a third of it is all that a reply of the shared store may take: \
+         raise it to 15ms or more, or set shared.url to null",
+    );
+    accepts("{ budget: { margin: 10ms }, shared: { max_replicas: 3 } }");
+    refuses_fields("shared: { max_replicas: 3, ulr: 'redis://valkey' }", &["shared.ulr"]);
+    for (field, bad) in [
+        ("prefix", "''"),
+        ("prefix", "'{a}'"),
+        ("password", "plain"),
+        ("connect_timeout", "0s"),
+        ("timeout", "2s"),
+        ("ca_file", "nowhere.pem"),
+    ] {
+        let text = format!("shared: {{ max_replicas: 3, url: 'redis://valkey', {field}: {bad} }}");
+        refuses_fields(&text, &[&format!("shared.{field}")]);
+    }
 }
 
 #[test]

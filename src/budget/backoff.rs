@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Pace;
+use crate::shared::Backed;
 
 /// The longest that upstream can pause an account.
 const LONGEST_ASKED: Duration = Duration::from_mins(5);
@@ -73,6 +74,22 @@ impl Backoff {
             *since = until;
         }
         until.saturating_duration_since(now)
+    }
+
+    /// What the last 429 did, for other replicas.
+    pub(super) fn backed(&self) -> Option<Backed> {
+        let (rate, until) = self.cut?;
+        let chosen = self.chosen;
+        Some(Backed { until, rate, chosen })
+    }
+
+    /// Takes over what another replica heard, where it heard it later.
+    pub(super) fn take_over(&mut self, heard: Backed) {
+        if self.cut.is_none_or(|(_, until)| until < heard.until) {
+            self.cut = Some((heard.rate.clamp(1.0, self.limit().max(1.0)), heard.until));
+            self.paused_until = Some(heard.until);
+            self.chosen = heard.chosen;
+        }
     }
 
     /// The end of the pause, while there is one.

@@ -30,6 +30,7 @@ use super::spending::Spending;
 use super::{MOST_SHOWN, Pace, Shares, lock};
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use crate::shared::{Demand, Lane, Right, Slot};
 
 /// How far behind now the schedule may be, where an emission interval is shorter than a wake-up is late.
 const LATEST_WAKE_UP: Duration = Duration::from_millis(3);
@@ -145,6 +146,12 @@ pub(super) struct Dispatcher {
     backoff: Arc<Mutex<Backoff>>,
     is_paused: bool,
     ring: Arc<Ring>,
+    /// Where replicas share the budget: the way to their permits.
+    lane: Option<Arc<Lane>>,
+    /// What the lane was told last.
+    wanted: Demand,
+    /// Cut off from the others: the queries a second that are this process's own.
+    alone: Option<NonZeroU32>,
     spending: Spending,
     waiting: Arc<AtomicUsize>,
     metrics: AccountMetrics,
@@ -157,6 +164,7 @@ impl Dispatcher {
         max_queue: usize,
         backoff: Arc<Mutex<Backoff>>,
         waiting: Arc<AtomicUsize>,
+        lane: Option<Arc<Lane>>,
         metrics: AccountMetrics,
         inbox: mpsc::UnboundedReceiver<Message>,
     ) -> Self {
@@ -182,6 +190,9 @@ impl Dispatcher {
             backoff,
             is_paused: false,
             ring: Arc::new(Ring::default()),
+            lane,
+            wanted: Demand::default(),
+            alone: None,
             waiting,
             metrics,
             shown: (0, 0),
@@ -207,7 +218,7 @@ impl Dispatcher {
     async fn serve(&mut self) {
         loop {
             let Wake { at, when_changed } = self.look(Instant::now());
-            let ring = Arc::clone(&self.ring);
+            let (ring, lane) = (Arc::clone(&self.ring), self.lane.clone());
             tokio::select! {
                 // What is said by now may decide who gets the permit that is due.
                 biased;
@@ -220,6 +231,7 @@ impl Dispatcher {
                 }
                 () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
                 () = ring.changed.notified(), if when_changed => {}
+                () = told(lane.as_deref()), if lane.is_some() => {}
             }
         }
     }
@@ -236,8 +248,12 @@ impl Dispatcher {
 
     /// Does what is due at `now`.
     pub(super) fn look(&mut self, now: Instant) -> Wake {
+        if let Some(heard) = self.lane.as_deref().and_then(Lane::backed) {
+            lock(&self.backoff).take_over(heard);
+        }
         let pause_ends = self.watch_pause(now);
         let wake = self.grant_due(now).or_at(pause_ends).or_at(self.judge(now));
+        self.want(now);
         self.show();
         wake
     }
@@ -360,7 +376,8 @@ impl Dispatcher {
         let backoff = lock(&self.backoff).clone();
         let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
-        let stretch = self.pace.full_second().as_secs_f64();
+        let share = self.lane.as_ref().map_or(1.0, |lane| lane.share()).max(0.001);
+        let stretch = self.pace.full_second().as_secs_f64() / share;
         let turn = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);
             first + backoff.time_for(f64::from(permits) * stretch, first)
@@ -430,7 +447,12 @@ impl Dispatcher {
         if resumed > now {
             return Some(Wake::at(resumed));
         }
-        match self.ring.room(now, self.limit(), self.pace.window()) {
+        let right = self.lane.as_ref().map(|lane| lane.right());
+        self.alone(right, now);
+        let most = self
+            .alone
+            .map_or(self.limit(), |slice| usize::try_from(slice.get()).unwrap_or(usize::MAX));
+        match self.ring.room(now, most, self.pace.window()) {
             Room::Free => {}
             Room::Taken { until } => {
                 return Some(Wake {
@@ -439,16 +461,79 @@ impl Dispatcher {
                 });
             }
         }
+        match right {
+            Some(Right::Nothing) => return Some(Wake::default()),
+            Some(Right::Slot(slot)) => return self.grant_slot(slot, now),
+            Some(Right::Alone(_)) | None => {}
+        }
         if self.due > now {
             return Some(Wake::at(self.due));
         }
-        let behind = self.pace.interval().max(LATEST_WAKE_UP);
+        let behind = self.own_pace().interval().max(LATEST_WAKE_UP);
         let latest = now.checked_sub(behind).unwrap_or(now);
         let at = self.due.max(self.ready_since).max(resumed).max(latest).min(now);
         if self.conforms(at, rate) {
-            self.hand_over(now);
+            let latest = self.lane.as_ref().map(|lane| now + lane.patience());
+            self.hand_over(now, latest);
         }
         None
+    }
+
+    /// Spends a permit that replicas share, at its slot; one that is late is as good as none.
+    fn grant_slot(&mut self, slot: Slot, now: Instant) -> Option<Wake> {
+        self.due = slot.due;
+        if slot.due > now {
+            return Some(Wake::at(slot.due));
+        }
+        if now <= slot.latest {
+            self.hand_over(now, Some(slot.latest));
+        }
+        // What is left decides who gets the next.
+        self.want(now);
+        if let Some(lane) = &self.lane {
+            lane.spent();
+        }
+        None
+    }
+
+    /// Takes notice of whether the process spends its slice. It begins, and ends, with a second in which nobody spends it.
+    fn alone(&mut self, right: Option<Right>, now: Instant) {
+        let alone = match right {
+            Some(Right::Alone(slice)) => NonZeroU32::new(slice),
+            Some(Right::Slot(_) | Right::Nothing) | None => None,
+        };
+        if alone != self.alone {
+            self.alone = alone;
+            self.limiter = limiter(self.own_pace(), &self.clock);
+            self.last = None;
+            self.due = now;
+        }
+    }
+
+    /// The pace of what is this process's own.
+    fn own_pace(&self) -> Pace {
+        Pace {
+            limit: self.alone.unwrap_or(self.pace.limit),
+            ..self.pace
+        }
+    }
+
+    /// Tells the other replicas how much is wanted here.
+    fn want(&mut self, now: Instant) {
+        let Some(lane) = &self.lane else { return };
+        let is_paused = lock(&self.backoff).resumed() > now;
+        let demand = if self.ready == 0 || is_paused {
+            Demand::default()
+        } else {
+            Demand {
+                weight: self.queue.weight(self.called.values().map(|called| called.flight)),
+                flights: self.ready,
+            }
+        };
+        if demand != self.wanted {
+            self.wanted = demand;
+            lane.want(demand);
+        }
     }
 
     /// Spends a cell at the instant `at`, and learns when the next one is due: when it conforms, and at a lower `rate`
@@ -461,8 +546,10 @@ impl Dispatcher {
         }
         if conforms {
             self.last = Some(at);
-            if rate < f64::from(self.pace.limit.get()) {
-                self.due = self.due.max(at + self.pace.full_second().div_f64(rate));
+            let limit = f64::from(self.pace.limit.get());
+            if rate < limit {
+                let own = f64::from(self.own_pace().limit.get()) / limit;
+                self.due = self.due.max(at + self.pace.full_second().div_f64(rate * own));
             }
         }
         conforms
@@ -477,7 +564,7 @@ impl Dispatcher {
         };
         let before = std::mem::replace(&mut self.pace, pace);
         if before.interval() != pace.interval() {
-            self.limiter = limiter(pace, &self.clock);
+            self.limiter = limiter(self.own_pace(), &self.clock);
             if let Some(last) = self.last {
                 self.conforms(last, rate);
             }
@@ -485,8 +572,8 @@ impl Dispatcher {
     }
 
     /// Gives a permit to the earliest flight that has a connection and is still there.
-    fn hand_over(&mut self, now: Instant) {
-        let mut stamp = self.ring.take();
+    fn hand_over(&mut self, now: Instant, latest: Option<Instant>) {
+        let mut stamp = self.ring.take(latest);
         while let Some(flight) = self.first_ready() {
             match self.forget(flight).map(|grant| grant.send(stamp)) {
                 Some(Err(back)) => stamp = back,
@@ -503,6 +590,13 @@ impl Dispatcher {
 
     fn limit(&self) -> usize {
         usize::try_from(self.pace.limit.get()).unwrap_or(usize::MAX)
+    }
+}
+
+/// Waits for news of the shared budget.
+async fn told(lane: Option<&Lane>) {
+    if let Some(lane) = lane {
+        lane.told().await;
     }
 }
 

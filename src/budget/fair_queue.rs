@@ -64,6 +64,8 @@ pub(super) struct FairQueue {
     /// Clients by how many places they have.
     by_places: BTreeSet<(usize, Client)>,
     names: usize,
+    /// Of all callers with places, together.
+    weights: u32,
     arrivals: u64,
     /// Flights that wait for a turn.
     waiting: usize,
@@ -265,6 +267,22 @@ impl FairQueue {
         self.flights.get(&flight)?.charged.as_ref()
     }
 
+    /// The sum of the weights of the callers that wait, in tenths, of which the background has one: those with places, and
+    /// those of flights that were `called` forward.
+    pub(super) fn weight(&self, called: impl Iterator<Item = Flight>) -> u32 {
+        let mut others = BTreeMap::new();
+        for standing in called.filter_map(|flight| self.flights.get(&flight)) {
+            if let Some(client) = &standing.charged
+                && !self.callers.contains_key(&client.caller)
+            {
+                let weight = standing.clients.get(client).map_or(1, |waiters| waiters.weight.max(1));
+                others.insert(&client.caller, weight);
+            }
+        }
+        let others: u32 = others.values().sum();
+        self.weights.saturating_add(others).saturating_mul(10).max(1)
+    }
+
     /// Clients with places and how many each has, most first.
     pub(super) fn places(&self) -> impl ExactSizeIterator<Item = (&Client, usize)> {
         self.by_places.iter().rev().map(|(places, client)| (client, *places))
@@ -362,7 +380,10 @@ impl FairQueue {
                 turns: BTreeMap::new(),
             }
         });
-        queue.weight = waiters.weight.max(1);
+        let weight = waiters.weight.max(1);
+        let before = if queue.names.is_empty() { 0 } else { queue.weight };
+        self.weights = self.weights - before + weight;
+        queue.weight = weight;
         let is_known = queue.names.contains_key(client);
         let client = if is_known || self.names < MOST_NAMES {
             client.clone()
@@ -403,6 +424,7 @@ impl FairQueue {
         self.names -= 1;
         if queue.names.is_empty() {
             self.turns.remove(&queue.turn);
+            self.weights -= queue.weight;
             self.callers.remove(&client.caller);
         }
     }

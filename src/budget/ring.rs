@@ -69,9 +69,12 @@ impl Ring {
     }
 
     /// Takes a slot, from now until it is written and a window has passed, or until it is dropped unused.
-    pub(super) fn take(self: &Arc<Self>) -> Stamp {
+    pub(super) fn take(self: &Arc<Self>, latest: Option<Instant>) -> Stamp {
         lock(&self.slots).unwritten += 1;
-        Stamp { ring: Arc::clone(self) }
+        Stamp {
+            ring: Arc::clone(self),
+            latest,
+        }
     }
 }
 
@@ -79,9 +82,16 @@ impl Ring {
 #[derive(Debug)]
 pub(super) struct Stamp {
     ring: Arc<Ring>,
+    /// After this it may not be written: other replicas count on it.
+    latest: Option<Instant>,
 }
 
 impl Stamp {
+    /// Whether it may be written no more.
+    pub(super) fn is_late(&self, now: Instant) -> bool {
+        self.latest.is_some_and(|latest| latest < now)
+    }
+
     /// The query was written, `at` this instant. Where two connections' stamps come in the wrong order, the earlier one
     /// counts as late as the other.
     pub(super) fn written(self, at: Instant) {

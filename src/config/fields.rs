@@ -18,7 +18,9 @@ use super::problem::{Wrong, wrong};
 use super::reader::Reader;
 use super::secret;
 use super::values::{self, written_duration, written_size};
-use super::{Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, Otlp, UnknownKeys, Upstream, tls};
+use super::{
+    Account, Budget, Cache, Client, Config, Fresh, Limits, Log, LogFormat, Otlp, UnknownKeys, Upstream, shared, tls,
+};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = secs(86_400);
@@ -56,6 +58,7 @@ pub(super) fn config(r: &mut Reader<'_>) -> Config {
         budget: r.section("budget", budget),
         cache: r.section("cache", cache),
         passthrough: r.list("passthrough", vec!["/api/v1/".to_owned()], values::prefix),
+        shared: r.optional("shared", shared::section).flatten(),
         limits: r.section("limits", limits),
         drain: r.duration("drain", secs(30), MS..=DAY),
         worker_threads: r
@@ -64,8 +67,6 @@ pub(super) fn config(r: &mut Reader<'_>) -> Config {
         log: r.section("log", log),
         otlp: r.section("otlp", otlp),
     };
-    let fix = "set it to null and run one replica";
-    r.unsupported("shared", "replicas that share a budget", fix);
     together(r, &config);
     config
 }
@@ -225,6 +226,26 @@ fn together(r: &mut Reader<'_>, config: &Config) {
         fix,
     );
 
+    if let Some(shared) = &config.shared {
+        let (replicas, limit) = (shared.max_replicas, config.budget.limit);
+        let what =
+            format!("is {replicas}, above budget.limit of {limit}: a replica that is cut off could spend nothing");
+        let fix = "lower it";
+        r.together(&["shared.max_replicas", "budget.limit"], replicas <= limit, what, fix);
+        let margin = config.budget.margin;
+        let what = format!(
+            "is {}: a third of it is all that a reply of the shared store may take",
+            written_duration(margin)
+        );
+        let fix = "raise it to 15ms or more, or set shared.url to null";
+        r.together(
+            &["budget.margin", "shared.url"],
+            shared.store.is_none() || margin >= 15 * MS,
+            what,
+            fix,
+        );
+    }
+
     let (one, all) = (config.upstream.max_body, config.limits.body_bytes);
     let room = written_size(all as u64);
     let what = format!("is above limits.body_bytes of {room}: no room for one such body");
@@ -233,7 +254,7 @@ fn together(r: &mut Reader<'_>, config: &Config) {
 }
 
 /// The extra roots' file, which must hold at least one certificate. Only its path is kept.
-fn ca_file(value: &Value) -> Result<PathBuf, Wrong> {
+pub(super) fn ca_file(value: &Value) -> Result<PathBuf, Wrong> {
     let path = PathBuf::from(values::text(value, "/etc/ssl/extra.pem")?);
     tls::certificates(&path).map(|_| path)
 }
@@ -251,7 +272,12 @@ fn count<N: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Resu
 
 /// The getters that the table above is written in.
 impl Reader<'_> {
-    fn duration(&mut self, name: &'static str, default: Duration, range: RangeInclusive<Duration>) -> Duration {
+    pub(super) fn duration(
+        &mut self,
+        name: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
         self.value(name, default, |value| values::duration(value, &range))
     }
 
@@ -278,7 +304,7 @@ mod tests {
     use super::*;
 
     const SHIPPED: &str = include_str!("../../config.yaml");
-    const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }] }], tls: {} }";
+    const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }] }], tls: {}, shared: {} }";
 
     /// Every field that is asked for when there is an account, and TLS, as `accounts.keys.file`.
     fn known() -> Vec<String> {
@@ -315,6 +341,9 @@ mod tests {
             key_file: "key".into(),
             clients: None,
         });
+        config.shared = Config::parse("shared: { max_replicas: 3, url: 'redis://a' }", &|_| None)
+            .unwrap()
+            .shared;
         for field in known() {
             assert!(shows(&config.render(), &field), "render lacks {field}");
         }
@@ -343,6 +372,16 @@ mod tests {
         let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
         let files = ["tls.cert_file", "tls.key_file", "tls.client_ca_file"];
         assert_eq!(fields, files, "only the files are missing: {problems}");
+    }
+
+    #[test]
+    fn the_commented_shared_in_the_shipped_file_is_right() {
+        let example = example("shared");
+        let shared = Config::parse(&example, &|name| Some(format!("value-of-{name}")))
+            .unwrap()
+            .shared
+            .unwrap();
+        assert!(shared.store.is_some_and(|store| store.password.is_some()), "{example}");
     }
 
     #[test]

@@ -167,15 +167,6 @@ impl<'a> Reader<'a> {
         check(value).map_err(|wrong| self.refuse(name, wrong)).ok()
     }
 
-    /// A field that a later version may read; null and `[]` say that it is not used.
-    pub(super) fn unsupported(&mut self, name: &'static str, what: &str, fix: &str) {
-        let used = |value: &Value| !value.is_null() && value.as_array().is_none_or(|items| !items.is_empty());
-        if self.take(name).is_some_and(used) {
-            let what = format!("{what} are not supported by this version");
-            self.problem(name, what, fix);
-        }
-    }
-
     /// The file's own value, which makes `name` a known field.
     fn take(&mut self, name: &'static str) -> Option<&'a Value> {
         self.here.asked.push(name);

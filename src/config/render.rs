@@ -7,7 +7,7 @@ use http::Uri;
 use super::fields::{LOG_FORMATS, LOG_LEVELS, UNKNOWN_KEYS};
 use super::tls::DEMANDS;
 use super::values::{written_duration as time, written_size};
-use super::{Account, Client, Config, Key, KeySource, Tls};
+use super::{Account, Client, Config, Key, KeySource, Shared, Tls};
 
 /// Every field, in the order of the shipped `config.yaml`.
 pub(super) fn yaml(config: &Config) -> String {
@@ -23,6 +23,7 @@ pub(super) fn yaml(config: &Config) -> String {
         budget,
         cache,
         passthrough,
+        shared,
         limits,
         drain,
         worker_threads,
@@ -66,7 +67,7 @@ pub(super) fn yaml(config: &Config) -> String {
         format!("  disk_max_bytes: {}", quoted(&written_size(cache.disk_max_bytes))),
         format!("  disk_max_age: {}", time(cache.disk_max_age)),
         format!("passthrough: [{}]", prefixes.join(", ")),
-        "shared: null".to_owned(),
+        shared.as_ref().map_or_else(|| "shared: null".to_owned(), shared_yaml),
         "limits:".to_owned(),
         format!("  header_bytes: {}", size(limits.header_bytes)),
         format!("  headers: {}", limits.headers),
@@ -102,6 +103,26 @@ fn tls_yaml(tls: &Tls) -> String {
         path(&tls.key_file),
         or_null(roots),
         or_null(demand)
+    )
+}
+
+fn shared_yaml(Shared { max_replicas, store }: &Shared) -> String {
+    let head = format!("shared:\n  max_replicas: {max_replicas}\n  url: ");
+    let Some(store) = store else {
+        return head + "null";
+    };
+    let secret = |key: &Option<Key>| or_null(key.as_ref().map(key_yaml));
+    format!(
+        "{head}{}\n  prefix: {}\n  username: {}\n  password: {}\n  sentinel_password: {}\n  ca_file: {}\n  \
+         connect_timeout: {}\n  timeout: {}",
+        quoted(&store.url.to_string()),
+        quoted(&store.prefix),
+        or_null(store.username.as_deref().map(quoted)),
+        secret(&store.password),
+        secret(&store.sentinel_password),
+        or_null(store.ca_file.as_deref().map(path)),
+        quoted(&time(store.connect_timeout)),
+        quoted(&time(store.timeout)),
     )
 }
 

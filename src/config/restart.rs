@@ -29,6 +29,12 @@ impl Config {
             &mut cache.disk_max_age,
             &running_cache.disk_max_age,
         );
+        left.keep("shared", &mut self.shared, &running.shared);
+        if self.shared.is_some() {
+            // What replicas own of an account adds up to its limit only while they all go by the same one.
+            left.keep("budget.limit", &mut self.budget.limit, &running.budget.limit);
+            left.keep("budget.margin", &mut self.budget.margin, &running.budget.margin);
+        }
         let (limits, running_limits) = (&mut self.limits, &running.limits);
         left.keep(
             "limits.upstream_connections",

@@ -62,6 +62,13 @@ pub(super) fn one(reader: &mut Reader<'_>, name: &'static str) -> Option<Key> {
     secret(reader, path, item?)
 }
 
+/// Reads the one secret `name`, if it is there.
+pub(super) fn optional(reader: &mut Reader<'_>, name: &'static str) -> Option<Key> {
+    let item = reader.nullable(name, Ok)?;
+    let path = reader.path(name);
+    secret(reader, path, item)
+}
+
 fn secret<'a>(reader: &mut Reader<'a>, path: String, item: &'a Value) -> Option<Key> {
     if item.is_string() || item.is_number() {
         const WHAT: &str = "a key as plain text: keys are never written into the config";

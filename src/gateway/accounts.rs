@@ -26,6 +26,7 @@ use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::outcome::Served;
+use crate::shared::Shared;
 use crate::stored::Owner;
 use crate::upstream::{Pool, Upstream};
 use crate::watch::Watch;
@@ -111,7 +112,13 @@ pub(super) struct Accounts {
 impl Accounts {
     /// The accounts of `config`; those that it does not list form as they are asked for. Nothing is granted before
     /// `started` plus 1 s plus `budget.margin`.
-    pub(super) fn new(config: &Config, upstream: Upstream, metrics: Arc<Metrics>, started: Instant) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        upstream: Upstream,
+        shared: Option<Shared>,
+        metrics: Arc<Metrics>,
+        started: Instant,
+    ) -> Self {
         let make = Maker {
             ids: AccountIds::default(),
             upstream,
@@ -119,12 +126,14 @@ impl Accounts {
             others: Arc::new(Others::new(OTHER, Arc::clone(&metrics))),
             metrics,
             started,
+            shared,
             next_key: AtomicU64::new(0),
             unlisted: AtomicU64::new(0),
         };
         let rules = Rules::of(config, started);
         let accounts = config.accounts.iter().map(|configured| {
-            let budget = rules.budget(&make.metrics.account(&configured.name));
+            let lane = make.listed_lane(&configured.name);
+            let budget = rules.budget(lane, &make.metrics.account(&configured.name));
             make.listed(configured, None, budget, &rules)
         });
         let listed = make.askers(&config.accounts, accounts.collect());
@@ -164,7 +173,10 @@ impl Accounts {
                     .values()
                     .find(|account| *account.label == *configured.name);
                 let budget = prior.map_or_else(
-                    || rules.budget(&self.make.metrics.account(&configured.name)),
+                    || {
+                        let lane = self.make.listed_lane(&configured.name);
+                        rules.budget(lane, &self.make.metrics.account(&configured.name))
+                    },
                     |prior| prior.budget.clone(),
                 );
                 let mut spent = configured.keys.iter().filter_map(|listed| spent(&listed.key));
@@ -244,7 +256,10 @@ impl Accounts {
         let known = self.dormant().remove(key);
         let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         let budget = retired.get(key).cloned();
-        let budget = budget.unwrap_or_else(|| directory.rules.budget(&self.make.other));
+        let budget = budget.unwrap_or_else(|| {
+            let lane = self.make.unlisted_lane(key);
+            directory.rules.budget(lane, &self.make.other)
+        });
         let account = Arc::new(self.make.unlisted(key, known, budget, &directory.rules, asked_ms));
         unlisted.insert(key.clone(), Arc::clone(&account));
         account.its_own()
@@ -403,7 +418,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new().unwrap());
         let dial = tcp(config.upstream.url.clone());
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
-        Accounts::new(&config, upstream, metrics, Instant::now())
+        Accounts::new(&config, upstream, None, metrics, Instant::now())
     }
 
     impl Accounts {

@@ -70,6 +70,7 @@ impl Gateway {
                 }
                 Ok(answer)
             }
+            Err(failed) if failed.unspent => Err(failed),
             Err(failed) => {
                 let (outcome, detail) = (failure(&failed.error), failed.error.detail());
                 account.metrics.attempted(outcome, took);

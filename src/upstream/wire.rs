@@ -31,6 +31,8 @@ struct State {
     /// Bytes heard since the last request was armed; of no interest once its answer's head is there.
     before_body: usize,
     is_answered: bool,
+    /// The permit was too late, and nothing was written.
+    was_late: bool,
 }
 
 impl Wire {
@@ -66,6 +68,23 @@ impl Wire {
     /// Whether any byte came since the last request was written.
     pub(super) fn heard(&self) -> bool {
         self.state().heard
+    }
+
+    /// Whether the last request was not written, since its permit was late.
+    pub(super) fn was_late(&self) -> bool {
+        self.state().was_late
+    }
+
+    /// The last look before the bytes go: whatever held them up since the permit was granted has happened by now.
+    fn may_write(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if state.permit.take_if(|permit| permit.is_late(Instant::now())).is_some() {
+            state.was_late = true;
+        }
+        if state.was_late {
+            return Err(io::Error::other("the permit is too late"));
+        }
+        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -113,7 +132,9 @@ impl AsyncRead for Heard {
 
 impl AsyncWrite for Heard {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+        let this = self.get_mut();
+        this.wire.may_write()?;
+        Pin::new(&mut this.stream).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
@@ -121,7 +142,9 @@ impl AsyncWrite for Heard {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
+        let this = self.get_mut();
+        this.wire.may_write()?;
+        Pin::new(&mut this.stream).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -35,7 +35,7 @@ fn budget(limit: u32, metrics: AccountMetrics) -> Budget {
         margin: MARGIN,
         not_before: Instant::now() + hold(),
     };
-    Budget::new(pace, 1_000_000, metrics)
+    Budget::new(pace, 1_000_000, None, metrics)
 }
 
 /// A flight's whole way to its permit.

@@ -136,7 +136,7 @@ pub(super) fn play(plans: &Plans) -> History {
     let (_, inbox) = mpsc::unbounded_channel();
     let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
     let metrics = Metrics::new().unwrap().account("world");
-    let dispatcher = Dispatcher::new(1_000_000, Arc::clone(&backoff), Arc::default(), metrics, inbox);
+    let dispatcher = Dispatcher::new(1_000_000, Arc::clone(&backoff), Arc::default(), None, metrics, inbox);
     let mut world = World {
         plans,
         start,

@@ -2,6 +2,7 @@
 //! where a changed configuration says something else of one.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{self, Config, Fresh, UnknownKeys};
 use crate::metrics::{AccountMetrics, Metrics, OTHER};
+use crate::shared::{Lane, Shared};
 use crate::stored::Owner;
 use crate::upstream::Upstream;
 use crate::watch::Watch;
@@ -32,6 +34,8 @@ pub(super) struct Maker {
     pub(super) other: AccountMetrics,
     pub(super) others: Arc<Others>,
     pub(super) started: Instant,
+    /// By which replicas share the budgets.
+    pub(super) shared: Option<Shared>,
     pub(super) next_key: AtomicU64,
     /// Unlisted accounts that ever formed.
     pub(super) unlisted: AtomicU64,
@@ -51,21 +55,31 @@ pub(super) struct Rules {
 impl Rules {
     pub(super) fn of(config: &Config, started: Instant) -> Self {
         let margin = config.budget.margin;
+        let second = Duration::from_secs(1) + margin;
+        let (limit, hold) = match &config.shared {
+            // Without a store each replica owns its part, and never more.
+            Some(shared) if shared.store.is_none() => {
+                let part = config.budget.limit.get() / shared.max_replicas;
+                (NonZeroU32::new(part).unwrap_or(NonZeroU32::MIN), second)
+            }
+            Some(_) => (config.budget.limit, Shared::hold(config)),
+            None => (config.budget.limit, second),
+        };
         Self {
             unknown_keys: config.unknown_keys,
             max_unlisted: config.max_accounts,
             pace: Pace {
-                limit: config.budget.limit,
+                limit,
                 margin,
-                not_before: started + Duration::from_secs(1) + margin,
+                not_before: started + hold,
             },
             max_queue: config.budget.max_queue,
             fresh: config.cache.fresh,
         }
     }
 
-    pub(super) fn budget(&self, metrics: &AccountMetrics) -> Budget {
-        Budget::new(self.pace, self.max_queue, metrics.clone())
+    pub(super) fn budget(&self, lane: Option<Lane>, metrics: &AccountMetrics) -> Budget {
+        Budget::new(self.pace, self.max_queue, lane, metrics.clone())
     }
 
     /// Brings them to a budget that is there, which grants nothing before `not_before`.
@@ -79,6 +93,18 @@ impl Rules {
 }
 
 impl Maker {
+    /// A configured account's way to the budget that replicas share.
+    pub(super) fn listed_lane(&self, name: &str) -> Option<Lane> {
+        let shared = self.shared.as_ref()?;
+        Some(shared.lane(&format!("name:{name}")))
+    }
+
+    /// The same of an account that an unlisted key forms.
+    pub(super) fn unlisted_lane(&self, key: &ApiKey) -> Option<Lane> {
+        let shared = self.shared.as_ref()?;
+        Some(shared.lane(&format!("key:{}", key.digest())))
+    }
+
     /// A configured account. Of the one before under its name, `prior`, it keeps all that its keys do not decide.
     pub(super) fn listed(
         &self,

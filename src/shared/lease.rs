@@ -1,0 +1,222 @@
+//! When a process may spend: its slice lent, at home, or neither. Pure: `now` is passed in.
+//!
+//! The numbered rules are those of `shared.rs`. A slice is lent from the store's time that a call names until 1 s later on
+//! the store's clock; on this process's own clock it is home 1 s + window after that time was heard. Everything doubtful
+//! costs a wait, never a query too many.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::script::Call;
+
+/// How long the store counts on a slice, after the time that the call named.
+pub(super) const LENT: Duration = Duration::from_secs(1);
+
+/// A clock may differ by this before it counts as a step.
+const STEP: Duration = Duration::from_millis(5);
+
+/// Two calls running without a reply: cut off.
+const MISSES: u32 = 2;
+
+/// Replies for so long without a miss: no longer cut off.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// The store's time, when this process learnt of it.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// In µs on the store's clock.
+    time: u64,
+    /// When the call was sent, and the reply received.
+    sent: Instant,
+    received: Instant,
+}
+
+/// Where a process stands with its slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It spends nothing: it has just started, or something was doubtful.
+    Waiting,
+    /// The slice is lent, permits come from the store.
+    Lending,
+    /// Cut off, the slice not home yet.
+    CutOff,
+    /// Cut off, and spending its slice.
+    Alone,
+}
+
+impl Standing {
+    /// Each of them.
+    pub const ALL: [Self; 4] = [Self::Waiting, Self::Lending, Self::CutOff, Self::Alone];
+
+    /// Metric label and log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Lending => "lending",
+            Self::CutOff => "cut_off",
+            Self::Alone => "alone",
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Lease {
+    /// 1 s plus the margin.
+    window: Duration,
+    /// A third of the margin: the longest that a reply may take, and a permit be late.
+    third: Duration,
+    generation: String,
+    seen: Option<Seen>,
+    /// From here on nobody else can be spending the slice.
+    home: Instant,
+    /// Before this nothing is spent and nothing lent.
+    quiet: Instant,
+    is_alone: bool,
+    is_cut: bool,
+    is_leaving: bool,
+    misses: u32,
+    steady_since: Option<Instant>,
+}
+
+impl Lease {
+    /// Rule 6: a process that starts at `now` spends and lends nothing for 1 s + window, since its predecessor may have.
+    pub(super) fn new(window: Duration, third: Duration, now: Instant) -> Self {
+        let home = now + LENT + window;
+        Self {
+            window,
+            third,
+            generation: String::new(),
+            seen: None,
+            home,
+            quiet: home,
+            is_alone: false,
+            is_cut: false,
+            is_leaving: false,
+            misses: 0,
+            steady_since: None,
+        }
+    }
+
+    /// Whether permits may be had from the store.
+    pub(super) fn lends(&self, now: Instant) -> bool {
+        !self.is_alone && !self.is_cut && self.seen.is_some() && now >= self.quiet
+    }
+
+    /// Rule 8: whether the slice is spent here.
+    pub(super) fn is_alone(&self) -> bool {
+        self.is_alone
+    }
+
+    /// Whether calls have had no replies.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
+    pub(super) fn standing(&self, now: Instant) -> Standing {
+        if self.is_alone {
+            Standing::Alone
+        } else if self.is_cut {
+            Standing::CutOff
+        } else if self.lends(now) {
+            Standing::Lending
+        } else {
+            Standing::Waiting
+        }
+    }
+
+    /// When waiting is over, if nothing else happens.
+    pub(super) fn quiet(&self) -> Instant {
+        self.quiet
+    }
+
+    /// A call that is sent at `now`, without the accounts that want a permit. Rule 7: it lends the slice out until 1 s +
+    /// window after the reply whose time it names.
+    pub(super) fn call(&mut self, now: Instant) -> Call {
+        let named = self.seen.filter(|_| self.lends(now));
+        if let Some(seen) = named {
+            self.home = self.home.max(seen.received + LENT + self.window);
+        }
+        Call {
+            generation: self.generation.clone(),
+            named: named.map(|seen| seen.time),
+            lends: named.is_some() && !self.is_leaving,
+            wants: Vec::new(),
+        }
+    }
+
+    /// A call had no reply. Rule 8: after two the process is cut off.
+    pub(super) fn missed(&mut self) {
+        self.misses += 1;
+        self.steady_since = None;
+        if self.misses >= MISSES {
+            self.is_cut = true;
+        }
+    }
+
+    /// A reply of this generation that tells this `time`: gives whether a permit in it may be spent, `None` if it is no
+    /// reply.
+    pub(super) fn heard(&mut self, sent: Instant, received: Instant, generation: &str, time: u64) -> Option<bool> {
+        // Rule 5.
+        if received.saturating_duration_since(sent) > self.third {
+            self.missed();
+            return None;
+        }
+        self.misses = 0;
+        let steady_since = *self.steady_since.get_or_insert(received);
+        let is_odd = self.is_odd(sent, received, generation, time);
+        let mut counts = !is_odd && !self.is_cut;
+        if is_odd {
+            // Rule 9.
+            self.quiet = self.quiet.max(received + self.window).max(self.home);
+        }
+        if self.is_cut && received.saturating_duration_since(steady_since) >= STEADY {
+            self.is_cut = false;
+        }
+        if self.is_alone && !self.is_cut {
+            self.is_alone = false;
+            self.quiet = self.quiet.max(received + self.window);
+            counts = false;
+        }
+        if self.generation != generation {
+            generation.clone_into(&mut self.generation);
+        }
+        self.seen = Some(Seen { time, sent, received });
+        Some(counts)
+    }
+
+    /// Rule 9: a new generation, the first too, or a time that moved more or less than our own clock allows.
+    fn is_odd(&self, sent: Instant, received: Instant, generation: &str, time: u64) -> bool {
+        let Some(seen) = self.seen.filter(|_| self.generation == generation) else {
+            return true;
+        };
+        let Some(moved) = time.checked_sub(seen.time).map(Duration::from_micros) else {
+            return true;
+        };
+        let least = sent.saturating_duration_since(seen.received);
+        let most = received.saturating_duration_since(seen.sent);
+        moved + STEP < least || moved > most + STEP
+    }
+
+    /// Rule 8: cut off, the slice is spent here as soon as it is home. Gives when to look again, while that is to come.
+    pub(super) fn look(&mut self, now: Instant) -> Option<Instant> {
+        if self.is_leaving || self.is_alone || !self.is_cut {
+            return None;
+        }
+        let at = self.home.max(self.quiet);
+        if now < at {
+            return Some(at);
+        }
+        self.is_alone = true;
+        None
+    }
+
+    /// Rule 10: the process is told to stop. The slice is its successor's; the store's permits are still to be had.
+    pub(super) fn leave(&mut self, now: Instant) {
+        if self.is_alone {
+            self.quiet = self.quiet.max(now + self.window);
+        }
+        self.is_leaving = true;
+        self.is_alone = false;
+    }
+}

@@ -1,0 +1,129 @@
+-- One budget an account, many replicas: pays out what is on loan, one permit at a time (src/shared.rs has the rules).
+--
+-- KEYS[1]  the one hash: nothing of it can be evicted without the rest
+-- ARGV     who, generation, time named in µs ('' says hello), lends (1 or 0), limit, replicas, window in µs;
+--          then for each account that wants a permit: its name, weight, flights with a connection,
+--          and what it knows of upstream's last 429: pause left in µs (0: nothing), rate after it, pause chosen in µs
+-- returns  generation, time, leases alive;
+--          then for each account: µs to the permit's slot ('' is none), µs after which to ask again,
+--          share of the limit in millionths, pause left in µs (below 0: over for so long), rate, chosen
+
+local LEASE, STEP, AHEAD = 1000000, 5000, 100000
+-- Who asked counts as wanting for so long; whose turn it is not asks again after so long.
+local WANTS, TURN = 150000, 25000
+
+local function whole(number) return string.format('%.0f', number) end
+
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+local key, who = KEYS[1], ARGV[1]
+local limit, replicas, window = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+
+local known = redis.call('HMGET', key, 'run', 'generation', 'last', 'leases', 'swept', 'cursor')
+local generation, last, leases, swept, cursor = known[2], tonumber(known[3]), {}, tonumber(known[5]), known[6]
+if known[1] ~= run or not generation or not last or last > now + STEP then
+  redis.call('UNLINK', key)
+  generation, last, swept, cursor = run .. ':' .. whole(now), now, now, '0'
+  redis.call('HSET', key, 'run', run, 'generation', generation, 'swept', whole(swept), 'cursor', cursor)
+elseif known[4] then
+  leases = cmsgpack.unpack(known[4])
+end
+redis.call('HSET', key, 'last', whole(math.max(last, now)))
+redis.call('PEXPIRE', key, 60000)
+
+local function alive(at)
+  local count = 0
+  for _, ends in pairs(leases) do
+    if ends > at then count = count + 1 end
+  end
+  return count
+end
+
+if ARGV[3] == '' or ARGV[2] ~= generation then
+  return {generation, whole(now), alive(now)}
+end
+
+local ends = tonumber(ARGV[3]) + LEASE
+if ARGV[4] == '1' and ends > (leases[who] or 0) then leases[who] = ends end
+for other, over in pairs(leases) do
+  if over < now - LEASE then leases[other] = nil end
+end
+redis.call('HSET', key, 'leases', cmsgpack.pack(leases))
+
+-- What nobody has used for long is forgotten, a few accounts at a time.
+if now - swept > 100000 then
+  local found = redis.call('HSCAN', key, cursor, 'MATCH', 'account:*', 'COUNT', 50)
+  for i = 1, #found[2], 2 do
+    local account = cmsgpack.unpack(found[2][i + 1])
+    if account.next < now - 10 * LEASE and account.paused < now - 40 * LEASE then
+      redis.call('HDEL', key, found[2][i])
+    end
+  end
+  redis.call('HSET', key, 'swept', whole(now), 'cursor', found[1])
+end
+
+local reply = {generation, whole(now), alive(now)}
+if ends <= now then return reply end
+
+for i = 8, #ARGV, 6 do
+  local name, weight, flights = 'account:' .. ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
+  local kept = redis.call('HGET', key, name)
+  -- wants: by process, its virtual time, its weight, and until when it wants
+  local account = kept and cmsgpack.unpack(kept) or {next = 0, wants = {}, paused = 0, rate = 0, chosen = 0}
+
+  local left = tonumber(ARGV[i + 3])
+  if left > 0 and now + left > account.paused then
+    account.paused, account.rate, account.chosen = now + left, tonumber(ARGV[i + 4]), tonumber(ARGV[i + 5])
+  end
+
+  local slot = math.max(now, account.next)
+  local missing = math.max(0, replicas - alive(slot))
+  local pay = limit - math.floor(limit / replicas) * missing
+  local granted, again, weights = '', '', weight
+  if flights > 0 then
+    -- Start-time fair queueing among the processes: whoever was served least for its weight is next. One that does not want
+    -- any more keeps its place until the others have come as far, or leaving for a moment would pay.
+    local floor
+    for other, want in pairs(account.wants) do
+      if other ~= who and want[3] > now then
+        weights = weights + want[2]
+        if not floor or want[1] < floor then floor = want[1] end
+      end
+    end
+    local mine = account.wants[who] or {0, 0, 0}
+    if mine[3] <= now and floor and mine[1] < floor then mine[1] = floor end
+    mine[2], mine[3] = weight, now + WANTS
+    account.wants[who] = mine
+    local least = floor and math.min(floor, mine[1]) or mine[1]
+    for other, want in pairs(account.wants) do
+      if want[3] <= now and want[1] <= least then account.wants[other] = nil end
+    end
+
+    if account.paused > now then
+      again = math.min(250000, account.paused - now)
+    elseif slot - now > AHEAD then
+      again = slot - now - AHEAD / 2
+    elseif floor and mine[1] > floor then
+      again = TURN
+    elseif pay <= 0 then
+      again = 50000
+    else
+      local rate = limit
+      if account.paused > 0 then rate = account.rate + (slot - account.paused) / 1000000 * limit / 30 end
+      account.next = slot + window / math.min(pay, rate)
+      mine[1] = mine[1] + 1 / weight
+      mine[3] = flights > 1 and slot + WANTS or now
+      granted = whole(slot - now)
+    end
+  end
+  redis.call('HSET', key, name, cmsgpack.pack(account))
+
+  reply[#reply + 1] = granted
+  reply[#reply + 1] = again == '' and '' or whole(again)
+  reply[#reply + 1] = whole(1000000 * pay / limit * weight / weights)
+  reply[#reply + 1] = account.paused > 0 and whole(account.paused - now) or ''
+  reply[#reply + 1] = string.format('%.6f', account.rate)
+  reply[#reply + 1] = whole(account.chosen)
+end
+return reply

@@ -1,0 +1,363 @@
+//! All that a process does about the shared budget, without doing it: when it calls, with what, and what comes of the
+//! reply. Pure: `now` is passed in, so that whole clusters are played in no time.
+//!
+//! There is one call at a time, for all accounts. An account gets one permit at a time: its dispatcher wants one as soon as a
+//! flight has a connection, and asks for the next when that is spent.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::lease::{Lease, Standing};
+use super::script::{Call, Cut, Dealt, Reply, Want};
+
+/// A call at least this often.
+const HEARTBEAT: Duration = Duration::from_millis(250);
+
+/// After a reply that came too late, and after none.
+const AFTER_LATE: Duration = Duration::from_millis(50);
+const AFTER_NONE: Duration = Duration::from_millis(10);
+/// The same while cut off: a store that refuses connections is not asked for them without end.
+const AFTER_MANY: Duration = Duration::from_millis(100);
+
+/// Accounts in one call, at most: a call of so many takes the store a fraction of a millisecond, and the others go next.
+const MOST_ACCOUNTS: usize = 64;
+
+/// Who waits for an account's permits, here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// The sum of the weights of the clients that wait, in tenths; the background's is one tenth.
+    pub weight: u32,
+    /// Flights with a connection: none, and no permit is wanted.
+    pub flights: usize,
+}
+
+/// A permit of the store's: to be spent from `due` on, and not after `latest`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Its turn in the account's pace.
+    pub due: Instant,
+    /// A third of the margin later.
+    pub latest: Instant,
+}
+
+/// An account, by a number within the process.
+pub(super) type LaneId = u64;
+
+#[derive(Debug)]
+struct Lane {
+    account: Arc<str>,
+    demand: Demand,
+    slot: Option<Slot>,
+    /// Not asked for before.
+    ask_at: Instant,
+    share: f64,
+    /// When queries may go on after upstream's 429, and how: as known here; and whether the store has to be told.
+    cut: Option<Backed>,
+    is_news: bool,
+    /// Notified when there is something for the dispatcher to look at.
+    told: Arc<Notify>,
+}
+
+/// What an upstream 429 does to an account's pace, on this process's clock.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Backed {
+    /// When the pause ends, or ended.
+    pub until: Instant,
+    /// Queries a second, of the limit, from then on; it recovers.
+    pub rate: f64,
+    /// The pause that was chosen where upstream did not say for how long.
+    pub chosen: Duration,
+}
+
+/// Instants that stand for one and the same on two replicas may differ by a round trip.
+const SAME: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub(super) struct Process {
+    lease: Lease,
+    third: Duration,
+    /// What a slice is of the limit.
+    slice_share: f64,
+    lanes: HashMap<LaneId, Lane>,
+    next_lane: LaneId,
+    /// Whose call is under way.
+    calling: Option<Vec<LaneId>>,
+    /// When the next one is due, though no account wants anything.
+    next_call: Instant,
+    alive: u32,
+}
+
+impl Process {
+    pub(super) fn new(window: Duration, third: Duration, slice_share: f64, now: Instant) -> Self {
+        Self {
+            lease: Lease::new(window, third, now),
+            third,
+            slice_share,
+            lanes: HashMap::new(),
+            next_lane: 0,
+            calling: None,
+            next_call: now,
+            alive: 0,
+        }
+    }
+
+    /// One more account.
+    pub(super) fn open(&mut self, account: Arc<str>, told: Arc<Notify>, now: Instant) -> LaneId {
+        self.next_lane += 1;
+        let lane = Lane {
+            account,
+            demand: Demand::default(),
+            slot: None,
+            ask_at: now,
+            share: 1.0,
+            cut: None,
+            is_news: false,
+            told,
+        };
+        self.lanes.insert(self.next_lane, lane);
+        self.next_lane
+    }
+
+    pub(super) fn close(&mut self, lane: LaneId) {
+        self.lanes.remove(&lane);
+    }
+
+    /// What is wanted from now on; true if there is a call to be made for it.
+    pub(super) fn want(&mut self, lane: LaneId, demand: Demand) -> bool {
+        let Some(lane) = self.lanes.get_mut(&lane) else {
+            return false;
+        };
+        let is_first = lane.demand.flights == 0 && demand.flights > 0;
+        lane.demand = demand;
+        is_first && lane.slot.is_none()
+    }
+
+    /// The permit that the account holds.
+    pub(super) fn slot(&self, lane: LaneId) -> Option<Slot> {
+        self.lanes.get(&lane)?.slot
+    }
+
+    /// It is spent, or dropped because it is late; the next may be asked for.
+    pub(super) fn spent(&mut self, lane: LaneId, now: Instant) {
+        if let Some(lane) = self.lanes.get_mut(&lane) {
+            lane.slot = None;
+            lane.ask_at = now;
+        }
+    }
+
+    /// Whether the process spends its slice.
+    pub(super) fn is_alone(&self) -> bool {
+        self.lease.is_alone()
+    }
+
+    pub(super) fn standing(&self, now: Instant) -> Standing {
+        self.lease.standing(now)
+    }
+
+    /// Processes that lend, as the store said last; 0 while it says nothing.
+    pub(super) fn alive(&self) -> u32 {
+        if self.lease.is_cut() { 0 } else { self.alive }
+    }
+
+    /// What part of the limit an account can count on here.
+    pub(super) fn share(&self, lane: LaneId) -> f64 {
+        if self.lease.is_alone() {
+            return self.slice_share;
+        }
+        self.lanes.get(&lane).map_or(1.0, |lane| lane.share)
+    }
+
+    /// What upstream's 429 did to the account, wherever it was heard.
+    pub(super) fn backed(&self, lane: LaneId) -> Option<Backed> {
+        self.lanes.get(&lane)?.cut
+    }
+
+    /// Upstream said 429 here.
+    pub(super) fn back_off(&mut self, lane: LaneId, backed: Backed, now: Instant) {
+        if let Some(lane) = self.lanes.get_mut(&lane) {
+            lane.cut = Some(backed);
+            lane.is_news = true;
+            lane.ask_at = now;
+        }
+    }
+
+    /// Whoever made the calls was interrupted.
+    pub(super) fn resume(&mut self, now: Instant) {
+        if self.calling.is_some() {
+            self.missed(now);
+        }
+    }
+
+    /// Told to stop.
+    pub(super) fn leave(&mut self, now: Instant) {
+        self.lease.leave(now);
+        self.tell_all();
+    }
+
+    fn tell_all(&self) {
+        self.lanes.values().for_each(|lane| lane.told.notify_one());
+    }
+
+    /// The call that is due at `now`, if none is under way.
+    pub(super) fn call(&mut self, now: Instant) -> Option<Call> {
+        if self.calling.is_some() || self.due(now) > now {
+            return None;
+        }
+        let mut call = self.lease.call(now);
+        let mut callers = Vec::new();
+        if call.named.is_some() {
+            let mut wanting: Vec<_> = self.lanes.iter_mut().filter(|(_, lane)| lane.wants()).collect();
+            wanting.retain(|(_, lane)| lane.ask_at <= now);
+            // Who has waited longest goes first, where they are too many for one call.
+            wanting.sort_by_key(|(id, lane)| (lane.ask_at, **id));
+            for (id, lane) in wanting.into_iter().take(MOST_ACCOUNTS) {
+                call.wants.push(lane.want(now));
+                callers.push(*id);
+            }
+        }
+        self.calling = Some(callers);
+        Some(call)
+    }
+
+    /// When the next call is due, if none is under way.
+    fn due(&self, now: Instant) -> Instant {
+        if !self.lease.lends(now) {
+            return self.next_call;
+        }
+        let wanting = self.lanes.values().filter(|lane| lane.wants());
+        wanting
+            .map(|lane| lane.ask_at)
+            .chain([self.next_call])
+            .min()
+            .unwrap_or(now)
+    }
+
+    /// Does what is due at `now`; gives when to look again.
+    pub(super) fn look(&mut self, now: Instant) -> Option<Instant> {
+        let was_alone = self.lease.is_alone();
+        let home = self.lease.look(now);
+        if self.lease.is_alone() != was_alone {
+            self.tell_all();
+        }
+        let call = self.calling.is_none().then(|| self.due(now));
+        home.into_iter().chain(call).min()
+    }
+
+    /// No reply in time, or none that can be read.
+    pub(super) fn missed(&mut self, now: Instant) {
+        self.lease.missed();
+        let pause = if self.lease.is_cut() { AFTER_MANY } else { AFTER_NONE };
+        self.after_miss(now + pause);
+    }
+
+    fn after_miss(&mut self, next: Instant) {
+        self.next_call = next;
+        for id in self.calling.take().unwrap_or_default() {
+            if let Some(lane) = self.lanes.get_mut(&id) {
+                lane.ask_at = next;
+            }
+        }
+    }
+
+    /// The reply to the call under way, which was `sent` at this instant; false if it took too long to be one.
+    pub(super) fn heard(&mut self, sent: Instant, received: Instant, reply: &Reply) -> bool {
+        let was_alone = self.lease.is_alone();
+        let Some(counts) = self.lease.heard(sent, received, &reply.generation, reply.time) else {
+            self.after_miss(received + AFTER_LATE);
+            return false;
+        };
+        self.alive = reply.alive;
+        let callers = self.calling.take().unwrap_or_default();
+        // Dealt one by one, or not at all.
+        let has_all = callers.len() == reply.dealt.len();
+        for (place, id) in callers.iter().enumerate() {
+            if let Some(lane) = self.lanes.get_mut(id) {
+                match reply.dealt.get(place).filter(|_| has_all) {
+                    Some(dealt) => lane.deal(dealt, counts, sent, received, self.third),
+                    None => lane.ask_at = received + AFTER_NONE,
+                }
+            }
+        }
+        let quiet = self.lease.quiet();
+        self.next_call = if quiet > received {
+            quiet.min(received + HEARTBEAT)
+        } else {
+            received + HEARTBEAT
+        };
+        if self.lease.is_alone() != was_alone {
+            self.tell_all();
+        }
+        true
+    }
+}
+
+impl Lane {
+    fn wants(&self) -> bool {
+        self.slot.is_none() && (self.demand.flights > 0 || self.is_news)
+    }
+
+    fn want(&self, now: Instant) -> Want {
+        let cut = self.cut.filter(|_| self.is_news).map(|backed| Cut {
+            left_us: micros(backed.until.saturating_duration_since(now)),
+            rate: backed.rate,
+            chosen_us: u64::try_from(backed.chosen.as_micros()).unwrap_or(u64::MAX),
+        });
+        Want {
+            account: self.account.to_string(),
+            weight: self.demand.weight,
+            flights: self.demand.flights,
+            cut,
+        }
+    }
+
+    fn deal(&mut self, dealt: &Dealt, counts: bool, sent: Instant, received: Instant, third: Duration) {
+        self.share = dealt.share;
+        self.is_news = false;
+        self.learn(dealt.cut, received);
+        self.ask_at = received + dealt.again.unwrap_or_default().min(HEARTBEAT);
+        // One that is not wanted any more is as good as dropped: its slot passes.
+        if let Some(slot) = dealt.slot.filter(|_| counts && self.demand.flights > 0) {
+            self.slot = Some(Slot {
+                due: received + slot,
+                latest: sent + slot + third,
+            });
+            self.told.notify_one();
+        }
+    }
+
+    /// Takes over what the store knows of upstream's last 429, or keeps what it has to be told.
+    fn learn(&mut self, cut: Option<Cut>, received: Instant) {
+        let heard = cut.and_then(|cut| {
+            let span = Duration::from_micros(cut.left_us.unsigned_abs());
+            let until = if cut.left_us < 0 {
+                received.checked_sub(span)?
+            } else {
+                received + span
+            };
+            Some(Backed {
+                until,
+                rate: cut.rate,
+                chosen: Duration::from_micros(cut.chosen_us),
+            })
+        });
+        match (heard, self.cut) {
+            (Some(heard), known) if known.is_none_or(|known| heard.until > known.until + SAME) => {
+                self.cut = Some(heard);
+                self.told.notify_one();
+            }
+            // It has forgotten, or never knew.
+            (heard, Some(known)) if heard.is_none_or(|heard| known.until > heard.until + SAME) => {
+                self.is_news = known.until > received;
+            }
+            _ => {}
+        }
+    }
+}
+
+fn micros(span: Duration) -> i64 {
+    i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
+}

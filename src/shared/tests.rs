@@ -1,0 +1,135 @@
+//! What the shared budget promises, in simulated time; and that the script is what its model says.
+
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "microseconds and counts are small"
+)]
+
+mod cluster;
+mod store;
+
+use proptest::prelude::*;
+
+use super::process::Demand;
+use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, Way};
+
+fn way() -> impl Strategy<Value = Way> {
+    prop_oneof![2 => Just(Way::Both), 1 => Just(Way::Up), 1 => Just(Way::Down)]
+}
+
+fn kind() -> impl Strategy<Value = Kind> {
+    let step = prop_oneof![Just(3600.0), Just(-3600.0), 0.4..3.0, -3.0..-0.4];
+    prop_oneof![
+        way().prop_map(Kind::Cut),
+        way().prop_map(Kind::Hold),
+        (way(), prop_oneof![Just(0.1), Just(0.5), Just(0.9)]).prop_map(|(way, part)| Kind::Drop(way, part)),
+        (
+            way(),
+            prop_oneof![Just(0.02), Just(0.1), Just(0.5), Just(2.0), Just(10.0)]
+        )
+            .prop_map(|(way, most)| Kind::Delay(way, most)),
+        any::<bool>().prop_map(|is_empty| Kind::Kill { is_empty }),
+        Just(Kind::Flush),
+        Just(Kind::Freeze),
+        Just(Kind::Refuse),
+        step.prop_map(Kind::Step),
+        (-0.3..0.3).prop_map(Kind::FailOver),
+        Just(Kind::Pause),
+        Just(Kind::Crash),
+        Just(Kind::Roll),
+        Just(Kind::Drain),
+    ]
+}
+
+/// Faults that end by 7.5 s; half of the schedules have theirs all at about the same time.
+fn faults() -> impl Strategy<Value = Vec<Fault>> {
+    let lasts = prop_oneof![
+        Just(0.05),
+        Just(0.3),
+        Just(1.0),
+        Just(1.5),
+        Just(2.2),
+        Just(3.0),
+        Just(4.0),
+        Just(5.0)
+    ];
+    let who = prop_oneof![(0..15_u32).prop_map(|one| 1 << one), any::<u32>(), Just(u32::MAX)];
+    let near = prop_oneof![Just(None), (2.5..5.0).prop_map(Some)];
+    let fault = (kind(), 0.0..1.0, lasts, 0.5..1.2, who);
+    (near, prop::collection::vec(fault, 1..6)).prop_map(|(near, faults)| {
+        let fault = |(kind, at, lasts, stretch, who): (Kind, f64, f64, f64, u32)| {
+            let at = near.map_or(2.5 + at * 4.7, |near| near + at * 2.2);
+            let lasts = (lasts * stretch).min(7.5 - at).max(0.0);
+            Fault { kind, at, lasts, who }
+        };
+        faults.into_iter().map(fault).collect()
+    })
+}
+
+fn play(replicas: usize, seed: u64, faults: &[Fault]) -> Outcome {
+    // The number of a replica that is not there strikes one that is.
+    let faults: Vec<_> = faults
+        .iter()
+        .map(|fault| Fault {
+            who: (0..32)
+                .filter(|bit| fault.who & (1 << bit) != 0)
+                .fold(0, |who, bit| who | 1 << (bit % replicas)),
+            ..fault.clone()
+        })
+        .collect();
+    Cluster::new(replicas, seed, &faults).play(15.0)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 300, ..ProptestConfig::with_cases(300) })]
+
+    #[test]
+    fn no_second_holds_more_than_the_limit_and_somebody_always_spends(
+        replicas in prop::sample::select(vec![1_usize, 2, 3, 4, 6, 15]),
+        seed: u64,
+        faults in faults(),
+    ) {
+        let Outcome { most, gap, tail, .. } = play(replicas, seed, &faults);
+        prop_assert!(most <= LIMIT as usize, "{most} in a second");
+        prop_assert!(gap <= 3.5, "{gap} s without a query");
+        prop_assert!(tail >= 14.0, "{tail}/s at the end");
+    }
+}
+
+#[test]
+fn undisturbed_replicas_spend_the_whole_budget() {
+    for replicas in [1, 2, 3, 4, 6, 15] {
+        let Outcome { most, gap, tail, .. } = play(replicas, 7, &[]);
+        assert!(
+            most <= LIMIT as usize && tail >= 14.3 && gap < 2.5,
+            "{replicas}: {most}, {gap} s, {tail}/s"
+        );
+    }
+}
+
+#[test]
+fn permits_are_dealt_by_the_weight_of_whoever_waits() {
+    let demand = |weight, flights| Demand { weight, flights };
+    for (demands, expected) in [
+        (vec![demand(10, 9), demand(10, 9)], vec![0.5, 0.5]),
+        (vec![demand(10, 9), demand(30, 9), demand(10, 9)], vec![0.2, 0.6, 0.2]),
+        // The background gets what is left, and a tenth of a client's turns.
+        (vec![demand(1, 9), demand(10, 9)], vec![1.0 / 11.0, 10.0 / 11.0]),
+        // One flight at a time: no more for coming anew each time.
+        (vec![demand(10, 1), demand(40, 9), demand(50, 9)], vec![0.1, 0.4, 0.5]),
+    ] {
+        let mut cluster = Cluster::new(demands.len(), 3, &[]);
+        cluster.demands = demands;
+        let outcome = cluster.play(40.0);
+        for (replica, expected) in expected.into_iter().enumerate() {
+            let sent = outcome.arrivals.iter().filter(|(_, by)| *by == replica).count();
+            let share = sent as f64 / outcome.arrivals.len() as f64;
+            assert!(
+                (share - expected).abs() < 0.02,
+                "replica {replica}: {share}, not {expected}"
+            );
+        }
+    }
+}

@@ -1,0 +1,602 @@
+//! Replicas, links and the store's model on one simulated clock, with everything that can go wrong between them. A seed and
+//! a list of faults give the same history every time.
+//!
+//! Written after the simulation that found the rules; what is new here is that each replica runs the real
+//! [`Process`], with two accounts. An arrival is the write plus up to a third of the margin.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::super::process::{Demand, LaneId, Process, Slot};
+use super::super::script::{Call, Reply, Terms};
+use super::store::{State, lend};
+
+pub(super) const LIMIT: u32 = 15;
+pub(super) const MARGIN: f64 = 0.030;
+const WINDOW: f64 = 1.0 + MARGIN;
+const THIRD: f64 = MARGIN / 3.0;
+const TIMEOUT: f64 = 0.2;
+const ACCOUNTS: [&str; 2] = ["music", "video"];
+
+/// Which way a fault of a link works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Both,
+    Up,
+    Down,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Kind {
+    Cut(Way),
+    /// Held back, then all at once.
+    Hold(Way),
+    Drop(Way, f64),
+    Delay(Way, f64),
+    /// The store is killed and back, empty or from a file.
+    Kill {
+        is_empty: bool,
+    },
+    Flush,
+    Freeze,
+    Refuse,
+    Step(f64),
+    /// Another server goes on from an older copy, on a clock of its own.
+    FailOver(f64),
+    Pause,
+    Crash,
+    /// All replicas end and start, one after the other.
+    Roll,
+    /// Told to stop, while the successor runs already.
+    Drain,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Fault {
+    pub(super) kind: Kind,
+    pub(super) at: f64,
+    pub(super) lasts: f64,
+    /// The replicas whose links or processes it strikes, as bits.
+    pub(super) who: u32,
+}
+
+/// What happened.
+#[derive(Debug, Default)]
+pub(super) struct Outcome {
+    /// When each query of the first account arrived, and by whom it was sent.
+    pub(super) arrivals: Vec<(f64, usize)>,
+    /// The most arrivals in any half-open second, of any account.
+    pub(super) most: usize,
+    /// The longest time without a write, counted anew at each start and end of a fault.
+    pub(super) gap: f64,
+    /// Writes a second in the last three.
+    pub(super) tail: f64,
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Look(usize, u64),
+    Timeout(usize, u64),
+    ToStore(usize, u64, Call),
+    ToProc(usize, u64, Reply),
+    Spend(usize, usize, Slot),
+    Alone(usize, usize),
+    Begin(usize),
+    End(usize),
+    Start(usize),
+    Snapshot,
+    Mark,
+}
+
+#[derive(Debug)]
+struct Proc {
+    replica: usize,
+    who: String,
+    process: Process,
+    lanes: [LaneId; 2],
+    pace: f64,
+    zero: f64,
+    base: Instant,
+    is_dead: bool,
+    paused_until: f64,
+    calls: u64,
+    sent: Option<Instant>,
+    looks: u64,
+    own: [Option<Instant>; 2],
+    own_runs: [bool; 2],
+    scheduled: [Option<Slot>; 2],
+}
+
+#[derive(Clone, Debug, Default)]
+struct Link {
+    cut: Option<Way>,
+    hold: Option<Way>,
+    drop: Option<(Way, f64)>,
+    delay: Option<(Way, f64)>,
+    held: Vec<Event>,
+}
+
+pub(super) struct Cluster {
+    replicas: usize,
+    faults: Vec<Fault>,
+    now: f64,
+    events: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    queued: BTreeMap<usize, Event>,
+    serial: usize,
+    random: u64,
+    procs: Vec<Proc>,
+    running: Vec<usize>,
+    links: Vec<Link>,
+    round_trip: f64,
+    clock: f64,
+    run: u64,
+    generations: u64,
+    is_up: bool,
+    refuses: bool,
+    backlog: Option<Vec<Event>>,
+    state: Option<State>,
+    snapshot: Option<State>,
+    saved: Option<State>,
+    writes: [Vec<(f64, f64, usize)>; 2],
+    marks: Vec<f64>,
+    pub(super) demands: Vec<Demand>,
+}
+
+fn nanos(at: f64) -> u64 {
+    (at * 1e9).round() as u64
+}
+
+fn touches(fault: Option<Way>, way: Way) -> bool {
+    fault.is_some_and(|fault| fault == Way::Both || fault == way)
+}
+
+impl Cluster {
+    pub(super) fn new(replicas: usize, seed: u64, faults: &[Fault]) -> Self {
+        let mut cluster = Self {
+            replicas,
+            faults: faults.to_vec(),
+            now: 0.0,
+            events: BinaryHeap::new(),
+            queued: BTreeMap::new(),
+            serial: 0,
+            random: seed,
+            procs: Vec::new(),
+            running: Vec::new(),
+            links: vec![Link::default(); replicas],
+            round_trip: 0.0,
+            clock: 1e6,
+            run: 1,
+            generations: 0,
+            is_up: true,
+            refuses: false,
+            backlog: None,
+            state: None,
+            snapshot: None,
+            saved: None,
+            writes: [Vec::new(), Vec::new()],
+            marks: Vec::new(),
+            demands: vec![Demand { weight: 10, flights: 9 }; replicas],
+        };
+        cluster.round_trip = [0.0003, 0.001, 0.002][cluster.below(3)];
+        for replica in 0..replicas {
+            let at = cluster.unit() * 0.3;
+            cluster.at(at, Event::Start(replica));
+        }
+        for (number, fault) in faults.iter().enumerate() {
+            cluster.at(fault.at, Event::Begin(number));
+            cluster.at(fault.at + fault.lasts, Event::End(number));
+        }
+        for mark in 0..100 {
+            cluster.at(f64::from(mark) * 0.25, Event::Mark);
+            let at = f64::from(mark) * 0.5 + cluster.unit() * 0.4;
+            cluster.at(at, Event::Snapshot);
+        }
+        cluster
+    }
+
+    /// By `SplitMix64`.
+    fn bits(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn unit(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    fn below(&mut self, most: u64) -> usize {
+        usize::try_from(self.bits() % most).unwrap()
+    }
+
+    fn at(&mut self, at: f64, event: Event) {
+        self.serial += 1;
+        self.queued.insert(self.serial, event);
+        self.events.push(Reverse((nanos(at), self.serial as u64, self.serial)));
+    }
+
+    fn start(&mut self, replica: usize) {
+        let pace = 1.0 + (self.unit() - 0.5) * 4e-4;
+        let base = Instant::now();
+        let window = Duration::from_secs_f64(WINDOW);
+        let third = Duration::from_secs_f64(THIRD);
+        let share = f64::from(LIMIT / u32::try_from(self.replicas).unwrap()) / f64::from(LIMIT);
+        let mut process = Process::new(window, third, share, base);
+        let lanes = ACCOUNTS.map(|account| process.open(account.into(), Arc::default(), base));
+        for lane in lanes {
+            process.want(lane, self.demands[replica]);
+        }
+        let proc = Proc {
+            replica,
+            who: self.procs.len().to_string(),
+            process,
+            lanes,
+            pace,
+            zero: self.now,
+            base,
+            is_dead: false,
+            paused_until: 0.0,
+            calls: 0,
+            sent: None,
+            looks: 0,
+            own: [None; 2],
+            own_runs: [false; 2],
+            scheduled: [None; 2],
+        };
+        self.procs.push(proc);
+        let number = self.procs.len() - 1;
+        if self.running.len() <= replica {
+            self.running.resize(replica + 1, number);
+        }
+        self.running[replica] = number;
+        self.look(number);
+    }
+
+    fn local(&self, proc: usize) -> Instant {
+        let proc = &self.procs[proc];
+        proc.base + Duration::from_secs_f64((self.now - proc.zero) * proc.pace)
+    }
+
+    /// A timer of the process: up to 1 ms late.
+    fn after(&mut self, proc: usize, at: Instant, event: Event) {
+        let late = self.unit() * 0.001;
+        let left = at.saturating_duration_since(self.local(proc)).as_secs_f64();
+        self.at(self.now + left / self.procs[proc].pace + late, event);
+    }
+
+    /// Does what a process's driver does whenever something has changed.
+    fn look(&mut self, number: usize) {
+        let now = self.local(number);
+        let proc = &mut self.procs[number];
+        let next = proc.process.look(now);
+        if let Some(call) = proc.process.call(now) {
+            proc.calls += 1;
+            proc.sent = Some(now);
+            let id = proc.calls;
+            self.carry(Way::Up, Event::ToStore(number, id, call));
+            self.after(
+                number,
+                now + Duration::from_secs_f64(TIMEOUT),
+                Event::Timeout(number, id),
+            );
+            return self.look(number);
+        }
+        proc.looks += 1;
+        let looks = proc.looks;
+        if let Some(next) = next {
+            self.after(number, next, Event::Look(number, looks));
+        }
+        for lane in 0..2 {
+            let proc = &self.procs[number];
+            let slot = proc.process.slot(proc.lanes[lane]);
+            if let Some(slot) = slot.filter(|slot| proc.scheduled[lane] != Some(*slot)) {
+                self.procs[number].scheduled[lane] = Some(slot);
+                self.after(number, slot.due, Event::Spend(number, lane, slot));
+            }
+            let proc = &mut self.procs[number];
+            if proc.process.is_alone() && !proc.own_runs[lane] {
+                proc.own_runs[lane] = true;
+                self.after(number, now, Event::Alone(number, lane));
+            }
+        }
+    }
+
+    fn write(&mut self, number: usize, lane: usize) {
+        let jitter = self.unit() * THIRD;
+        let replica = self.procs[number].replica;
+        self.writes[lane].push((self.now + jitter, self.now, replica));
+    }
+
+    fn carry(&mut self, way: Way, event: Event) {
+        let (Event::ToStore(number, ..) | Event::ToProc(number, ..)) = event else {
+            unreachable!("only messages are carried")
+        };
+        let replica = self.procs[number].replica;
+        let mut takes = self.round_trip * (0.25 + 0.5 * self.unit());
+        let (drops, delays) = (self.unit(), self.unit());
+        let link = &mut self.links[replica];
+        let is_dropped = link
+            .drop
+            .is_some_and(|(of, part)| touches(Some(of), way) && drops < part);
+        if touches(link.cut, way) || is_dropped {
+            return;
+        }
+        if let Some((_, most)) = link.delay.filter(|(of, _)| touches(Some(*of), way)) {
+            takes += delays * most;
+        }
+        if touches(link.hold, way) {
+            link.held.push(event);
+        } else {
+            self.at(self.now + takes, event);
+        }
+    }
+
+    fn answer(&mut self, event: Event) {
+        if let Some(backlog) = &mut self.backlog {
+            backlog.push(event);
+            return;
+        }
+        let Event::ToStore(number, id, call) = event else {
+            return;
+        };
+        if !self.is_up || self.refuses {
+            return;
+        }
+        let terms = Terms {
+            who: self.procs[number].who.clone(),
+            limit: LIMIT,
+            replicas: u32::try_from(self.replicas).unwrap(),
+            window: Duration::from_secs_f64(WINDOW),
+        };
+        let (run, now) = (self.run.to_string(), ((self.now + self.clock) * 1e6).floor());
+        let generations = &mut self.generations;
+        let reply = lend(&mut self.state, &run, now, &call, &terms, || {
+            *generations += 1;
+            generations.to_string()
+        });
+        self.carry(Way::Down, Event::ToProc(number, id, reply));
+    }
+
+    fn strikes(&self, fault: &Fault) -> Vec<usize> {
+        let struck = (0..self.replicas).filter(|replica| fault.who & (1 << replica) != 0);
+        let struck: Vec<_> = struck.collect();
+        if struck.is_empty() { vec![0] } else { struck }
+    }
+
+    fn begin(&mut self, fault: &Fault) {
+        let struck = self.strikes(fault);
+        let links = |cluster: &mut Self, set: &dyn Fn(&mut Link)| {
+            for replica in &struck {
+                set(&mut cluster.links[*replica]);
+            }
+        };
+        match fault.kind {
+            Kind::Cut(way) => links(self, &|link| link.cut = Some(way)),
+            Kind::Hold(way) => links(self, &|link| link.hold = Some(way)),
+            Kind::Drop(way, part) => links(self, &|link| link.drop = Some((way, part))),
+            Kind::Delay(way, most) => links(self, &|link| link.delay = Some((way, most))),
+            Kind::Kill { .. } => {
+                self.is_up = false;
+                self.saved.clone_from(&self.snapshot);
+            }
+            Kind::Flush => self.state = None,
+            Kind::Freeze => self.backlog = Some(self.backlog.take().unwrap_or_default()),
+            Kind::Refuse => self.refuses = true,
+            Kind::Step(by) => self.clock += by,
+            Kind::FailOver(by) => {
+                self.clock += by;
+                self.restart(self.snapshot.clone());
+            }
+            Kind::Pause => {
+                let until = self.now + fault.lasts;
+                self.procs[self.running[struck[0]]].paused_until = until;
+            }
+            Kind::Crash => self.procs[self.running[struck[0]]].is_dead = true,
+            Kind::Roll => {
+                for replica in 0..self.replicas {
+                    let at = self.now + fault.lasts * replica as f64 / self.replicas as f64;
+                    self.at(at, Event::Start(replica));
+                }
+            }
+            Kind::Drain => {
+                let number = self.running[struck[0]];
+                let now = self.local(number);
+                self.procs[number].process.leave(now);
+                self.start(struck[0]);
+            }
+        }
+    }
+
+    fn restart(&mut self, state: Option<State>) {
+        self.is_up = true;
+        self.run += 1;
+        self.backlog = None;
+        self.state = state;
+    }
+
+    fn end(&mut self, fault: &Fault) {
+        let struck = self.strikes(fault);
+        match fault.kind {
+            Kind::Cut(_) => struck.iter().for_each(|replica| self.links[*replica].cut = None),
+            Kind::Drop(..) => struck.iter().for_each(|replica| self.links[*replica].drop = None),
+            Kind::Delay(..) => struck.iter().for_each(|replica| self.links[*replica].delay = None),
+            Kind::Hold(_) => {
+                for replica in struck {
+                    self.links[replica].hold = None;
+                    for event in std::mem::take(&mut self.links[replica].held) {
+                        let takes = self.unit() * 0.002;
+                        self.at(self.now + takes, event);
+                    }
+                }
+            }
+            Kind::Kill { is_empty } => {
+                let saved = self.saved.take().filter(|_| !is_empty);
+                self.restart(saved);
+            }
+            Kind::Freeze => {
+                for event in self.backlog.take().unwrap_or_default() {
+                    self.answer(event);
+                }
+            }
+            Kind::Refuse => self.refuses = false,
+            Kind::Crash => self.start(struck[0]),
+            // Whoever was told to stop ends.
+            Kind::Drain => {
+                let last = self.running[struck[0]];
+                let of = struck[0];
+                let old = self.procs.iter_mut().enumerate();
+                old.filter(|(number, proc)| proc.replica == of && *number != last)
+                    .for_each(|(_, proc)| proc.is_dead = true);
+            }
+            Kind::Flush | Kind::Step(_) | Kind::FailOver(_) | Kind::Pause | Kind::Roll => {}
+        }
+    }
+
+    /// The process whose event it is may not run now.
+    fn holds_back(&mut self, event: &Event) -> bool {
+        let (Event::Look(number, _)
+        | Event::Timeout(number, _)
+        | Event::ToProc(number, ..)
+        | Event::Spend(number, ..)
+        | Event::Alone(number, _)) = *event
+        else {
+            return false;
+        };
+        let proc = &self.procs[number];
+        if !proc.is_dead && nanos(proc.paused_until) > nanos(self.now) {
+            self.at(proc.paused_until, event.clone());
+            return true;
+        }
+        proc.is_dead
+    }
+
+    fn happen(&mut self, event: Event) {
+        if self.holds_back(&event) {
+            return;
+        }
+        match event {
+            Event::Look(number, looks) => {
+                if self.procs[number].looks == looks {
+                    self.look(number);
+                }
+            }
+            Event::Timeout(number, id) => {
+                let now = self.local(number);
+                let proc = &mut self.procs[number];
+                if proc.calls == id && proc.sent.take().is_some() {
+                    proc.process.missed(now);
+                    self.look(number);
+                }
+            }
+            Event::ToStore(..) => self.answer(event),
+            Event::ToProc(number, id, reply) => {
+                let now = self.local(number);
+                let proc = &mut self.procs[number];
+                if proc.calls == id
+                    && let Some(sent) = proc.sent.take()
+                {
+                    proc.process.heard(sent, now, &reply);
+                    self.look(number);
+                }
+            }
+            Event::Spend(number, lane, slot) => {
+                let now = self.local(number);
+                if now <= slot.latest {
+                    self.write(number, lane);
+                }
+                let proc = &mut self.procs[number];
+                proc.process.spent(proc.lanes[lane], now);
+                self.look(number);
+            }
+            Event::Alone(number, lane) => {
+                let now = self.local(number);
+                let proc = &mut self.procs[number];
+                if !proc.process.is_alone() {
+                    proc.own_runs[lane] = false;
+                    return;
+                }
+                let share = proc.process.share(proc.lanes[lane]);
+                let gap = Duration::from_secs_f64(WINDOW / (share * f64::from(LIMIT)).round());
+                let due = proc.own[lane].map_or(now, |last| last + gap);
+                let last = if now >= due { now } else { due - gap };
+                proc.own[lane] = Some(last);
+                if now >= due {
+                    self.write(number, lane);
+                }
+                self.after(number, last + gap, Event::Alone(number, lane));
+            }
+            Event::Begin(fault) => {
+                self.marks.push(self.now);
+                let fault = self.faults[fault].clone();
+                self.begin(&fault);
+            }
+            Event::End(fault) => {
+                self.marks.push(self.now);
+                let fault = self.faults[fault].clone();
+                self.end(&fault);
+            }
+            Event::Start(replica) => {
+                if let Some(old) = self.running.get(replica).copied()
+                    && self.procs[old].replica == replica
+                {
+                    self.procs[old].is_dead = true;
+                    self.marks.push(self.now);
+                }
+                self.start(replica);
+            }
+            Event::Snapshot => self.snapshot.clone_from(&self.state),
+            Event::Mark => {
+                let runs = |number: &usize| {
+                    let proc = &self.procs[*number];
+                    !proc.is_dead && proc.paused_until <= self.now
+                };
+                if !self.running.iter().any(runs) {
+                    self.marks.push(self.now);
+                }
+            }
+        }
+    }
+
+    /// Plays until `end`, in seconds.
+    pub(super) fn play(mut self, end: f64) -> Outcome {
+        while let Some(Reverse((at, _, event))) = self.events.pop() {
+            assert!(self.serial < 2_000_000, "busy for nothing at {} s", self.now);
+            if at > nanos(end) {
+                break;
+            }
+            self.now = at as f64 / 1e9;
+            let event = self.queued.remove(&event).unwrap();
+            self.happen(event);
+        }
+        let mut outcome = Outcome {
+            tail: f64::MAX,
+            ..Outcome::default()
+        };
+        for writes in &mut self.writes {
+            writes.sort_by(|one, other| one.0.total_cmp(&other.0));
+            let mut first = 0;
+            for last in 0..writes.len() {
+                while writes[last].0 - writes[first].0 >= 1.0 {
+                    first += 1;
+                }
+                outcome.most = outcome.most.max(last + 1 - first);
+            }
+            let written = writes.iter().map(|(_, written, _)| *written);
+            let mut marks: Vec<_> = written.chain(self.marks.iter().copied()).chain([0.3, end]).collect();
+            marks.sort_by(f64::total_cmp);
+            let gaps = marks.windows(2).map(|pair| pair[1] - pair[0]);
+            outcome.gap = gaps.fold(outcome.gap, f64::max);
+            let tail = writes.iter().filter(|(_, at, _)| *at >= end - 3.0 && *at < end).count();
+            outcome.tail = outcome.tail.min(tail as f64 / 3.0);
+        }
+        outcome.arrivals = self.writes[0].iter().map(|(at, _, replica)| (*at, *replica)).collect();
+        outcome
+    }
+}

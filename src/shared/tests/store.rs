@@ -1,0 +1,154 @@
+//! The store as a model: what `lend.lua` does, on a clock that is passed in. A test holds the two to each other.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::super::script::{Call, Cut, Dealt, Reply, Terms};
+
+const LEASE: f64 = 1e6;
+const STEP: f64 = 5e3;
+const AHEAD: f64 = 1e5;
+const WANTS: f64 = 1.5e5;
+const TURN: f64 = 2.5e4;
+
+/// The hash; times in µs.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    pub(super) run: String,
+    pub(super) generation: String,
+    last: f64,
+    leases: BTreeMap<String, f64>,
+    accounts: BTreeMap<String, Account>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Account {
+    next: f64,
+    wants: BTreeMap<String, Wants>,
+    paused: f64,
+    rate: f64,
+    chosen: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Wants {
+    served: f64,
+    weight: f64,
+    until: f64,
+}
+
+/// Answers a call that arrives when the store's clock shows `now`, in whole µs. `generation` names a new one.
+pub(super) fn lend(
+    state: &mut Option<State>,
+    run: &str,
+    now: f64,
+    call: &Call,
+    terms: &Terms,
+    generation: impl FnOnce() -> String,
+) -> Reply {
+    if state
+        .as_ref()
+        .is_none_or(|state| state.run != run || state.last > now + STEP)
+    {
+        *state = Some(State {
+            run: run.to_owned(),
+            generation: generation(),
+            last: now,
+            leases: BTreeMap::new(),
+            accounts: BTreeMap::new(),
+        });
+    }
+    let state = state.as_mut().unwrap();
+    state.last = state.last.max(now);
+    let mut reply = Reply {
+        generation: state.generation.clone(),
+        time: now as u64,
+        alive: state.alive(now),
+        dealt: Vec::new(),
+    };
+    let Some(named) = call.named.filter(|_| call.generation == state.generation) else {
+        return reply;
+    };
+    let ends = named as f64 + LEASE;
+    if call.lends {
+        let lease = state.leases.entry(terms.who.clone()).or_insert(ends);
+        *lease = lease.max(ends);
+    }
+    state.leases.retain(|_, ends| *ends >= now - LEASE);
+    reply.alive = state.alive(now);
+    if ends <= now {
+        return reply;
+    }
+    for want in &call.wants {
+        let mut account = state.accounts.remove(&want.account).unwrap_or_default();
+        if let Some(cut) = want.cut
+            && cut.left_us > 0
+            && now + cut.left_us as f64 > account.paused
+        {
+            account.paused = now + cut.left_us as f64;
+            account.rate = cut.rate;
+            account.chosen = cut.chosen_us as f64;
+        }
+        let slot = account.next.max(now);
+        let (limit, replicas) = (f64::from(terms.limit), f64::from(terms.replicas));
+        let missing = (replicas - f64::from(state.alive(slot))).max(0.0);
+        let pay = limit - f64::from(terms.limit / terms.replicas) * missing;
+        let weight = f64::from(want.weight.max(1));
+        let mut dealt = (None, None);
+        let mut weights = weight;
+        if want.flights > 0 {
+            let others = || {
+                account
+                    .wants
+                    .iter()
+                    .filter(|(who, want)| **who != terms.who && want.until > now)
+            };
+            weights += others().map(|(_, want)| want.weight).sum::<f64>();
+            let floor = others().map(|(_, want)| want.served).min_by(f64::total_cmp);
+            let mut mine = account.wants.get(&terms.who).copied().unwrap_or_default();
+            if mine.until <= now {
+                mine.served = mine.served.max(floor.unwrap_or(0.0));
+            }
+            (mine.weight, mine.until) = (weight, now + WANTS);
+            let least = floor.map_or(mine.served, |floor| floor.min(mine.served));
+            account.wants.insert(terms.who.clone(), mine);
+            account.wants.retain(|_, want| want.until > now || want.served > least);
+            if account.paused > now {
+                dealt.1 = Some((account.paused - now).min(250e3));
+            } else if slot - now > AHEAD {
+                dealt.1 = Some(slot - now - AHEAD / 2.0);
+            } else if floor.is_some_and(|floor| mine.served > floor) {
+                dealt.1 = Some(TURN);
+            } else if pay <= 0.0 {
+                dealt.1 = Some(50e3);
+            } else {
+                let recovered = account.rate + (slot - account.paused) / 1e6 * limit / 30.0;
+                let rate = if account.paused > 0.0 { recovered } else { limit };
+                account.next = slot + terms.window.as_micros() as f64 / pay.min(rate);
+                mine.served += 1.0 / weight;
+                mine.until = if want.flights > 1 { slot + WANTS } else { now };
+                account.wants.insert(terms.who.clone(), mine);
+                dealt.0 = Some(slot - now);
+            }
+        }
+        let micros = |micros: f64| Duration::from_micros(micros.round_ties_even() as u64);
+        reply.dealt.push(Dealt {
+            slot: dealt.0.map(micros),
+            again: dealt.1.map(micros),
+            share: (1e6 * pay / limit * weight / weights).round_ties_even().clamp(0.0, 1e6) / 1e6,
+            cut: (account.paused > 0.0).then(|| Cut {
+                left_us: (account.paused - now).round_ties_even() as i64,
+                rate: account.rate,
+                chosen_us: account.chosen as u64,
+            }),
+        });
+        state.accounts.insert(want.account.clone(), account);
+    }
+    reply
+}
+
+impl State {
+    fn alive(&self, at: f64) -> u32 {
+        u32::try_from(self.leases.values().filter(|ends| **ends > at).count()).unwrap()
+    }
+}
