@@ -299,7 +299,7 @@ impl Said {
         }
         let (replicas, slice) = (inner.max_replicas, inner.slice);
         match standing {
-            Standing::Lending => tracing::info!(lending = alive, max_replicas = replicas, "the budget is shared"),
+            Standing::Lending => tracing::info!(max_replicas = replicas, "the budget is shared"),
             Standing::Waiting => {
                 tracing::info!("nothing is spent for a moment: what others may have spent has to pass");
             }

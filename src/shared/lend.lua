@@ -56,7 +56,7 @@ if now - swept > 100000 then
   local found = redis.call('HSCAN', key, cursor, 'MATCH', 'account:*', 'COUNT', 50)
   for i = 1, #found[2], 2 do
     local account = cmsgpack.unpack(found[2][i + 1])
-    if account.next < now - 10 * LEASE and account.paused < now - 40 * LEASE then
+    if account.asked < now - 10 * LEASE and account.paused < now - 40 * LEASE then
       redis.call('HDEL', key, found[2][i])
     end
   end
@@ -70,7 +70,7 @@ for i = 8, #ARGV, 6 do
   local name, weight, flights = 'account:' .. ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local kept = redis.call('HGET', key, name)
   -- wants: by process, its virtual time, its weight, and until when it wants
-  local account = kept and cmsgpack.unpack(kept) or {next = 0, wants = {}, paused = 0, rate = 0, chosen = 0}
+  local account = kept and cmsgpack.unpack(kept) or {next = 0, asked = 0, wants = {}, paused = 0, rate = 0, chosen = 0}
 
   local left = tonumber(ARGV[i + 3])
   if left > 0 and now + left > account.paused then
@@ -117,6 +117,7 @@ for i = 8, #ARGV, 6 do
       granted = whole(slot - now)
     end
   end
+  account.asked = now
   redis.call('HSET', key, name, cmsgpack.pack(account))
 
   reply[#reply + 1] = granted

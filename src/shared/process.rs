@@ -297,7 +297,7 @@ impl Process {
 
 impl Lane {
     fn wants(&self) -> bool {
-        self.slot.is_none() && (self.demand.flights > 0 || self.is_news)
+        self.is_news || (self.slot.is_none() && self.demand.flights > 0)
     }
 
     fn want(&self, now: Instant) -> Want {
@@ -309,7 +309,8 @@ impl Lane {
         Want {
             account: self.account.to_string(),
             weight: self.demand.weight,
-            flights: self.demand.flights,
+            // One permit at a time; news goes at once.
+            flights: if self.slot.is_none() { self.demand.flights } else { 0 },
             cut,
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use redis::{Script, ScriptInvocation, Value, from_redis_value};
 
 /// The script. Its rules are in `shared.rs`.
-const LEND: &str = include_str!("lend.lua");
+pub(super) const LEND: &str = include_str!("lend.lua");
 
 /// What is the same in every call of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]

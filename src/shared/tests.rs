@@ -8,6 +8,7 @@
 )]
 
 mod cluster;
+mod real;
 mod store;
 
 use proptest::prelude::*;

@@ -7,6 +7,7 @@ pub mod paused;
 pub mod process;
 pub mod raw;
 pub mod scripted;
+pub mod store;
 
 pub use client::{Reply, poll, poll_as, request};
 pub use process::{Gateway, PATIENCE, Simulator};

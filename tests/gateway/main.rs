@@ -18,6 +18,7 @@
 //! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
 //! - `restart`: the process that comes next spends no second twice
 //! - `reload`: a changed configuration is taken over, whole or not at all
+//! - `replicas`: several of them share one budget, whatever becomes of the store
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `spans`: what a collector is told of requests
@@ -68,6 +69,7 @@ mod outage;
 mod pace;
 mod passthrough;
 mod reload;
+mod replicas;
 mod requests;
 mod restart;
 mod resting;

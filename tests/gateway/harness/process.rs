@@ -270,7 +270,7 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
 /// A simulated upstream: the binary's own command, in a process of its own.
 pub struct Simulator {
     pub url: String,
-    address: SocketAddr,
+    pub address: SocketAddr,
     child: Child,
 }
 

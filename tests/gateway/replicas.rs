@@ -1,0 +1,429 @@
+//! Replicas that share one budget: real gateways, a real Redis server, and a link between each and the store that is cut,
+//! slowed and restored. Upstream counts the arrivals of them all by the kernel's stamps.
+//!
+//! That no schedule of faults breaks the promise is played in simulated time, by the thousand (`src/shared/tests.rs`). Here
+//! it is seen once, fault by fault. `cargo test --test gateway replicas -- --ignored` goes on for longer.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use http::Method;
+use nix::sys::signal::Signal;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::harness::client::{bare, poll_request, try_request};
+use crate::harness::store::{Carries, Link, Store};
+use crate::harness::{Gateway, KEY, PATIENCE, Simulator, request};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Many more than the budget of a second.
+const CLIENTS: usize = 25;
+
+/// Replicas at work.
+struct Replicas {
+    upstream: Simulator,
+    store: Option<Store>,
+    links: Vec<Link>,
+    gateways: Vec<Gateway>,
+    clients: JoinSet<()>,
+    silence: Arc<Mutex<Silence>>,
+}
+
+/// How long nobody spends.
+#[derive(Debug)]
+struct Silence {
+    /// Counted anew from here.
+    since: Instant,
+    longest: Duration,
+}
+
+impl Silence {
+    fn count_anew(&mut self) {
+        self.since = Instant::now();
+        self.longest = Duration::ZERO;
+    }
+}
+
+/// Looks at upstream's counters all the time.
+async fn listen(upstream: SocketAddr, silence: Arc<Mutex<Silence>>) {
+    let mut before = 0;
+    loop {
+        sleep(Duration::from_millis(20)).await;
+        let stats = request(upstream, bare(Method::GET, "/__stats")).await.json();
+        let asked = stats["requests"].as_u64().unwrap();
+        let mut silence = silence.lock().unwrap();
+        silence.longest = silence.longest.max(silence.since.elapsed());
+        if asked > before {
+            silence.since = Instant::now();
+        }
+        before = asked;
+    }
+}
+
+/// One client that goes on asking for new tasks, whatever it is told.
+async fn poll_for_ever(address: SocketAddr, client: String) {
+    for task in 0.. {
+        let task = format!("ended.{client}-{task}");
+        match try_request(address, poll_request(KEY, &task)).await {
+            Ok(reply) if reply.status == 200 => {
+                assert_eq!(reply.json()["data"]["task_id"], task, "nothing wrong is served");
+            }
+            Ok(_) | Err(_) => sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+impl Replicas {
+    /// So many replicas under full load.
+    async fn start(replicas: usize) -> Self {
+        let (upstream, store) = (Simulator::start(&["--latency", "50ms"]).await, Store::start().await);
+        let mut started = Self {
+            upstream,
+            store: None,
+            links: Vec::new(),
+            gateways: Vec::new(),
+            clients: JoinSet::new(),
+            silence: Arc::new(Mutex::new(Silence {
+                since: Instant::now(),
+                longest: Duration::ZERO,
+            })),
+        };
+        let listening = listen(started.upstream.address, Arc::clone(&started.silence));
+        started.clients.spawn(listening);
+        for replica in 0..replicas {
+            started.links.push(Link::to(store.address).await);
+            let gateway = started.replica(replica, replicas).await;
+            for client in 0..CLIENTS {
+                let client = format!("{replica}-{client}");
+                started.clients.spawn(poll_for_ever(gateway.address, client));
+            }
+            started.gateways.push(gateway);
+        }
+        started.store = Some(store);
+        started
+    }
+
+    async fn replica(&self, replica: usize, replicas: usize) -> Gateway {
+        Gateway::start(&self.upstream.url, &self.config(replica, replicas)).await
+    }
+
+    fn config(&self, replica: usize, replicas: usize) -> String {
+        let store = self.links[replica].address;
+        format!("shared: {{ max_replicas: {replicas}, url: 'redis://{store}' }}")
+    }
+
+    /// Waits until so many flights wait at a replica.
+    async fn queue(&self, replica: usize, flights: usize) {
+        let series = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
+        let queued = async {
+            while self.gateways[replica].metric(series).await < flights as f64 {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(PATIENCE, queued).await.expect("flights wait");
+    }
+
+    fn store(&self) -> &Store {
+        self.store.as_ref().unwrap()
+    }
+
+    /// Waits until each of these replicas stands so.
+    async fn stand(&self, standing: &str, replicas: &[usize]) {
+        let series = format!("crun_gateway_shared_standing{{standing=\"{standing}\"}}");
+        let all = async {
+            for replica in replicas {
+                while self.gateways[*replica].metric(&series).await < 1.0 {
+                    sleep(Duration::from_millis(20)).await;
+                }
+            }
+        };
+        let logs = || self.gateways.iter().map(Gateway::log).collect::<String>();
+        timeout(PATIENCE, all)
+            .await
+            .unwrap_or_else(|_| panic!("not {standing}: {}", logs()));
+    }
+
+    async fn all_lend(&self) {
+        let all: Vec<_> = (0..self.gateways.len()).collect();
+        self.stand("lending", &all).await;
+    }
+
+    /// How often upstream was asked, and when last, by its own clock.
+    async fn asked(&self) -> (u64, Duration) {
+        let stats = self.upstream.stats().await;
+        let number = |name: &str| stats[name].as_u64().unwrap_or_default();
+        (number("requests"), Duration::from_nanos(number("last_arrival_unix_ns")))
+    }
+
+    /// Waits until so many queries a second have arrived throughout three seconds.
+    async fn spend(&self, least: f64) {
+        let patience = Instant::now() + PATIENCE;
+        loop {
+            let (before, from) = self.asked().await;
+            sleep(3 * SECOND).await;
+            let (after, to) = self.asked().await;
+            let rate = (after - before) as f64 / (to.saturating_sub(from)).as_secs_f64();
+            if rate >= least {
+                return;
+            }
+            assert!(Instant::now() < patience, "{rate}/s, not {least}/s");
+        }
+    }
+
+    /// Does `fault`, whose last step is to end it, and waits until all replicas lend again. Somebody has to spend within 3.5 s
+    /// of its beginning, and of its end.
+    async fn survive(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
+        let begun = Instant::now();
+        self.silence.lock().unwrap().count_anew();
+        fault(self).await;
+        let ended = Instant::now();
+        let mut gaps = [self.silence.lock().unwrap().longest; 2];
+        self.silence.lock().unwrap().count_anew();
+        self.all_lend().await;
+        gaps[1] = self.silence.lock().unwrap().longest;
+        eprintln!(
+            "{name}, {:?}: all lend {:?} after it; silent for {gaps:?}",
+            ended - begun,
+            ended.elapsed()
+        );
+        assert!(
+            gaps.iter().all(|gap| *gap <= 3 * SECOND + SECOND / 2),
+            "{name}: silent for {gaps:?}"
+        );
+        assert!(
+            ended.elapsed() < 10 * SECOND,
+            "{name}: back after {:?}",
+            ended.elapsed()
+        );
+        self.assert_within_the_limit().await;
+    }
+
+    fn carry(&self, replicas: &[usize], carries: Carries) {
+        for replica in replicas {
+            self.links[*replica].set(carries);
+        }
+    }
+
+    /// No second held more than the limit, and upstream refused nothing.
+    async fn assert_within_the_limit(&self) {
+        let stats = self.upstream.stats().await;
+        assert_eq!(stats["violations"], 0, "{stats}");
+        assert!(stats["highest_in_any_second"].as_u64().unwrap() <= 15, "{stats}");
+    }
+}
+
+/// Full load on so many: the whole budget, and no more.
+async fn replicas_spend_one_budget(replicas: usize) {
+    let cluster = Replicas::start(replicas).await;
+    cluster.all_lend().await;
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
+    let lend = cluster.gateways[0].metric("crun_gateway_shared_leases").await;
+    assert!((lend - replicas as f64).abs() < 0.5, "{lend} lend");
+}
+
+#[tokio::test]
+async fn two_replicas_spend_one_budget() {
+    replicas_spend_one_budget(2).await;
+}
+
+#[tokio::test]
+async fn three_replicas_spend_one_budget() {
+    replicas_spend_one_budget(3).await;
+}
+
+#[tokio::test]
+async fn four_replicas_spend_one_budget() {
+    replicas_spend_one_budget(4).await;
+}
+
+#[tokio::test]
+async fn whatever_becomes_of_the_store_no_second_holds_more_than_the_limit() {
+    let mut cluster = Replicas::start(3).await;
+    let all = [0, 1, 2];
+    cluster.all_lend().await;
+    cluster
+        .survive("killed", async |cluster| {
+            let address = cluster.store.take().unwrap().kill().await;
+            cluster.stand("alone", &all).await;
+            cluster.spend(13.0).await;
+            cluster.store = Some(Store::start_at(address).await);
+        })
+        .await;
+    cluster
+        .survive("frozen", async |cluster| {
+            cluster.store().signal(Signal::SIGSTOP);
+            cluster.stand("alone", &all).await;
+            cluster.store().signal(Signal::SIGCONT);
+        })
+        .await;
+    cluster
+        .survive("slow by 5 s", async |cluster| {
+            let slow = Carries {
+                up: 5 * SECOND / 2,
+                down: 5 * SECOND / 2,
+                ..Carries::default()
+            };
+            cluster.carry(&all, slow);
+            cluster.stand("alone", &all).await;
+            sleep(3 * SECOND).await;
+            cluster.carry(&all, Carries::default());
+        })
+        .await;
+    cluster
+        .survive("flushed", async |cluster| cluster.store().must(&["FLUSHALL"]))
+        .await;
+    cluster
+        .survive("full", async |cluster| {
+            cluster.store().must(&["CONFIG", "SET", "maxmemory", "1"]);
+            cluster.stand("alone", &all).await;
+            cluster.store().must(&["CONFIG", "SET", "maxmemory", "0"]);
+        })
+        .await;
+    cluster
+        .survive("read-only", async |cluster| {
+            cluster.store().must(&["REPLICAOF", "127.0.0.1", "1"]);
+            cluster.stand("alone", &all).await;
+            cluster.store().must(&["REPLICAOF", "NO", "ONE"]);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn one_replica_that_is_cut_off_spends_its_slice_and_the_others_theirs() {
+    let mut cluster = Replicas::start(3).await;
+    cluster.all_lend().await;
+    cluster
+        .survive("one cut off", async |cluster| {
+            cluster.carry(
+                &[0],
+                Carries {
+                    is_cut: true,
+                    ..Carries::default()
+                },
+            );
+            cluster.stand("alone", &[0]).await;
+            cluster.stand("lending", &[1, 2]).await;
+            cluster.spend(13.5).await;
+            cluster.carry(&[0], Carries::default());
+        })
+        .await;
+    cluster
+        .survive("one gets its replies 5 s late", async |cluster| {
+            cluster.carry(
+                &[0],
+                Carries {
+                    down: 5 * SECOND,
+                    ..Carries::default()
+                },
+            );
+            cluster.stand("alone", &[0]).await;
+            cluster.stand("lending", &[1, 2]).await;
+            sleep(3 * SECOND).await;
+            cluster.carry(&[0], Carries::default());
+        })
+        .await;
+    cluster
+        .survive("flushed while one is cut off", async |cluster| {
+            cluster.carry(
+                &[0],
+                Carries {
+                    is_cut: true,
+                    ..Carries::default()
+                },
+            );
+            cluster.stand("alone", &[0]).await;
+            cluster.store().must(&["FLUSHALL"]);
+            cluster.stand("lending", &[1, 2]).await;
+            cluster.carry(&[0], Carries::default());
+        })
+        .await;
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
+}
+
+#[tokio::test]
+async fn a_greedy_client_of_one_replica_does_not_starve_a_small_one_of_another() {
+    let mut cluster = Replicas::start(2).await;
+    cluster.all_lend().await;
+    cluster.spend(14.0).await;
+    // The second replica serves a single client from now on, one poll after the other.
+    cluster.clients.abort_all();
+    while cluster.clients.join_next().await.is_some() {}
+    let greedy = cluster.gateways[0].address;
+    for client in 0..4 * CLIENTS {
+        cluster.clients.spawn(poll_for_ever(greedy, format!("greedy-{client}")));
+    }
+    cluster.queue(0, CLIENTS).await;
+    let begun = Instant::now();
+    for task in 0..20 {
+        let request = poll_request(KEY, &format!("ended.small-{task}"));
+        let reply = try_request(cluster.gateways[1].address, request).await.unwrap();
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    // Half of the budget would take 2.8 s, a place behind the greedy client's 100 flights 140 s.
+    assert!(begun.elapsed() < 6 * SECOND, "{:?}", begun.elapsed());
+    cluster.assert_within_the_limit().await;
+}
+
+#[tokio::test]
+async fn what_upstream_says_to_one_replica_pauses_the_other() {
+    let cluster = Replicas::start(2).await;
+    cluster.all_lend().await;
+    cluster.spend(14.0).await;
+    let paused = "crun_gateway_upstream_paused{account=\"other\"}";
+    assert!(cluster.gateways[1].metric(paused).await < 0.5);
+    let request = poll_request(KEY, "first-429.once");
+    let refused = try_request(cluster.gateways[0].address, request);
+    let told = async {
+        while cluster.gateways[1].metric(paused).await < 0.5 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let (_, heard) = tokio::join!(refused, timeout(PATIENCE, told));
+    let logs = || cluster.gateways.iter().map(Gateway::log).collect::<String>();
+    heard.unwrap_or_else(|_| panic!("the other replica does not hear of it: {}", logs()));
+    let rate = cluster.gateways[1]
+        .metric("crun_gateway_budget_rate{account=\"other\"}")
+        .await;
+    // Half of the limit, of which half is this replica's.
+    assert!(rate < 5.0, "{rate}/s");
+}
+
+#[tokio::test]
+async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget() {
+    let mut cluster = Replicas::start(3).await;
+    cluster.all_lend().await;
+    for replica in 0..3 {
+        let address = cluster.gateways[replica].address;
+        cluster.gateways[replica].terminate();
+        let ended = cluster.gateways[replica].exit().await;
+        assert_eq!(ended.code(), Some(0));
+        let config = format!("listen: \"{address}\"\n{}", cluster.config(replica, 3));
+        cluster.gateways[replica] = Gateway::start(&cluster.upstream.url, &config).await;
+        cluster.all_lend().await;
+        cluster.assert_within_the_limit().await;
+    }
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
+}
+
+#[tokio::test]
+async fn without_a_store_each_replica_spends_its_part() {
+    let upstream = Simulator::start(&["--latency", "50ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "shared: { max_replicas: 3 }").await;
+    let mut clients = JoinSet::new();
+    for client in 0..CLIENTS {
+        clients.spawn(poll_for_ever(gateway.address, client.to_string()));
+    }
+    let patience = Instant::now() + PATIENCE;
+    while upstream.queries().await < 30 {
+        assert!(Instant::now() < patience);
+        sleep(Duration::from_millis(50)).await;
+    }
+    let stats = upstream.stats().await;
+    assert_eq!(stats["highest_in_any_second"], 5, "{stats}");
+}
