@@ -35,6 +35,8 @@ pub struct Status {
     client_connections: i64,
     upstream: UpstreamStatus,
     cache: CacheStatus,
+    /// `None`: no replicas share budgets through a store.
+    shared: Option<SharedStatus>,
     /// The listed ones by name, then those of the unlisted ones that ask most, in the order in which they came.
     accounts: Vec<AccountStatus>,
     other_accounts: OtherAccounts,
@@ -59,11 +61,22 @@ struct CacheStatus {
 }
 
 #[derive(Debug, Serialize)]
+struct SharedStatus {
+    /// How this replica takes part: `waiting`, `lending`, `cut_off` or `alone`.
+    standing: &'static str,
+    /// Replicas that lend, as the store said last; 0 without its word.
+    leases: u32,
+    max_replicas: u32,
+}
+
+#[derive(Debug, Serialize)]
 struct AccountStatus {
     name: String,
     listed: bool,
     /// Queries a second that the pace allows now.
     rate: f64,
+    /// What part of the limit is this replica's, as things stand.
+    share: f64,
     /// For how long upstream's 429 pauses it yet.
     paused_seconds: f64,
     /// In each of the last whole seconds, the oldest first.
@@ -170,6 +183,11 @@ impl Gateway {
                 entries: self.metrics.cache_entries.get(),
                 bytes: self.metrics.cache_bytes.get(),
             },
+            shared: self.shared.as_ref().map(|shared| SharedStatus {
+                standing: shared.standing(now).label(),
+                leases: shared.alive(),
+                max_replicas: shared.max_replicas(),
+            }),
             accounts,
             other_accounts,
         }
@@ -223,6 +241,7 @@ impl AccountStatus {
                 .map_or_else(|| account.label.to_string(), |number| format!("other #{number}")),
             listed: account.number.is_none(),
             rate: budget.rate(now),
+            share: budget.share(),
             paused_seconds: paused.as_secs_f64(),
             queries: budget.history(now),
             waiting: budget.waiting(),
