@@ -413,6 +413,12 @@ impl Permit {
         self.0.is_late(now)
     }
 
+    /// One of a budget of its own, for tests of what becomes of a late one.
+    #[cfg(test)]
+    pub(crate) fn until(latest: Instant) -> Self {
+        Self(Arc::new(Ring::default()).take(Some(latest)))
+    }
+
     /// The request's bytes were given to the network, `at` this instant: one taken *after* the write, so that the stamp
     /// is never earlier than the arrival that it stands for.
     pub fn written(self, at: Instant) {

@@ -220,3 +220,106 @@ impl Lease {
         self.is_alone = false;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WINDOW: Duration = Duration::from_millis(1030);
+    const THIRD: Duration = Duration::from_millis(10);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A lease, and its replies: each after so many milliseconds since the start, having taken so many.
+    struct Played {
+        lease: Lease,
+        start: Instant,
+    }
+
+    impl Played {
+        fn new() -> Self {
+            let start = Instant::now();
+            let lease = Lease::new(WINDOW, THIRD, start);
+            Self { lease, start }
+        }
+
+        fn heard(&mut self, at: u64, took: u64, generation: &str) -> Option<bool> {
+            self.lease.call(self.start + ms(at - took));
+            let (sent, received) = (self.start + ms(at - took), self.start + ms(at));
+            self.lease.heard(sent, received, generation, 1_000_000 + at * 1000)
+        }
+
+        /// Replies in time every 250 ms, until then.
+        fn steady(mut self, until: u64) -> Self {
+            for at in (1..=until).step_by(250) {
+                self.heard(at, 1, "a");
+            }
+            self
+        }
+    }
+
+    #[test]
+    fn nothing_is_lent_for_two_seconds_and_a_margin_after_a_start() {
+        let mut played = Played::new().steady(2000);
+        assert!(!played.lease.lends(played.start + ms(2029)));
+        assert!(played.lease.lends(played.start + ms(2030)));
+        assert_eq!(played.heard(2040, 1, "a"), Some(true));
+    }
+
+    #[test]
+    fn a_reply_that_takes_longer_than_a_third_of_the_margin_is_none() {
+        let mut played = Played::new().steady(3000);
+        assert_eq!(played.heard(3100, 10, "a"), Some(true));
+        assert_eq!(played.heard(3200, 11, "a"), None);
+        assert_eq!(played.lease.standing(played.start + ms(3200)), Standing::Lending);
+        assert_eq!(played.heard(3300, 11, "a"), None);
+        assert_eq!(played.lease.standing(played.start + ms(3300)), Standing::CutOff);
+    }
+
+    #[test]
+    fn a_new_generation_drops_the_permit_and_waits_for_a_second_and_the_slice() {
+        let mut played = Played::new().steady(3000);
+        assert_eq!(played.heard(3100, 1, "b"), Some(false));
+        // The call that told of it had named the time of 2751 ms.
+        let home = ms(2751 + 1000 + 1030);
+        assert!(!played.lease.lends(played.start + ms(3100) + WINDOW));
+        assert!(!played.lease.lends(played.start + home - ms(1)));
+        assert!(played.lease.lends(played.start + home));
+    }
+
+    #[test]
+    fn a_second_of_replies_ends_being_cut_off_and_a_window_being_alone() {
+        let mut played = Played::new().steady(3000);
+        played.lease.missed();
+        played.lease.missed();
+        // The last call had named the time of 2501 ms.
+        let home = ms(2501 + 1000 + 1030);
+        assert_eq!(
+            played.lease.look(played.start + home - ms(1)),
+            Some(played.start + home)
+        );
+        assert_eq!(played.lease.look(played.start + home), None);
+        assert!(played.lease.is_alone());
+        for at in [5000, 5250, 5500, 5750, 5999] {
+            played.heard(at, 1, "a");
+            assert!(played.lease.is_alone(), "after {at} ms");
+        }
+        assert_eq!(played.heard(6000, 1, "a"), Some(false));
+        assert!(!played.lease.is_alone() && !played.lease.lends(played.start + ms(6000) + WINDOW - ms(1)));
+        assert!(played.lease.lends(played.start + ms(6000) + WINDOW));
+    }
+
+    #[test]
+    fn whoever_is_told_to_stop_lends_nothing_and_never_spends_alone() {
+        let mut played = Played::new().steady(3000);
+        played.lease.leave(played.start + ms(3050));
+        let call = played.lease.call(played.start + ms(3100));
+        assert!(call.named.is_some() && !call.lends);
+        played.lease.missed();
+        played.lease.missed();
+        assert_eq!(played.lease.look(played.start + ms(60_000)), None);
+        assert!(!played.lease.is_alone());
+    }
+}

@@ -362,3 +362,129 @@ impl Lane {
 fn micros(span: Duration) -> i64 {
     i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A process with one account that has waited for 3 s, and what it calls then.
+    fn waiting() -> (Process, LaneId, Call, Instant, impl Fn(u64) -> Duration) {
+        let start = Instant::now();
+        let mut process = Process::new(ms(1030), ms(10), 1.0 / 3.0, start);
+        let lane = process.open("music".into(), Arc::default(), start);
+        process.want(lane, Demand { weight: 10, flights: 3 });
+        let mut now = start;
+        loop {
+            now = process.look(now).unwrap().max(now);
+            let call = process.call(now).unwrap();
+            if now >= start + ms(3000) {
+                return (process, lane, call, now, move |after| now - start + ms(after));
+            }
+            let dealt = call.wants.iter().map(|_| dealt(None)).collect();
+            process.heard(now, now + ms(1), &reply("a", now - start, dealt));
+        }
+    }
+
+    fn dealt(slot: Option<Duration>) -> Dealt {
+        Dealt {
+            slot,
+            again: slot.is_none().then_some(ms(50)),
+            share: 0.5,
+            cut: None,
+        }
+    }
+
+    fn reply(generation: &str, time: Duration, dealt: Vec<Dealt>) -> Reply {
+        Reply {
+            generation: generation.to_owned(),
+            time: 1_000_000 + u64::try_from(time.as_micros()).unwrap(),
+            alive: 2,
+            dealt,
+        }
+    }
+
+    #[test]
+    fn a_permit_is_for_its_slot_and_a_third_of_the_margin_after_it_and_the_next_is_asked_for_when_it_is_spent() {
+        let (mut process, lane, call, sent, at) = waiting();
+        assert_eq!(call.wants.len(), 1);
+        let received = sent + ms(4);
+        process.heard(sent, received, &reply("a", at(1), vec![dealt(Some(ms(60)))]));
+        let slot = process.slot(lane).unwrap();
+        assert_eq!((slot.due, slot.latest), (received + ms(60), sent + ms(70)));
+        assert!((process.share(lane) - 0.5).abs() < 1e-9);
+        assert_eq!(process.look(received), Some(received + HEARTBEAT));
+        process.spent(lane, slot.due);
+        assert_eq!(process.look(slot.due), Some(slot.due));
+        assert_eq!(process.call(slot.due).unwrap().wants.len(), 1);
+    }
+
+    #[test]
+    fn a_permit_of_a_reply_that_is_odd_late_or_not_wanted_any_more_is_dropped() {
+        let granted = || vec![dealt(Some(ms(60)))];
+        let (mut process, lane, _, sent, at) = waiting();
+        process.heard(sent, sent + ms(1), &reply("a", at(1), granted()));
+        assert!(process.slot(lane).is_some(), "or else it counts");
+        let (mut process, lane, _, sent, at) = waiting();
+        process.heard(sent, sent + ms(1), &reply("b", at(1), granted()));
+        assert_eq!(process.slot(lane), None, "a new generation");
+        let (mut process, lane, _, sent, at) = waiting();
+        assert!(!process.heard(sent, sent + ms(11), &reply("a", at(1), granted())));
+        assert_eq!(process.slot(lane), None, "too late");
+        let (mut process, lane, _, sent, at) = waiting();
+        process.want(lane, Demand::default());
+        process.heard(sent, sent + ms(1), &reply("a", at(1), granted()));
+        assert_eq!(process.slot(lane), None, "nobody waits");
+    }
+
+    #[test]
+    fn what_upstream_said_here_is_told_though_a_permit_is_outstanding() {
+        let (mut process, lane, _, sent, at) = waiting();
+        process.heard(sent, sent + ms(1), &reply("a", at(1), vec![dealt(Some(ms(60)))]));
+        let backed = Backed {
+            until: sent + ms(1002),
+            rate: 7.5,
+            chosen: ms(1000),
+        };
+        process.back_off(lane, backed, sent + ms(2));
+        let call = process.call(sent + ms(2)).unwrap();
+        let told = (call.wants[0].flights, call.wants[0].cut.unwrap().left_us);
+        assert_eq!(told, (0, 1_000_000), "and no second permit asked for");
+        // Once told it is told no more.
+        process.heard(
+            sent + ms(2),
+            sent + ms(3),
+            &reply(
+                "a",
+                at(3),
+                vec![Dealt {
+                    cut: call.wants[0].cut,
+                    ..dealt(None)
+                }],
+            ),
+        );
+        assert_eq!(process.look(sent + ms(3)), Some(sent + ms(3) + HEARTBEAT));
+    }
+
+    #[test]
+    fn what_another_replica_heard_is_taken_over_and_not_told_back() {
+        let (mut process, lane, _, sent, at) = waiting();
+        let cut = Cut {
+            left_us: 500_000,
+            rate: 7.5,
+            chosen_us: 1_000_000,
+        };
+        let refused = || Dealt {
+            cut: Some(cut),
+            ..dealt(None)
+        };
+        process.heard(sent, sent + ms(1), &reply("a", at(1), vec![refused()]));
+        let backed = process.backed(lane).unwrap();
+        assert_eq!((backed.until, backed.rate), (sent + ms(501), 7.5));
+        let call = process.call(sent + ms(51)).unwrap();
+        assert_eq!(call.wants[0].cut, None);
+    }
+}

@@ -159,3 +159,31 @@ impl AsyncWrite for Heard {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+    use tokio::time::{advance, timeout};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_late_permit_has_paid_for_is_not_written() {
+        let third = Duration::from_millis(10);
+        for (waits, is_written) in [(third, true), (third + Duration::from_millis(1), false)] {
+            let (near, mut far) = duplex(64);
+            let (mut stream, wire) = Wire::attach(Box::new(near), None).await.unwrap();
+            wire.arm(Permit::until(Instant::now() + third));
+            advance(waits).await;
+            assert_eq!(stream.write_all(b"GET").await.is_ok(), is_written, "after {waits:?}");
+            assert_eq!(wire.was_late(), !is_written);
+            let mut arrived = [0; 3];
+            let reads = timeout(third, far.read_exact(&mut arrived)).await;
+            assert_eq!(reads.is_ok(), is_written);
+            // Later bytes are nobody's either.
+            assert_eq!(stream.write_all(b"GET").await.is_ok(), is_written);
+        }
+    }
+}

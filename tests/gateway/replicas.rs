@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::harness::client::{bare, poll_request, try_request};
 use crate::harness::store::{Carries, Link, Store};
 use crate::harness::{Gateway, KEY, PATIENCE, Simulator, request};
+use crate::tls::Identity;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -27,6 +28,7 @@ struct Replicas {
     upstream: Simulator,
     store: Option<Store>,
     links: Vec<Link>,
+    urls: Vec<String>,
     gateways: Vec<Gateway>,
     clients: JoinSet<()>,
     silence: Arc<Mutex<Silence>>,
@@ -79,40 +81,52 @@ async fn poll_for_ever(address: SocketAddr, client: String) {
 impl Replicas {
     /// So many replicas under full load.
     async fn start(replicas: usize) -> Self {
-        let (upstream, store) = (Simulator::start(&["--latency", "50ms"]).await, Store::start().await);
+        let store = Store::start().await;
+        let (mut urls, mut links) = (Vec::new(), Vec::new());
+        for _ in 0..replicas {
+            let link = Link::to(store.address).await;
+            urls.push(format!("redis://{}", link.address));
+            links.push(link);
+        }
+        Self {
+            store: Some(store),
+            links,
+            ..Self::start_by(urls).await
+        }
+    }
+
+    /// One replica for each of these stores' URLs.
+    async fn start_by(urls: Vec<String>) -> Self {
+        let upstream = Simulator::start(&["--latency", "50ms"]).await;
+        let silence = Arc::new(Mutex::new(Silence {
+            since: Instant::now(),
+            longest: Duration::ZERO,
+        }));
         let mut started = Self {
             upstream,
             store: None,
             links: Vec::new(),
+            urls,
             gateways: Vec::new(),
             clients: JoinSet::new(),
-            silence: Arc::new(Mutex::new(Silence {
-                since: Instant::now(),
-                longest: Duration::ZERO,
-            })),
+            silence,
         };
         let listening = listen(started.upstream.address, Arc::clone(&started.silence));
         started.clients.spawn(listening);
-        for replica in 0..replicas {
-            started.links.push(Link::to(store.address).await);
-            let gateway = started.replica(replica, replicas).await;
+        for replica in 0..started.urls.len() {
+            let gateway = Gateway::start(&started.upstream.url, &started.config(replica)).await;
             for client in 0..CLIENTS {
                 let client = format!("{replica}-{client}");
                 started.clients.spawn(poll_for_ever(gateway.address, client));
             }
             started.gateways.push(gateway);
         }
-        started.store = Some(store);
         started
     }
 
-    async fn replica(&self, replica: usize, replicas: usize) -> Gateway {
-        Gateway::start(&self.upstream.url, &self.config(replica, replicas)).await
-    }
-
-    fn config(&self, replica: usize, replicas: usize) -> String {
-        let store = self.links[replica].address;
-        format!("shared: {{ max_replicas: {replicas}, url: 'redis://{store}' }}")
+    fn config(&self, replica: usize) -> String {
+        let (replicas, url) = (self.urls.len(), &self.urls[replica]);
+        format!("shared: {{ max_replicas: {replicas}, url: '{url}' }}")
     }
 
     /// Waits until so many flights wait at a replica.
@@ -198,6 +212,14 @@ impl Replicas {
             "{name}: back after {:?}",
             ended.elapsed()
         );
+        self.assert_within_the_limit().await;
+    }
+
+    /// The same where sentinels take their time first.
+    async fn fail_over(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
+        fault(self).await;
+        self.all_lend().await;
+        eprintln!("{name}: {:?}", self.silence.lock().unwrap());
         self.assert_within_the_limit().await;
     }
 
@@ -408,7 +430,7 @@ async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget() {
         cluster.gateways[replica].terminate();
         let ended = cluster.gateways[replica].exit().await;
         assert_eq!(ended.code(), Some(0));
-        let config = format!("listen: \"{address}\"\n{}", cluster.config(replica, 3));
+        let config = format!("listen: \"{address}\"\n{}", cluster.config(replica));
         cluster.gateways[replica] = Gateway::start(&cluster.upstream.url, &config).await;
         cluster.all_lend().await;
         cluster.assert_within_the_limit().await;
@@ -432,4 +454,100 @@ async fn without_a_store_each_replica_spends_its_part() {
     }
     let stats = upstream.stats().await;
     assert_eq!(stats["highest_in_any_second"], 5, "{stats}");
+}
+
+#[tokio::test]
+async fn replicas_whose_processes_stand_still_spend_nothing_late() {
+    let cluster = Replicas::start(3).await;
+    cluster.all_lend().await;
+    for round in 0..30_u64 {
+        let stands_still = &cluster.gateways[usize::try_from(round).unwrap() % 3];
+        stands_still.signal(Signal::SIGSTOP);
+        // Slots are up to 100 ms ahead.
+        sleep(Duration::from_millis(20 + round * 37 % 160)).await;
+        stands_still.signal(Signal::SIGCONT);
+        sleep(Duration::from_millis(50)).await;
+    }
+    cluster.all_lend().await;
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
+}
+
+/// Waits until a server's ROLE says so.
+async fn comes_to_be(server: &Store, role: &str) {
+    let patience = Instant::now() + PATIENCE;
+    while !server.command(&["ROLE"]).is_some_and(|reply| reply.contains(role)) {
+        assert!(Instant::now() < patience, "not {role}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_primary_that_dies_or_comes_back_to_life_is_replaced() {
+    let primary = Store::start().await;
+    let second = Store::replica(&primary).await;
+    let sentinel = Store::sentinel(&primary).await;
+    // It asks the primary for its copies every now and then.
+    let patience = Instant::now() + PATIENCE;
+    let copy = format!("127.0.0.1:{}", second.address.port());
+    while !(sentinel.command(&["SENTINEL", "REPLICAS", "main"]))
+        .is_some_and(|reply| reply.contains(&copy) && reply.contains("master-link-status\r\n$2\r\nok"))
+    {
+        assert!(Instant::now() < patience, "the sentinel knows no copy");
+        sleep(Duration::from_millis(50)).await;
+    }
+    let url = format!("redis+sentinel://{}/main", sentinel.address);
+    let mut cluster = Replicas::start_by(vec![url; 3]).await;
+    cluster.all_lend().await;
+    cluster
+        .fail_over("frozen until another was promoted", async |cluster| {
+            primary.signal(Signal::SIGSTOP);
+            comes_to_be(&second, "master").await;
+            cluster.all_lend().await;
+            primary.signal(Signal::SIGCONT);
+        })
+        .await;
+    // The first is a copy of the second from now on.
+    comes_to_be(&primary, "connected").await;
+    cluster
+        .fail_over("killed", async |_| {
+            second.kill().await;
+            comes_to_be(&primary, "master").await;
+        })
+        .await;
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
+}
+
+/// Whether a gateway with this configuration comes to lend; and its log.
+async fn comes_to_lend(config: &str, password: &str) -> (bool, String) {
+    let gateway = Gateway::start_with_env("http://127.0.0.1:1", config, &[("STORE_PASSWORD", password)]).await;
+    let patience = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < patience, "{}", gateway.log());
+        for (standing, lends) in [("lending", true), ("alone", false)] {
+            let series = format!("crun_gateway_shared_standing{{standing=\"{standing}\"}}");
+            if gateway.metric(&series).await > 0.5 {
+                return (lends, gateway.log());
+            }
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_store_may_speak_tls_and_ask_for_a_password() {
+    let identity = Identity::of("localhost");
+    let [cert, key, root] = ["cert.pem", "key.pem", "root.pem"].map(|name| identity.file(name));
+    let store = Store::guarded(&cert, &key, "correct-horse").await;
+    let url = format!("rediss://localhost:{}", store.address.port());
+    let config = |ca: &str| {
+        format!("shared: {{ max_replicas: 2, url: '{url}', password: {{ env: STORE_PASSWORD }}, ca_file: {ca} }}")
+    };
+    assert!(comes_to_lend(&config(&root), "correct-horse").await.0);
+    for (ca, password) in [(root.as_str(), "wrong-horse"), ("null", "correct-horse")] {
+        let (lends, log) = comes_to_lend(&config(ca), password).await;
+        assert!(!lends && log.contains("cut off from the shared store"), "{log}");
+        assert!(!log.contains("horse"), "{log}");
+    }
 }

@@ -200,7 +200,8 @@ impl Gateway {
         self.signal(nix::sys::signal::SIGTERM);
     }
 
-    fn signal(&self, signal: nix::sys::signal::Signal) {
+    /// Sends a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
         send(&self.child, signal);
     }
 

@@ -18,40 +18,89 @@ use super::PATIENCE;
 pub struct Store {
     pub address: SocketAddr,
     child: Child,
+    /// What it writes into, if it does.
+    _directory: Option<tempfile::TempDir>,
+}
+
+/// A port that nobody else is given so soon.
+fn free_address() -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
 }
 
 impl Store {
     pub async fn start() -> Self {
-        // Nobody else is given this port so soon.
-        let address = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        Self::start_at(address).await
+        Self::start_at(free_address()).await
     }
 
     /// Starts it where another has been, with nothing in it.
     pub async fn start_at(address: SocketAddr) -> Self {
-        let mut command = Command::new("redis-server");
-        command.args(["--bind", "127.0.0.1", "--port", &address.port().to_string()]);
-        command.args(["--save", "", "--appendonly", "no", "--dir", "/tmp"]);
-        let spawned = command
-            .stdout(Stdio::null())
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .spawn();
-        let child = spawned.unwrap_or_else(|error| {
-            panic!(
-                "redis-server cannot be started ({error}): install it, on Debian with `apt-get install redis-server`"
-            )
-        });
-        let store = Self { address, child };
+        Self::launch(address, &[]).answers().await
+    }
+
+    /// A copy of `primary`.
+    pub async fn replica(primary: &Self) -> Self {
+        let port = primary.address.port().to_string();
+        Self::launch(free_address(), &["--replicaof", "127.0.0.1", &port])
+            .answers()
+            .await
+    }
+
+    /// A sentinel that watches `primary` as the service `main`, and replaces it after half a second.
+    pub async fn sentinel(primary: &Self) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config = directory.path().join("sentinel.conf");
+        let (address, port) = (free_address(), primary.address.port());
+        let text = format!(
+            "bind 127.0.0.1\nport {}\nsentinel monitor main 127.0.0.1 {port} 1\n\
+             sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000\n",
+            address.port()
+        );
+        std::fs::write(&config, text).unwrap();
+        let child = spawn(Command::new("redis-server").arg(&config).arg("--sentinel"));
+        let sentinel = Self {
+            address,
+            child,
+            _directory: Some(directory),
+        };
+        sentinel.answers().await
+    }
+
+    /// One that speaks TLS with this certificate, and asks for this password.
+    pub async fn guarded(cert: &str, key: &str, password: &str) -> Self {
+        let address = free_address();
+        let port = address.port().to_string();
+        let tls = ["--tls-port", &port, "--tls-cert-file", cert, "--tls-key-file", key];
+        let more = ["--tls-auth-clients", "no", "--requirepass", password];
+        let child = spawn(server(0).args(tls).args(more));
+        let store = Self {
+            address,
+            child,
+            _directory: None,
+        };
         let patience = Instant::now() + PATIENCE;
-        while store.command(&["PING"]).is_none_or(|reply| !reply.starts_with("+PONG")) {
-            assert!(Instant::now() < patience, "redis-server does not answer");
+        while TcpStream::connect(address).await.is_err() {
+            assert!(Instant::now() < patience, "redis-server does not listen");
             sleep(Duration::from_millis(10)).await;
         }
         store
+    }
+
+    fn launch(address: SocketAddr, options: &[&str]) -> Self {
+        Self {
+            address,
+            child: spawn(server(address.port()).args(options)),
+            _directory: None,
+        }
+    }
+
+    async fn answers(self) -> Self {
+        let patience = Instant::now() + PATIENCE;
+        while self.command(&["PING"]).is_none_or(|reply| !reply.starts_with("+PONG")) {
+            assert!(Instant::now() < patience, "redis-server does not answer");
+            sleep(Duration::from_millis(10)).await;
+        }
+        self
     }
 
     /// Its reply to a command, up to the first 4 KiB; `None` when there is none within a second.
@@ -87,6 +136,21 @@ impl Store {
         self.child.kill().await.unwrap();
         self.address
     }
+}
+
+/// A server that keeps nothing.
+fn server(port: u16) -> Command {
+    let mut command = Command::new("redis-server");
+    command.args(["--bind", "127.0.0.1", "--port", &port.to_string()]);
+    command.args(["--save", "", "--appendonly", "no", "--dir", "/tmp"]);
+    command
+}
+
+fn spawn(command: &mut Command) -> Child {
+    command.stdout(Stdio::null()).stdin(Stdio::null()).kill_on_drop(true);
+    command.spawn().unwrap_or_else(|error| {
+        panic!("redis-server cannot be started ({error}): install it, on Debian with `apt-get install redis-server`")
+    })
 }
 
 /// How a link carries bytes.
