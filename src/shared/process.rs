@@ -4,7 +4,7 @@
 //! There is one call at a time, for all accounts. An account gets one permit at a time: its dispatcher wants one as soon as a
 //! flight has a connection, and asks for the next when that is spent.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +83,8 @@ pub(super) struct Process {
     /// What a slice is of the limit.
     slice_share: f64,
     lanes: HashMap<LaneId, Lane>,
+    /// Those that want something: of many accounts, most are idle.
+    wanting: BTreeSet<LaneId>,
     next_lane: LaneId,
     /// Whose call is under way.
     calling: Option<Vec<LaneId>>,
@@ -98,6 +100,7 @@ impl Process {
             third,
             slice_share,
             lanes: HashMap::new(),
+            wanting: BTreeSet::new(),
             next_lane: 0,
             calling: None,
             next_call: now,
@@ -124,16 +127,30 @@ impl Process {
 
     pub(super) fn close(&mut self, lane: LaneId) {
         self.lanes.remove(&lane);
+        self.wanting.remove(&lane);
     }
 
     /// What is wanted from now on; true if there is a call to be made for it.
     pub(super) fn want(&mut self, lane: LaneId, demand: Demand) -> bool {
-        let Some(lane) = self.lanes.get_mut(&lane) else {
-            return false;
-        };
-        let is_first = lane.demand.flights == 0 && demand.flights > 0;
-        lane.demand = demand;
-        is_first && lane.slot.is_none()
+        let wanted = self.wanting.contains(&lane);
+        self.change(lane, |lane| lane.demand = demand);
+        !wanted && self.wanting.contains(&lane)
+    }
+
+    /// Changes an account, and notes whether it wants something.
+    fn change(&mut self, id: LaneId, change: impl FnOnce(&mut Lane)) {
+        if let Some(lane) = self.lanes.get_mut(&id) {
+            change(lane);
+            if lane.wants() {
+                self.wanting.insert(id);
+            } else {
+                self.wanting.remove(&id);
+            }
+        }
+    }
+
+    fn wanting(&self) -> impl Iterator<Item = (LaneId, &Lane)> {
+        self.wanting.iter().filter_map(|id| Some((*id, self.lanes.get(id)?)))
     }
 
     /// The permit that the account holds.
@@ -143,10 +160,10 @@ impl Process {
 
     /// It is spent, or dropped because it is late; the next may be asked for.
     pub(super) fn spent(&mut self, lane: LaneId, now: Instant) {
-        if let Some(lane) = self.lanes.get_mut(&lane) {
+        self.change(lane, |lane| {
             lane.slot = None;
             lane.ask_at = now;
-        }
+        });
     }
 
     /// Whether the process spends its slice.
@@ -178,11 +195,11 @@ impl Process {
 
     /// Upstream said 429 here.
     pub(super) fn back_off(&mut self, lane: LaneId, backed: Backed, now: Instant) {
-        if let Some(lane) = self.lanes.get_mut(&lane) {
+        self.change(lane, |lane| {
             lane.cut = Some(backed);
             lane.is_news = true;
             lane.ask_at = now;
-        }
+        });
     }
 
     /// Whoever made the calls was interrupted.
@@ -210,13 +227,12 @@ impl Process {
         let mut call = self.lease.call(now);
         let mut callers = Vec::new();
         if call.named.is_some() {
-            let mut wanting: Vec<_> = self.lanes.iter_mut().filter(|(_, lane)| lane.wants()).collect();
-            wanting.retain(|(_, lane)| lane.ask_at <= now);
+            let mut wanting: Vec<_> = self.wanting().filter(|(_, lane)| lane.ask_at <= now).collect();
             // Who has waited longest goes first, where they are too many for one call.
-            wanting.sort_by_key(|(id, lane)| (lane.ask_at, **id));
+            wanting.sort_by_key(|(id, lane)| (lane.ask_at, *id));
             for (id, lane) in wanting.into_iter().take(MOST_ACCOUNTS) {
                 call.wants.push(lane.want(now));
-                callers.push(*id);
+                callers.push(id);
             }
         }
         self.calling = Some(callers);
@@ -228,12 +244,8 @@ impl Process {
         if !self.lease.lends(now) {
             return self.next_call;
         }
-        let wanting = self.lanes.values().filter(|lane| lane.wants());
-        wanting
-            .map(|lane| lane.ask_at)
-            .chain([self.next_call])
-            .min()
-            .unwrap_or(now)
+        let wanting = self.wanting().map(|(_, lane)| lane.ask_at);
+        wanting.chain([self.next_call]).min().unwrap_or(now)
     }
 
     /// Does what is due at `now`; gives when to look again.
@@ -257,9 +269,7 @@ impl Process {
     fn after_miss(&mut self, next: Instant) {
         self.next_call = next;
         for id in self.calling.take().unwrap_or_default() {
-            if let Some(lane) = self.lanes.get_mut(&id) {
-                lane.ask_at = next;
-            }
+            self.change(id, |lane| lane.ask_at = next);
         }
     }
 
@@ -274,13 +284,12 @@ impl Process {
         let callers = self.calling.take().unwrap_or_default();
         // Dealt one by one, or not at all.
         let has_all = callers.len() == reply.dealt.len();
-        for (place, id) in callers.iter().enumerate() {
-            if let Some(lane) = self.lanes.get_mut(id) {
-                match reply.dealt.get(place).filter(|_| has_all) {
-                    Some(dealt) => lane.deal(dealt, counts, sent, received, self.third),
-                    None => lane.ask_at = received + AFTER_NONE,
-                }
-            }
+        let third = self.third;
+        for (place, id) in callers.into_iter().enumerate() {
+            self.change(id, |lane| match reply.dealt.get(place).filter(|_| has_all) {
+                Some(dealt) => lane.deal(dealt, counts, sent, received, third),
+                None => lane.ask_at = received + AFTER_NONE,
+            });
         }
         let quiet = self.lease.quiet();
         self.next_call = if quiet > received {
