@@ -730,3 +730,20 @@ proptest! {
         let _ = Config::parse(&text, &env);
     }
 }
+
+#[test]
+fn replicas_that_share_take_no_other_limit_over_without_a_restart() {
+    let parse = |text: &str| Config::parse(text, &|_| None).unwrap();
+    let shared = "shared: { max_replicas: 3 }";
+    let running = parse(&format!("{{ {shared}, budget: {{ limit: 15, max_queue: 10 }} }}"));
+    let changed = parse(&format!(
+        "{{ {shared}, budget: {{ limit: 12, margin: 40ms, max_queue: 20 }} }}"
+    ));
+    let (taken, left) = changed.taken_over(&running);
+    assert_eq!(left, ["budget.limit", "budget.margin"]);
+    assert_eq!((taken.budget.limit.get(), taken.budget.max_queue), (15, 20));
+    let (taken, left) = parse("budget: { limit: 12 }").taken_over(&parse("{}"));
+    assert_eq!((taken.budget.limit.get(), left.len()), (12, 0));
+    let (taken, left) = parse("{}").taken_over(&running);
+    assert!(taken.shared.is_some() && left.contains(&"shared"), "{left:?}");
+}

@@ -376,7 +376,7 @@ impl Dispatcher {
         let backoff = lock(&self.backoff).clone();
         let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
-        let share = self.lane.as_ref().map_or(1.0, |lane| lane.share()).max(0.001);
+        let share = self.lane.as_ref().map_or(1.0, |lane| lane.share());
         let stretch = self.pace.full_second().as_secs_f64() / share;
         let turn = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);

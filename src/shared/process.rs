@@ -44,6 +44,9 @@ pub struct Slot {
     pub latest: Instant,
 }
 
+/// A share is not told to be less: for a moment it may be nothing, and who waits wants to know for how long.
+const LEAST_SHARE: f64 = 0.001;
+
 /// An account, by a number within the process.
 pub(super) type LaneId = u64;
 
@@ -180,12 +183,12 @@ impl Process {
         if self.lease.is_cut() { 0 } else { self.alive }
     }
 
-    /// What part of the limit an account can count on here.
+    /// What part of the limit an account can count on here; never nothing.
     pub(super) fn share(&self, lane: LaneId) -> f64 {
         if self.lease.is_alone() {
             return self.slice_share;
         }
-        self.lanes.get(&lane).map_or(1.0, |lane| lane.share)
+        self.lanes.get(&lane).map_or(1.0, |lane| lane.share).max(LEAST_SHARE)
     }
 
     /// What upstream's 429 did to the account, wherever it was heard.

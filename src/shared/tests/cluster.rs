@@ -4,6 +4,8 @@
 //! Written after the simulation that found the rules; what is new here is that each replica runs the real
 //! [`Process`], with two accounts. An arrival is the write plus up to a third of the margin.
 
+mod faults;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
@@ -14,6 +16,8 @@ use tokio::time::Instant;
 use super::super::process::{Demand, LaneId, Process, Slot};
 use super::super::script::{Call, Reply, Terms};
 use super::store::{State, lend};
+use faults::touches;
+pub(super) use faults::{Fault, Kind, Way};
 
 pub(super) const LIMIT: u32 = 15;
 pub(super) const MARGIN: f64 = 0.030;
@@ -21,49 +25,6 @@ const WINDOW: f64 = 1.0 + MARGIN;
 const THIRD: f64 = MARGIN / 3.0;
 const TIMEOUT: f64 = 0.2;
 const ACCOUNTS: [&str; 2] = ["music", "video"];
-
-/// Which way a fault of a link works.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    Both,
-    Up,
-    Down,
-}
-
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Kind {
-    Cut(Way),
-    /// Held back, then all at once.
-    Hold(Way),
-    Drop(Way, f64),
-    Delay(Way, f64),
-    /// The store is killed and back, empty or from a file.
-    Kill {
-        is_empty: bool,
-    },
-    Flush,
-    Freeze,
-    Refuse,
-    Step(f64),
-    /// Another server goes on from an older copy, on a clock of its own.
-    FailOver(f64),
-    Pause,
-    Crash,
-    /// All replicas end and start, one after the other.
-    Roll,
-    /// Told to stop, while the successor runs already.
-    Drain,
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Fault {
-    pub(super) kind: Kind,
-    pub(super) at: f64,
-    pub(super) lasts: f64,
-    /// The replicas whose links or processes it strikes, as bits.
-    pub(super) who: u32,
-}
 
 /// What happened.
 #[derive(Debug, Default)]
@@ -149,10 +110,6 @@ pub(super) struct Cluster {
 
 fn nanos(at: f64) -> u64 {
     (at * 1e9).round() as u64
-}
-
-fn touches(fault: Option<Way>, way: Way) -> bool {
-    fault.is_some_and(|fault| fault == Way::Both || fault == way)
 }
 
 impl Cluster {
@@ -362,101 +319,6 @@ impl Cluster {
             generations.to_string()
         });
         self.carry(Way::Down, Event::ToProc(number, id, reply));
-    }
-
-    fn strikes(&self, fault: &Fault) -> Vec<usize> {
-        let struck = (0..self.replicas).filter(|replica| fault.who & (1 << replica) != 0);
-        let struck: Vec<_> = struck.collect();
-        if struck.is_empty() { vec![0] } else { struck }
-    }
-
-    fn begin(&mut self, fault: &Fault) {
-        let struck = self.strikes(fault);
-        let links = |cluster: &mut Self, set: &dyn Fn(&mut Link)| {
-            for replica in &struck {
-                set(&mut cluster.links[*replica]);
-            }
-        };
-        match fault.kind {
-            Kind::Cut(way) => links(self, &|link| link.cut = Some(way)),
-            Kind::Hold(way) => links(self, &|link| link.hold = Some(way)),
-            Kind::Drop(way, part) => links(self, &|link| link.drop = Some((way, part))),
-            Kind::Delay(way, most) => links(self, &|link| link.delay = Some((way, most))),
-            Kind::Kill { .. } => {
-                self.is_up = false;
-                self.saved.clone_from(&self.snapshot);
-            }
-            Kind::Flush => self.state = None,
-            Kind::Freeze => self.backlog = Some(self.backlog.take().unwrap_or_default()),
-            Kind::Refuse => self.refuses = true,
-            Kind::Step(by) => self.clock += by,
-            Kind::FailOver(by) => {
-                self.clock += by;
-                self.restart(self.snapshot.clone());
-            }
-            Kind::Pause => {
-                let until = self.now + fault.lasts;
-                self.procs[self.running[struck[0]]].paused_until = until;
-            }
-            Kind::Crash => self.procs[self.running[struck[0]]].is_dead = true,
-            Kind::Roll => {
-                for replica in 0..self.replicas {
-                    let at = self.now + fault.lasts * replica as f64 / self.replicas as f64;
-                    self.at(at, Event::Start(replica));
-                }
-            }
-            Kind::Drain => {
-                let number = self.running[struck[0]];
-                let now = self.local(number);
-                self.procs[number].process.leave(now);
-                self.start(struck[0]);
-            }
-        }
-    }
-
-    fn restart(&mut self, state: Option<State>) {
-        self.is_up = true;
-        self.run += 1;
-        self.backlog = None;
-        self.state = state;
-    }
-
-    fn end(&mut self, fault: &Fault) {
-        let struck = self.strikes(fault);
-        match fault.kind {
-            Kind::Cut(_) => struck.iter().for_each(|replica| self.links[*replica].cut = None),
-            Kind::Drop(..) => struck.iter().for_each(|replica| self.links[*replica].drop = None),
-            Kind::Delay(..) => struck.iter().for_each(|replica| self.links[*replica].delay = None),
-            Kind::Hold(_) => {
-                for replica in struck {
-                    self.links[replica].hold = None;
-                    for event in std::mem::take(&mut self.links[replica].held) {
-                        let takes = self.unit() * 0.002;
-                        self.at(self.now + takes, event);
-                    }
-                }
-            }
-            Kind::Kill { is_empty } => {
-                let saved = self.saved.take().filter(|_| !is_empty);
-                self.restart(saved);
-            }
-            Kind::Freeze => {
-                for event in self.backlog.take().unwrap_or_default() {
-                    self.answer(event);
-                }
-            }
-            Kind::Refuse => self.refuses = false,
-            Kind::Crash => self.start(struck[0]),
-            // Whoever was told to stop ends.
-            Kind::Drain => {
-                let last = self.running[struck[0]];
-                let of = struck[0];
-                let old = self.procs.iter_mut().enumerate();
-                old.filter(|(number, proc)| proc.replica == of && *number != last)
-                    .for_each(|(_, proc)| proc.is_dead = true);
-            }
-            Kind::Flush | Kind::Step(_) | Kind::FailOver(_) | Kind::Pause | Kind::Roll => {}
-        }
     }
 
     /// The process whose event it is may not run now.
