@@ -84,7 +84,7 @@ fn play(replicas: usize, seed: u64, faults: &[Fault]) -> Outcome {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { max_shrink_iters: 300, ..ProptestConfig::with_cases(300) })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn no_second_holds_more_than_the_limit_and_somebody_always_spends(

@@ -268,9 +268,8 @@ async fn four_replicas_spend_one_budget() {
     replicas_spend_one_budget(4).await;
 }
 
-#[tokio::test]
-async fn whatever_becomes_of_the_store_no_second_holds_more_than_the_limit() {
-    let mut cluster = Replicas::start(3).await;
+/// Everything that may become of the store, one after the other.
+async fn store_suffers(cluster: &mut Replicas) {
     let all = [0, 1, 2];
     cluster.all_lend().await;
     cluster
@@ -320,9 +319,8 @@ async fn whatever_becomes_of_the_store_no_second_holds_more_than_the_limit() {
         .await;
 }
 
-#[tokio::test]
-async fn one_replica_that_is_cut_off_spends_its_slice_and_the_others_theirs() {
-    let mut cluster = Replicas::start(3).await;
+/// Everything that may become of one replica's link.
+async fn one_link_suffers(cluster: &mut Replicas) {
     cluster.all_lend().await;
     cluster
         .survive("one cut off", async |cluster| {
@@ -371,6 +369,27 @@ async fn one_replica_that_is_cut_off_spends_its_slice_and_the_others_theirs() {
         .await;
     cluster.spend(14.0).await;
     cluster.assert_within_the_limit().await;
+}
+
+#[tokio::test]
+async fn whatever_becomes_of_the_store_no_second_holds_more_than_the_limit() {
+    store_suffers(&mut Replicas::start(3).await).await;
+}
+
+#[tokio::test]
+async fn one_replica_that_is_cut_off_spends_its_slice_and_the_others_theirs() {
+    one_link_suffers(&mut Replicas::start(3).await).await;
+}
+
+#[tokio::test]
+#[ignore = "takes ten minutes"]
+async fn again_and_again() {
+    let mut cluster = Replicas::start(3).await;
+    let begun = Instant::now();
+    while begun.elapsed() < 600 * SECOND {
+        store_suffers(&mut cluster).await;
+        one_link_suffers(&mut cluster).await;
+    }
 }
 
 #[tokio::test]

@@ -82,7 +82,8 @@ impl Cluster {
             }
             Kind::Pause => {
                 let until = self.now + fault.lasts;
-                self.procs[self.running[struck[0]]].paused_until = until;
+                let proc = &mut self.procs[self.running[struck[0]]];
+                proc.paused_until = proc.paused_until.max(until);
             }
             Kind::Crash => self.procs[self.running[struck[0]]].is_dead = true,
             Kind::Roll => {
