@@ -44,7 +44,7 @@ use crate::metrics::{Metrics, SharedCall, SharedMetrics};
 pub use lease::Standing;
 use link::{Exchanged, Link};
 pub use process::{Backed, Demand, Slot};
-use process::{LaneId, Process};
+use process::{LaneId, Process, Told};
 use script::Terms;
 
 /// This process's part in the shared budget, for as long as its runtime lasts. Cheap to clone.
@@ -110,7 +110,7 @@ impl Shared {
 
     /// One more account, by a name that every replica gives it and that tells nothing of its keys.
     pub fn lane(&self, account: &str) -> Lane {
-        let told = Arc::new(Notify::new());
+        let told = Arc::new(Told::default());
         let id = self.0.process().open(account.into(), Arc::clone(&told), Instant::now());
         Lane {
             shared: self.clone(),
@@ -150,7 +150,7 @@ impl Shared {
 pub struct Lane {
     shared: Shared,
     id: LaneId,
-    told: Arc<Notify>,
+    told: Arc<Told>,
 }
 
 /// What an account may spend now.
@@ -192,12 +192,12 @@ impl Lane {
     ///
     /// Cancel safe.
     pub async fn told(&self) {
-        self.told.notified().await;
+        self.told.news.notified().await;
     }
 
     /// What part of the limit the account can count on here, from 0 to 1.
     pub fn share(&self) -> f64 {
-        self.shared.0.process().share(self.id)
+        self.told.share()
     }
 
     /// What upstream's last 429 did to the account, wherever it was heard.

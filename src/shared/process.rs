@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -50,6 +51,38 @@ const LEAST_SHARE: f64 = 0.001;
 /// An account, by a number within the process.
 pub(super) type LaneId = u64;
 
+/// What an account is told, where it can look without a lock that all accounts share.
+#[derive(Debug)]
+pub(super) struct Told {
+    /// Notified when there is something for the dispatcher to look at.
+    pub(super) news: Notify,
+    /// In millionths.
+    share: AtomicU32,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self {
+            news: Notify::new(),
+            share: AtomicU32::new(1_000_000),
+        }
+    }
+}
+
+impl Told {
+    /// What part of the limit the account can count on here; never nothing.
+    pub(super) fn share(&self) -> f64 {
+        f64::from(self.share.load(Ordering::Relaxed)) / 1e6
+    }
+
+    fn tell_share(&self, share: f64) {
+        let millionths = (share.clamp(LEAST_SHARE, 1.0) * 1e6).round();
+        // Within a million.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped")]
+        self.share.store(millionths as u32, Ordering::Relaxed);
+    }
+}
+
 #[derive(Debug)]
 struct Lane {
     account: Arc<str>,
@@ -61,8 +94,7 @@ struct Lane {
     /// When queries may go on after upstream's 429, and how: as known here; and whether the store has to be told.
     cut: Option<Backed>,
     is_news: bool,
-    /// Notified when there is something for the dispatcher to look at.
-    told: Arc<Notify>,
+    told: Arc<Told>,
 }
 
 /// What an upstream 429 does to an account's pace, on this process's clock.
@@ -112,8 +144,11 @@ impl Process {
     }
 
     /// One more account.
-    pub(super) fn open(&mut self, account: Arc<str>, told: Arc<Notify>, now: Instant) -> LaneId {
+    pub(super) fn open(&mut self, account: Arc<str>, told: Arc<Told>, now: Instant) -> LaneId {
         self.next_lane += 1;
+        if self.lease.is_alone() {
+            told.tell_share(self.slice_share);
+        }
         let lane = Lane {
             account,
             demand: Demand::default(),
@@ -183,14 +218,6 @@ impl Process {
         if self.lease.is_cut() { 0 } else { self.alive }
     }
 
-    /// What part of the limit an account can count on here; never nothing.
-    pub(super) fn share(&self, lane: LaneId) -> f64 {
-        if self.lease.is_alone() {
-            return self.slice_share;
-        }
-        self.lanes.get(&lane).map_or(1.0, |lane| lane.share).max(LEAST_SHARE)
-    }
-
     /// What upstream's 429 did to the account, wherever it was heard.
     pub(super) fn backed(&self, lane: LaneId) -> Option<Backed> {
         self.lanes.get(&lane)?.cut
@@ -219,7 +246,11 @@ impl Process {
     }
 
     fn tell_all(&self) {
-        self.lanes.values().for_each(|lane| lane.told.notify_one());
+        let alone = self.lease.is_alone().then_some(self.slice_share);
+        for lane in self.lanes.values() {
+            lane.told.tell_share(alone.unwrap_or(lane.share));
+            lane.told.news.notify_one();
+        }
     }
 
     /// The call that is due at `now`, if none is under way.
@@ -329,6 +360,7 @@ impl Lane {
 
     fn deal(&mut self, dealt: &Dealt, counts: bool, sent: Instant, received: Instant, third: Duration) {
         self.share = dealt.share;
+        self.told.tell_share(self.share);
         self.is_news = false;
         self.learn(dealt.cut, received);
         self.ask_at = received + dealt.again.unwrap_or_default().min(HEARTBEAT);
@@ -338,7 +370,7 @@ impl Lane {
                 due: received + slot,
                 latest: sent + slot + third,
             });
-            self.told.notify_one();
+            self.told.news.notify_one();
         }
     }
 
@@ -360,7 +392,7 @@ impl Lane {
         match (heard, self.cut) {
             (Some(heard), known) if known.is_none_or(|known| heard.until > known.until + SAME) => {
                 self.cut = Some(heard);
-                self.told.notify_one();
+                self.told.news.notify_one();
             }
             // It has forgotten, or never knew.
             (heard, Some(known)) if heard.is_none_or(|heard| known.until > heard.until + SAME) => {
@@ -427,7 +459,7 @@ mod tests {
         process.heard(sent, received, &reply("a", at(1), vec![dealt(Some(ms(60)))]));
         let slot = process.slot(lane).unwrap();
         assert_eq!((slot.due, slot.latest), (received + ms(60), sent + ms(70)));
-        assert!((process.share(lane) - 0.5).abs() < 1e-9);
+        assert!((process.lanes[&lane].told.share() - 0.5).abs() < 1e-9);
         assert_eq!(process.look(received), Some(received + HEARTBEAT));
         process.spent(lane, slot.due);
         assert_eq!(process.look(slot.due), Some(slot.due));

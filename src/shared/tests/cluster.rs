@@ -384,8 +384,8 @@ impl Cluster {
                     proc.own_runs[lane] = false;
                     return;
                 }
-                let share = proc.process.share(proc.lanes[lane]);
-                let gap = Duration::from_secs_f64(WINDOW / (share * f64::from(LIMIT)).round());
+                let slice = LIMIT / u32::try_from(self.replicas).unwrap();
+                let gap = Duration::from_secs_f64(WINDOW / f64::from(slice));
                 let due = proc.own[lane].map_or(now, |last| last + gap);
                 let last = if now >= due { now } else { due - gap };
                 proc.own[lane] = Some(last);
