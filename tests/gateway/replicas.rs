@@ -181,6 +181,7 @@ impl Replicas {
             let (after, to) = self.asked().await;
             let rate = (after - before) as f64 / (to.saturating_sub(from)).as_secs_f64();
             if rate >= least {
+                eprintln!("{} replicas: {rate:.2}/s", self.gateways.len());
                 return;
             }
             assert!(Instant::now() < patience, "{rate}/s, not {least}/s");
@@ -301,7 +302,10 @@ async fn store_suffers(cluster: &mut Replicas) {
         })
         .await;
     cluster
-        .survive("flushed", async |cluster| cluster.store().must(&["FLUSHALL"]))
+        .survive("flushed", async |cluster| {
+            cluster.store().must(&["FLUSHALL"]);
+            cluster.stand("waiting", &all).await;
+        })
         .await;
     cluster
         .survive("full", async |cluster| {
