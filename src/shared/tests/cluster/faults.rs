@@ -133,7 +133,8 @@ impl Cluster {
                 }
             }
             Kind::Refuse => self.refuses = false,
-            Kind::Crash => self.start(struck[0]),
+            // In the place of whoever another fault has started meanwhile.
+            Kind::Crash => self.happen(Event::Start(struck[0])),
             // Whoever was told to stop ends.
             Kind::Drain => {
                 let last = self.running[struck[0]];
