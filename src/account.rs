@@ -3,6 +3,7 @@
 //! Pure: no I/O, no clock. Which key belongs to which account is `gateway::accounts`' business; behind that look-up
 //! only an [`AccountId`] travels, and the key itself goes straight into `upstream`.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::net::IpAddr;
@@ -67,13 +68,48 @@ impl ApiKey {
     }
 }
 
+/// A key's text, to look it up by without a copy: hashed and compared as an [`ApiKey`] is.
+pub trait KeyText {
+    /// The characters of the key.
+    fn text(&self) -> &str;
+}
+
+impl KeyText for ApiKey {
+    fn text(&self) -> &str {
+        self.0.expose_secret()
+    }
+}
+
+impl KeyText for &str {
+    fn text(&self) -> &str {
+        self
+    }
+}
+
+impl<'a> Borrow<dyn KeyText + 'a> for ApiKey {
+    fn borrow(&self) -> &(dyn KeyText + 'a) {
+        self
+    }
+}
+
+impl PartialEq for dyn KeyText + '_ {
+    fn eq(&self, other: &Self) -> bool {
+        self.text().as_bytes().ct_eq(other.text().as_bytes()).into()
+    }
+}
+
+impl Eq for dyn KeyText + '_ {}
+
+impl Hash for dyn KeyText + '_ {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.text().hash(state);
+    }
+}
+
 impl PartialEq for ApiKey {
     fn eq(&self, other: &Self) -> bool {
-        self.0
-            .expose_secret()
-            .as_bytes()
-            .ct_eq(other.0.expose_secret().as_bytes())
-            .into()
+        let own: &dyn KeyText = self;
+        own == other as &dyn KeyText
     }
 }
 
@@ -81,7 +117,7 @@ impl Eq for ApiKey {}
 
 impl Hash for ApiKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.expose_secret().hash(state);
+        self.text().hash(state);
     }
 }
 
@@ -98,6 +134,18 @@ impl fmt::Debug for ApiKey {
 /// learns a key from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AccountId(u128);
+
+impl AccountId {
+    /// The id as bytes, for keys of tables.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_ne_bytes()
+    }
+
+    /// The id that these are.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_ne_bytes(bytes))
+    }
+}
 
 /// Makes [`AccountId`]s: two independently keyed SipHashes, the keys drawn at random when the process starts.
 #[derive(Clone, Debug, Default)]

@@ -11,6 +11,7 @@ use std::hash::RandomState;
 use std::sync::Arc;
 use std::time::Duration;
 
+use equivalent::Equivalent;
 use moka::Expiry;
 use moka::notification::RemovalCause;
 use moka::ops::compute::{CompResult, Op};
@@ -24,9 +25,9 @@ use crate::task::{Class, TaskId};
 use shares::Shares;
 
 /// What an entry costs beside its body and id, in bytes: the answer, a Content-Type, moka's nodes and our own, and the
-/// allocator's rounding. 810 to 840 were measured at one to three million entries (`an_entry_weighs_what_it_takes`),
+/// allocator's rounding. 660 to 675 were measured at one to three million entries (`an_entry_weighs_what_it_takes`),
 /// rounded up because tables double.
-const OVERHEAD: usize = 900;
+const OVERHEAD: usize = 750;
 
 /// Not-found answers together, in bytes.
 const NOT_FOUND_BYTES: u64 = 8 << 20;
@@ -35,6 +36,17 @@ const NOT_FOUND_BYTES: u64 = 8 << 20;
 const MOST_SPARED: usize = 32;
 
 type Key = (AccountId, TaskId);
+
+/// A [`Key`], to look it up by without a copy.
+#[derive(Hash)]
+struct Place<'a>(AccountId, &'a str);
+
+impl Equivalent<Key> for Place<'_> {
+    fn equivalent(&self, key: &Key) -> bool {
+        self.0 == key.0 && *self.1 == *key.1.as_str()
+    }
+}
+
 type Map = moka::sync::Cache<Key, Arc<Answer>, RandomState>;
 
 /// The answers that are kept.
@@ -84,27 +96,31 @@ impl Cache {
     /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts. `live` is
     /// the freshness lifetime of live answers.
     pub fn get(&self, account: AccountId, task: &TaskId, now: Instant, live: Duration) -> Option<Arc<Answer>> {
-        let key = (account, task.clone());
-        let state = self.tasks.get(&key).filter(|answer| answer.is_kept(now));
-        if let Some(state) = &state {
-            state.note_read();
-            if state.is_fresh(now, live) {
-                return Some(Arc::clone(state));
-            }
+        let task = task.as_str();
+        let state = self.state(account, task, now);
+        if state.as_ref().is_some_and(|state| state.is_fresh(now, live)) {
+            return state;
         }
         let since = state.as_ref().map(|state| state.asked);
         let not_found = self
             .not_found
-            .get(&key)
+            .get(&Place(account, task))
             .filter(|answer| answer.is_fresh(now, live) && since.is_none_or(|since| answer.asked >= since));
         not_found.or(state)
     }
 
+    /// The state that is kept for a task at `now`, fresh or stale, for somebody who reads it.
+    pub fn state(&self, account: AccountId, task: &str, now: Instant) -> Option<Arc<Answer>> {
+        let place = Place(account, task);
+        let state = self.tasks.get(&place).filter(|answer| answer.is_kept(now))?;
+        state.note_read();
+        Some(state)
+    }
+
     /// The state that is kept for a task at `now`, fresh or stale.
     pub fn snapshot(&self, account: AccountId, task: &TaskId, now: Instant) -> Option<Arc<Answer>> {
-        self.tasks
-            .get(&(account, task.clone()))
-            .filter(|answer| answer.is_kept(now))
+        let place = Place(account, task.as_str());
+        self.tasks.get(&place).filter(|answer| answer.is_kept(now))
     }
 
     /// Keeps an answer that says for how long; not if what is kept tells of a later state, or it alone would take more

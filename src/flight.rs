@@ -1,7 +1,7 @@
 //! One fetch for everybody who asks the same at the same time.
 //!
 //! A flight belongs to no client: its leader is a task of its own, so a client that leaves hurts nobody, and each follower
-//! has its own deadline. moka's `try_get_with` is not used for this, since its init future belongs to the first caller
+//! has its own deadline. Caches that fetch, like moka's `try_get_with`, will not do: their init future belongs to the first caller
 //! (moka-rs/moka#240). It works for answers that may not be stored just as for those that may. What is fetched, and what
 //! the stages of it are, is the caller's business.
 

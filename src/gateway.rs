@@ -21,6 +21,7 @@ mod asker;
 mod attempt;
 mod clearance;
 mod credential;
+mod hit;
 mod keys;
 mod max_age;
 mod others;
@@ -64,8 +65,8 @@ use attempt::{Attempt, outcome};
 use clearance::{is_in_vain, is_refused_key};
 use keys::Key;
 use recall::Recall;
-pub use response::Body;
 use response::CacheStatus;
+pub use response::{Body, Data};
 pub use status::Status;
 use traced::{FlightTrace, Trace};
 
@@ -251,30 +252,51 @@ impl Gateway {
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: Arc<Self>, mut request: Request<Incoming>, caller: Caller) -> Response<Body> {
+    pub async fn handle(self: &Arc<Self>, mut request: Request<Incoming>, caller: &Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        let trace = self.trace(&request, &request_id);
+        // Where spans are kept, they tell of hits, too, by the longer way.
+        let at_once = || match self.exporter {
+            None => self.hit(&request, caller, &request_id),
+            Some(_) => None,
+        };
+        let mut response = match self.metrics.contain_now(at_once) {
+            Some(Some(response)) => response,
+            // On the heap, so that a connection keeps no room for it: most polls are hits.
+            Some(None) => Box::pin(self.answer_in_time(request, caller, &request_id)).await,
+            None => response::error(&Error::Internal),
+        };
+        response.headers_mut().insert(response::REQUEST_ID, request_id);
+        response
+    }
+
+    /// Answers what may have to wait, within `limits.request_timeout`.
+    async fn answer_in_time(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        caller: &Caller,
+        request_id: &HeaderValue,
+    ) -> Response<Body> {
+        let trace = self.trace(&request, request_id);
         let in_time = {
             // Each move of it would take its room again.
             let answering = pin!(async {
                 if request.uri().path() == TASK_INFO_PATH {
                     let (method, uri, headers) = (request.method(), request.uri(), request.headers());
-                    self.poll(method, uri, headers, &caller, &request_id, &trace).await
+                    self.poll(method, uri, headers, caller, request_id, &trace).await
                 } else {
-                    Box::pin(self.pass_through(request, &request_id, &trace)).await
+                    Box::pin(self.pass_through(request, request_id, &trace)).await
                 }
             });
             let most = self.config.load().limits.request_timeout;
             self.metrics.contain(timeout(most, answering)).await
         };
-        let mut response = match in_time {
+        let response = match in_time {
             Some(Ok(response)) => response,
             Some(Err(_)) => self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id()),
             None => response::error(&Error::Internal),
         };
         trace.ended(response.status());
-        response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
 
@@ -310,7 +332,8 @@ impl Gateway {
 
     /// Brings the gauges up to date that are costly to keep so.
     pub fn refresh_metrics(&self) {
-        self.accounts.show(Instant::now());
+        let now = Instant::now();
+        self.accounts.show(now);
         self.cache.maintain();
     }
 
@@ -364,7 +387,7 @@ impl Gateway {
                     took_s = took.as_secs_f64(),
                     "poll answered"
                 );
-                response::answer(&answer, cache, now, poll.asker.account.lifetime(now))
+                response::answer(answer, cache, now, poll.asker.account.lifetime(now))
             }
             Err(error) => {
                 if let Some(reason) = admission::shed(&error) {
@@ -407,7 +430,7 @@ impl Gateway {
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
     async fn answer(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Answered, Error> {
         let account = &poll.asker.account;
-        account.watch.asked(&poll.task, poll.arrived);
+        account.watch.asked(poll.task.as_str(), poll.arrived);
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
         let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
@@ -499,9 +522,13 @@ impl Gateway {
     /// How long live answers are fresh for this poll: a client may want it shorter, down to the floor, as long as that
     /// takes no turn from anybody who waits.
     fn lifetime_for(&self, poll: &Poll<'_>) -> Duration {
-        let lifetime = poll.asker.account.lifetime(poll.arrived);
-        match poll.max_age {
-            Some(max_age) if poll.asker.account.budget.waiting() == 0 => {
+        let account = &*poll.asker.account;
+        self.lifetime_wanted(account, poll.max_age, account.lifetime(poll.arrived))
+    }
+
+    fn lifetime_wanted(&self, account: &Account, max_age: Option<Duration>, lifetime: Duration) -> Duration {
+        match max_age {
+            Some(max_age) if account.budget.waiting() == 0 => {
                 lifetime.min(max_age.max(self.config.load().cache.fresh.floor))
             }
             Some(_) | None => lifetime,

@@ -7,7 +7,7 @@ mod disk;
 mod elsewhere;
 mod shared;
 
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::FutureExt as _;
@@ -600,6 +600,12 @@ impl Metrics {
     pub fn contain<T>(&self, work: impl Future<Output = T>) -> impl Future<Output = Option<T>> {
         let done = AssertUnwindSafe(work).catch_unwind();
         done.map(|done| done.map_err(|_| self.panics.inc()).ok())
+    }
+
+    /// The same for work that does not wait.
+    pub fn contain_now<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+        let done = catch_unwind(AssertUnwindSafe(work));
+        done.map_err(|_| self.panics.inc()).ok()
     }
 
     /// Counts a request that was streamed through.

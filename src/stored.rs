@@ -8,6 +8,7 @@
 mod encoding;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,13 +29,13 @@ pub struct Answer {
     /// The HTTP status.
     pub status: StatusCode,
     /// The Content-Type, if there was one.
-    pub content_type: Option<HeaderValue>,
+    pub content_type: Option<Arc<HeaderValue>>,
     /// The Retry-After, if there was one; of errors only, which are never kept.
-    pub retry_after: Option<HeaderValue>,
+    pub retry_after: Option<Box<HeaderValue>>,
     /// The body, byte for byte.
     pub body: Bytes,
     /// What they mean.
-    pub reading: Reading,
+    pub reading: Meaning,
     /// When the attempt began.
     pub asked: Instant,
     /// When the last byte was there: ages count from here.
@@ -42,20 +43,50 @@ pub struct Answer {
     /// For how long it is kept; `None` is not at all.
     pub keeping: Option<Keeping>,
     /// The share of `limits.body_bytes` of an answer that is not kept, until the last client has it.
-    pub room: Option<OwnedSemaphorePermit>,
+    pub room: Option<Box<OwnedSemaphorePermit>>,
     /// Whether it was read since the cache last looked for what nobody reads.
     read: AtomicBool,
     /// Where it stands among its account's answers, once the cache has it.
     place: AtomicU64,
 }
 
+/// A Content-Type as it is kept with an answer: the usual one is there once, for all of them.
+pub fn content_type(value: &[u8]) -> Option<Arc<HeaderValue>> {
+    static JSON: LazyLock<Arc<HeaderValue>> = LazyLock::new(|| Arc::new(HeaderValue::from_static("application/json")));
+    if **JSON == *value {
+        return Some(Arc::clone(&JSON));
+    }
+    HeaderValue::from_bytes(value).ok().map(Arc::new)
+}
+
+/// Of a [`Reading`], what still matters once it is known for how long the answer is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meaning {
+    /// What it means.
+    pub class: Class,
+    /// How far the task has come.
+    pub stage: Option<Stage>,
+    /// The code that decides.
+    pub effective_code: Option<i64>,
+}
+
+impl From<Reading> for Meaning {
+    fn from(reading: Reading) -> Self {
+        Self {
+            class: reading.class,
+            stage: reading.stage,
+            effective_code: reading.effective_code,
+        }
+    }
+}
+
 /// For how long an answer is kept and fresh, counted from when it was received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keeping {
-    /// The freshness lifetime; `None` while the task goes on: then it is what the account's live answers have.
-    pub lifetime: Option<Duration>,
     /// When it is forgotten: the same for ended tasks, later for live ones, whose snapshot may still stand in.
     pub keep: Duration,
+    /// Whether the task goes on: then it is fresh for as long as the account's live answers are, else for all that time.
+    pub live: bool,
     /// Whether the task has ended, so that nothing is to be asked any more.
     pub ended: bool,
     /// When a success without media was first seen.
@@ -63,11 +94,16 @@ pub struct Keeping {
 }
 
 impl Keeping {
+    /// The freshness lifetime, where that of live answers is `live`.
+    pub fn lifetime(&self, live: Duration) -> Duration {
+        if self.live { live } else { self.keep }
+    }
+
     /// For `lifetime` and no longer: what is remembered beside the cache.
     pub fn briefly(lifetime: Duration) -> Self {
         Self {
-            lifetime: Some(lifetime),
             keep: lifetime,
+            live: false,
             ended: false,
             settling_since: None,
         }
@@ -95,7 +131,7 @@ impl Keeping {
         cache: &config::Cache,
     ) -> Option<Self> {
         let live = |settling_since| Self {
-            lifetime: None,
+            live: true,
             keep: cache.max_stale.max(cache.fresh.ceiling),
             ended: false,
             settling_since,
@@ -104,8 +140,8 @@ impl Keeping {
             let dead = cache.fresh.ceiling;
             let keep = media_lifetime(reading.complete_at, reading.create_at, unix_now, cache.terminal, dead);
             Self {
-                lifetime: Some(keep),
                 keep,
+                live: false,
                 ended: true,
                 settling_since: None,
             }
@@ -138,13 +174,19 @@ impl Keeping {
 
 impl Answer {
     /// An answer that nobody has read yet.
-    pub fn new(status: StatusCode, body: Bytes, reading: Reading, asked: Instant, received: Instant) -> Self {
+    pub fn new(
+        status: StatusCode,
+        body: Bytes,
+        reading: impl Into<Meaning>,
+        asked: Instant,
+        received: Instant,
+    ) -> Self {
         Self {
             status,
             content_type: None,
             retry_after: None,
             body,
-            reading,
+            reading: reading.into(),
             asked,
             received,
             keeping: None,
@@ -162,12 +204,12 @@ impl Answer {
     /// Whether it is within its freshness lifetime at `now`; `live` is that of live answers.
     pub fn is_fresh(&self, now: Instant, live: Duration) -> bool {
         self.keeping
-            .is_some_and(|keeping| self.age(now) < keeping.lifetime.unwrap_or(live))
+            .is_some_and(|keeping| self.age(now) < keeping.lifetime(live))
     }
 
     /// Whether it tells that the task goes on.
     pub fn is_live(&self) -> bool {
-        self.keeping.is_some_and(|keeping| keeping.lifetime.is_none())
+        self.keeping.is_some_and(|keeping| keeping.live)
     }
 
     /// Whether it is still kept at `now`.
@@ -190,9 +232,8 @@ impl Answer {
     /// the lifetime of live answers.
     pub fn ttl(&self, now: Instant, live: Duration) -> i64 {
         let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-        self.keeping.map_or(0, |keeping| {
-            seconds(keeping.lifetime.unwrap_or(live)) - seconds(self.age(now))
-        })
+        self.keeping
+            .map_or(0, |keeping| seconds(keeping.lifetime(live)) - seconds(self.age(now)))
     }
 
     /// Whether it should take the place of `kept`: a state only moves forward, and of two answers that tell of the same
@@ -234,8 +275,6 @@ impl Answer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::LazyLock;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -277,7 +316,7 @@ mod tests {
     fn a_live_answer_is_kept_for_max_stale_and_brings_no_lifetime() {
         for stage in [Stage::Pending, Stage::Running] {
             let kept = of(&reading(stage), &SETTINGS).unwrap();
-            assert_eq!((kept.lifetime, kept.keep), (None, SETTINGS.max_stale));
+            assert_eq!((kept.live, kept.keep), (true, SETTINGS.max_stale));
             assert!(!kept.ended);
         }
     }
@@ -287,13 +326,13 @@ mod tests {
         let mut cache = SETTINGS.clone();
         cache.max_stale = Duration::ZERO;
         let kept = of(&reading(Stage::Running), &cache).unwrap();
-        assert_eq!((kept.lifetime, kept.keep), (None, cache.fresh.ceiling));
+        assert_eq!((kept.live, kept.keep), (true, cache.fresh.ceiling));
     }
 
     #[test]
     fn an_ended_answer_is_fresh_as_long_as_it_is_kept() {
         let kept = of(&reading(Stage::Ended), &SETTINGS).unwrap();
-        assert_eq!((kept.lifetime, kept.keep), (Some(SETTINGS.terminal), SETTINGS.terminal));
+        assert_eq!((kept.live, kept.keep), (false, SETTINGS.terminal));
         assert!(kept.ended);
     }
 
@@ -312,10 +351,7 @@ mod tests {
     #[test]
     fn a_not_found_is_kept_briefly() {
         let kept = of(&reading(Stage::NotFound), &SETTINGS).unwrap();
-        assert_eq!(
-            (kept.lifetime, kept.keep),
-            (Some(SETTINGS.not_found), SETTINGS.not_found)
-        );
+        assert_eq!((kept.live, kept.keep), (false, SETTINGS.not_found));
         assert!(!kept.ended);
     }
 
@@ -429,7 +465,8 @@ mod tests {
             let received = Instant::now();
             let mut answer = answer(Stage::Running, None, received);
             answer.keeping = answer.keeping.map(|keeping| Keeping {
-                lifetime: Some(Duration::from_millis(lifetime)),
+                keep: Duration::from_millis(lifetime),
+                live: false,
                 ..keeping
             });
             let now = received + Duration::from_millis(age);

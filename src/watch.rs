@@ -56,7 +56,7 @@ impl Watch {
     }
 
     /// Somebody asked for a task at `now`: if it is live, it stays so.
-    pub fn asked(&self, task: &TaskId, now: Instant) {
+    pub fn asked(&self, task: &str, now: Instant) {
         if let Some(asked) = self.current(now).by_id.get_mut(task) {
             // Polls of several threads come here in any order.
             asked.last = asked.last.max(now);

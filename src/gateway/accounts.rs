@@ -20,7 +20,7 @@ use super::asker::Asker;
 use super::keys::{Key, Refusal};
 use super::others::Others;
 use super::tally::Tally;
-use crate::account::{AccountId, AccountIds, ApiKey};
+use crate::account::{AccountId, AccountIds, ApiKey, KeyText};
 use crate::budget::Budget;
 use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
@@ -224,15 +224,29 @@ impl Accounts {
         self.unlisted(key, now)
     }
 
+    /// What `answer` makes of who presents `key`, where that is known already.
+    pub(super) fn with<T>(&self, key: &str, now: Instant, answer: impl FnOnce(&Asker) -> T) -> Option<T> {
+        let key: &dyn KeyText = &key;
+        let directory = self.directory.load();
+        if let Some(asker) = directory.listed.get(key) {
+            return Some(answer(asker));
+        }
+        if directory.rules.unknown_keys == UnknownKeys::Reject {
+            return None;
+        }
+        let known = self.known_unlisted(key)?;
+        known.asked_ms.store(self.ms(now), Ordering::Relaxed);
+        known.its_own().ok().as_ref().map(answer)
+    }
+
+    fn known_unlisted(&self, key: &dyn KeyText) -> Option<Arc<Account>> {
+        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        unlisted.get(key).cloned()
+    }
+
     fn unlisted(&self, key: &ApiKey, now: Instant) -> Result<Asker, Error> {
         let asked_ms = self.ms(now);
-        let known = self
-            .unlisted
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(key)
-            .cloned();
-        if let Some(account) = known
+        if let Some(account) = self.known_unlisted(key)
             && self.forwards_unknown()
         {
             account.asked_ms.store(asked_ms, Ordering::Relaxed);

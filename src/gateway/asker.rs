@@ -3,6 +3,7 @@
 //! Whoever presents a key uses that one. A client token stands for its account's keys: the first that upstream accepts.
 //! What upstream said of each is `gateway::keys`' business.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use http::HeaderValue;
@@ -56,9 +57,9 @@ impl Asker {
     }
 
     /// The client's counters: its token's or, without one, those of whose connection it is.
-    pub(super) fn requests(&self, caller: &Caller) -> Arc<ClientRequests> {
+    pub(super) fn requests(&self, caller: &Caller) -> Cow<'_, Arc<ClientRequests>> {
         match &self.token {
-            Some(token) => Arc::clone(&token.requests),
+            Some(token) => Cow::Borrowed(&token.requests),
             None => self.account.others.requests(caller),
         }
     }
@@ -143,6 +144,11 @@ impl Asker {
         let is_there = next.is_some();
         self.key = next.unwrap_or_else(|| Arc::clone(&self.key));
         is_there
+    }
+
+    /// Whether upstream refuses none of its keys, and none is to be asked about.
+    pub(super) fn is_settled(&self, now: Instant) -> bool {
+        !self.keys().iter().any(|key| key.is_refused()) && self.due(now, false).is_none()
     }
 
     /// Its key if upstream has not said anything of it lately, or one before it that it would rather use. A key that just

@@ -114,10 +114,10 @@ impl Gateway {
         );
         let mut answer = Answer::new(status, body, reading, asked, received);
         answer.content_type = content_type;
-        answer.retry_after = retry_after;
+        answer.retry_after = retry_after.map(Box::new);
         answer.keeping = keeping;
         // What is kept counts against the cache.
-        answer.room = room.filter(|_| keeping.is_none());
+        answer.room = room.filter(|_| keeping.is_none()).map(Box::new);
         let answer = Arc::new(answer);
         self.cache.put(account.id, task, &answer, received);
         // A late `running` says nothing about a task that is known to have ended.

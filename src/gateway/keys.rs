@@ -10,12 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::HeaderValue;
 use prometheus::IntGauge;
 use tokio::time::Instant;
 
 use crate::account::ApiKey;
-use crate::stored::{Answer, Keeping, Seal};
+use crate::stored::{Answer, Keeping, Seal, content_type};
 
 /// How long a refusal is remembered. Clients poll every 2 to 5 s, so a key that is accepted again, or an account that has
 /// credits again, is without answers for hardly longer than one interval, and what is refused costs a query in 5 s, 1.4 %
@@ -218,10 +217,7 @@ fn remembered(answer: &Answer, keep: Duration) -> Answer {
         let envelope = format!(
             r#"{{"code":{code},"message":"crun-gateway: upstream answered code {code} a moment ago","data":null}}"#
         );
-        (
-            Bytes::from(envelope),
-            Some(HeaderValue::from_static("application/json")),
-        )
+        (Bytes::from(envelope), content_type(b"application/json"))
     };
     let mut copy = Answer::new(answer.status, body, answer.reading, answer.asked, answer.received);
     copy.content_type = content_type;

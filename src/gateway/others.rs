@@ -3,6 +3,7 @@
 //! A client with a verified certificate has a label of its own, the certificate's name. The operator's root vouches for
 //! these names, yet a label must stay one of few: beyond [`MOST_NAMES`] they count as `other`, like everybody else.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -32,10 +33,10 @@ impl Others {
     }
 
     /// The counters of a client on `caller`'s connection.
-    pub(super) fn requests(&self, caller: &Caller) -> Arc<ClientRequests> {
+    pub(super) fn requests(&self, caller: &Caller) -> Cow<'_, Arc<ClientRequests>> {
         match caller {
-            Caller::Certificate(name) => self.of_certificate(name),
-            Caller::Token(_) | Caller::Address(_) => Arc::clone(&self.rest),
+            Caller::Certificate(name) => Cow::Owned(self.of_certificate(name)),
+            Caller::Token(_) | Caller::Address(_) => Cow::Borrowed(&self.rest),
         }
     }
 

@@ -1,16 +1,19 @@
 //! Every response that the gateway writes itself: the headers that go with an answer, and errors in upstream's envelope.
 
+use std::cell::Cell;
 use std::pin::Pin;
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response};
 use http_body_util::Full;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use serde::Serialize;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::error::Error;
 use crate::otlp::Span;
@@ -28,9 +31,14 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// RFC 9110 §7.6.3.
 pub(super) const VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
 
+/// The fields of an answer.
+const USUAL_HEADERS: usize = 6;
+
 /// A response's body: bytes that are there, or upstream's as they come.
 #[derive(Debug)]
 pub enum Body {
+    /// An answer's bytes, until they are taken.
+    Answer(Option<Arc<Answer>>),
     /// Bytes that are there.
     Whole(Full<Bytes>),
     /// Upstream's, as they come; its span ends with them.
@@ -38,18 +46,24 @@ pub enum Body {
 }
 
 impl HttpBody for Body {
-    type Data = Bytes;
+    type Data = Data;
     type Error = hyper::Error;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match self.get_mut() {
-            Self::Whole(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
-            Self::Streamed(body, _) => Pin::new(body).poll_frame(cx),
-        }
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, hyper::Error>>> {
+        let bytes = match self.get_mut() {
+            Self::Answer(answer) => {
+                let data = answer.take().map(|answer| Data::Of { answer, at: 0 });
+                return Poll::Ready(data.map(|data| Ok(Frame::data(data))));
+            }
+            Self::Whole(body) => ready!(Pin::new(body).poll_frame(cx).map_err(|never| match never {})),
+            Self::Streamed(body, _) => ready!(Pin::new(body).poll_frame(cx)),
+        };
+        Poll::Ready(bytes.map(|bytes| bytes.map(|frame| frame.map_data(Data::Bytes))))
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
+            Self::Answer(answer) => answer.as_ref().is_none_or(|answer| answer.body.is_empty()),
             Self::Whole(body) => body.is_end_stream(),
             Self::Streamed(body, _) => body.is_end_stream(),
         }
@@ -57,8 +71,46 @@ impl HttpBody for Body {
 
     fn size_hint(&self) -> SizeHint {
         match self {
+            Self::Answer(answer) => {
+                let bytes = answer.as_ref().map_or(0, |answer| answer.body.len());
+                SizeHint::with_exact(bytes as u64)
+            }
             Self::Whole(body) => body.size_hint(),
             Self::Streamed(body, _) => body.size_hint(),
+        }
+    }
+}
+
+/// Bytes on their way out.
+#[derive(Debug)]
+pub enum Data {
+    /// Bytes of their own.
+    Bytes(Bytes),
+    /// What is left of an answer's: the cache keeps no counter of its own beside each body for those who send it.
+    Of {
+        /// Whose bytes.
+        answer: Arc<Answer>,
+        /// So many are sent.
+        at: usize,
+    },
+}
+
+impl Buf for Data {
+    fn remaining(&self) -> usize {
+        self.chunk().len()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Of { answer, at } => answer.body.get(*at..).unwrap_or_default(),
+        }
+    }
+
+    fn advance(&mut self, sent: usize) {
+        match self {
+            Self::Bytes(bytes) => bytes.advance(sent),
+            Self::Of { at, .. } => *at += sent,
         }
     }
 }
@@ -79,7 +131,7 @@ pub(super) enum CacheStatus {
 impl CacheStatus {
     fn value(self, answer: &Answer, ttl: i64) -> String {
         match self {
-            Self::Hit(None) => format!("crun-gateway; hit; ttl={ttl}"),
+            Self::Hit(None) => ["crun-gateway; hit; ttl=", itoa::Buffer::new().format(ttl)].concat(),
             Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
             Self::Forwarded { was_stale, collapsed } => {
                 let fwd = if was_stale { "stale" } else { "uri-miss" };
@@ -98,22 +150,24 @@ impl CacheStatus {
 
 /// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
 /// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
-pub(super) fn answer(answer: &Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
-    let mut response = Response::new(Body::Whole(Full::new(answer.body.clone())));
+pub(super) fn answer(answer: Arc<Answer>, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
+    let mut response = Response::new(Body::Answer(None));
     *response.status_mut() = answer.status;
     let headers = response.headers_mut();
+    headers.reserve(USUAL_HEADERS);
     if let Some(content_type) = &answer.content_type {
-        headers.insert(CONTENT_TYPE, content_type.clone());
+        headers.insert(CONTENT_TYPE, (**content_type).clone());
     }
     if let Some(retry_after) = &answer.retry_after {
-        headers.insert(RETRY_AFTER, retry_after.clone());
+        headers.insert(RETRY_AFTER, (**retry_after).clone());
     }
-    if let Ok(value) = HeaderValue::try_from(cache.value(answer, answer.ttl(now, live))) {
+    if let Ok(value) = HeaderValue::try_from(cache.value(&answer, answer.ttl(now, live))) {
         headers.insert(CACHE_STATUS, value);
     }
     headers.insert(AGE, HeaderValue::from(answer.age(now).as_secs()));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(VIA, VIA_GATEWAY);
+    *response.body_mut() = Body::Answer(Some(answer));
     response
 }
 
@@ -218,10 +272,22 @@ pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
     };
     let sent = headers.get(REQUEST_ID).filter(is_token).cloned();
     sent.unwrap_or_else(|| {
-        let mut text = uuid::Uuid::encode_buffer();
-        let id = uuid::Uuid::now_v7().hyphenated();
+        let mut text = Uuid::encode_buffer();
+        let id = new_id().hyphenated();
         HeaderValue::from_str(id.encode_lower(&mut text)).unwrap_or_else(|_| HeaderValue::from_static("none"))
     })
+}
+
+/// An id that no other has. Each thread counts on from a random number of its own, so that no lock is shared.
+fn new_id() -> Uuid {
+    thread_local! {
+        static NEXT: Cell<u128> = Cell::new(Uuid::new_v4().as_u128());
+    }
+    let random = NEXT.with(|next| next.replace(next.get().wrapping_add(1)));
+    let [_, _, _, _, _, _, random @ ..] = random.to_be_bytes();
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let ms = u64::try_from(unix.as_millis()).unwrap_or(0);
+    uuid::Builder::from_unix_timestamp_millis(ms, &random).into_uuid()
 }
 
 /// Rounded up, and at least 1: never an invitation to come too early.

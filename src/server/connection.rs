@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::header::CONNECTION;
 use http::{HeaderValue, Method, Request, Response};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
@@ -31,7 +30,7 @@ use super::{GRACE, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::gateway::{Body, Gateway, InFlight};
+use crate::gateway::{Body, Data, Gateway, InFlight};
 
 /// How long a client may take to close, after our FIN.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
@@ -49,7 +48,15 @@ pub async fn serve_connection<S>(
 {
     let phase = Phases::new(limits);
     let refusal = Refusal::default();
-    let service = service(&phase, &refusal, &gateway, &draining, caller.into());
+    // Its own: every request asks it, and all connections would meet in the lock of one.
+    let draining = draining.child_token();
+    let service = service(Arc::new(Served {
+        phase: phase.clone(),
+        refusal: Arc::clone(&refusal),
+        gateway: Arc::clone(&gateway),
+        draining: draining.clone(),
+        caller: caller.into(),
+    }));
     let watched = Watched {
         stream,
         phase: phase.clone(),
@@ -175,22 +182,25 @@ enum Event {
     Alarm(Alarm),
 }
 
+/// What all requests of a connection have in common.
+struct Served {
+    phase: Phases,
+    refusal: Refusal,
+    gateway: Arc<Gateway>,
+    draining: CancellationToken,
+    caller: Caller,
+}
+
 /// Answers a connection's requests.
 fn service(
-    phase: &Phases,
-    refusal: &Refusal,
-    gateway: &Arc<Gateway>,
-    draining: &CancellationToken,
-    caller: Caller,
+    served: Arc<Served>,
 ) -> impl Service<Request<Incoming>, Response = Response<Tracked>, Error = Infallible, Future: Send> + Send {
-    let (phase, refusal) = (phase.clone(), Arc::clone(refusal));
-    let (gateway, draining) = (Arc::clone(gateway), draining.clone());
     service_fn(move |request: Request<Incoming>| {
-        let (busy, gateway, draining) = (phase.busy(), Arc::clone(&gateway), draining.clone());
-        let (refusal, caller) = (Arc::clone(&refusal), caller.clone());
+        let (busy, served) = (served.phase.busy(), Arc::clone(&served));
         async move {
-            let (mut response, in_flight) = answer(&gateway, request, caller, &refusal).await;
-            if draining.is_cancelled() || refusal.get().is_some_and(|refused| refused.in_body) {
+            let (mut response, in_flight) = answer(&served, request).await;
+            let is_last = || served.refusal.get().is_some_and(|refused| refused.in_body);
+            if served.draining.is_cancelled() || is_last() {
                 response
                     .headers_mut()
                     .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -205,12 +215,8 @@ fn service(
 }
 
 /// The answer to one request, or to what came in place of one.
-async fn answer(
-    gateway: &Arc<Gateway>,
-    request: Request<Incoming>,
-    caller: Caller,
-    refusal: &Refusal,
-) -> (Response<Body>, Option<InFlight>) {
+async fn answer(served: &Served, request: Request<Incoming>) -> (Response<Body>, Option<InFlight>) {
+    let Served { gateway, refusal, .. } = served;
     if request.method() == Method::TRACE {
         // Ours: `guard` lets no client's through.
         let error = refusal.get().map_or(Error::Internal, |refused| refused.error.clone());
@@ -220,7 +226,7 @@ async fn answer(
         Ok(in_flight) => in_flight,
         Err(error) => return (gateway.refuse(&error, request.headers()), None),
     };
-    let response = Arc::clone(gateway).handle(request, caller).await;
+    let response = gateway.handle(request, &served.caller).await;
     let response = match refusal.get() {
         // Whatever came of a body that broke off, this is why.
         Some(refused) if refused.in_body => gateway.refuse(&refused.error, response.headers()),
@@ -248,10 +254,10 @@ struct Tracked {
 }
 
 impl HttpBody for Tracked {
-    type Data = Bytes;
+    type Data = Data;
     type Error = hyper::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, hyper::Error>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 

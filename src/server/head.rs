@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 
 use http::Uri;
 use httparse::{Request, Status};
+use memchr::memchr_iter;
 
 use crate::config::Limits;
 use crate::error::Error;
@@ -121,8 +122,8 @@ pub(super) fn check(bytes: &[u8], scan: &mut Scan, most: &Most) -> Result<Option
 /// a bare LF for a line end.
 fn has_clean_lines(head: &[u8]) -> bool {
     let empty_lines = head.chunks(2).take_while(|pair| pair == b"\r\n").count();
-    let ends_in_cr_lf = |pair: &[u8]| pair[1] != b'\n' || pair[0] == b'\r';
-    empty_lines <= MOST_EMPTY_LINES && head.first() != Some(&b'\n') && head.windows(2).all(ends_in_cr_lf)
+    let follows_cr = |at: usize| at.checked_sub(1).is_some_and(|before| head[before] == b'\r');
+    empty_lines <= MOST_EMPTY_LINES && memchr_iter(b'\n', head).all(follows_cr)
 }
 
 fn parse(bytes: &[u8], most: &Most) -> Result<Option<Head>, Error> {
@@ -204,9 +205,33 @@ fn examine(request: &Request<'_, '_>, length: usize, most: &Most) -> Result<Head
     Ok(Head { length, body, upgrades })
 }
 
+/// Bytes that a target may have anywhere.
+const PLAIN: [bool; 256] = of_these(b"/?-._~%=&+,:@!$'()*");
+
+/// Bytes that a host's name may have.
+const NAME: [bool; 256] = of_these(b"-._~%!$&'()*+,;=");
+
+/// ASCII letters and digits, and `others`: a table, since every byte of a head is looked up.
+const fn of_these(others: &[u8]) -> [bool; 256] {
+    let mut table = [false; 256];
+    let mut at = 0;
+    while at < others.len() {
+        table[others[at] as usize] = true;
+        at += 1;
+    }
+    let mut byte = 0;
+    while byte < table.len() {
+        #[allow(clippy::cast_possible_truncation, reason = "a byte's values are all that is counted")]
+        let is_alphanumeric = (byte as u8).is_ascii_alphanumeric();
+        table[byte] = table[byte] || is_alphanumeric;
+        byte += 1;
+    }
+    table
+}
+
 /// Whether hyper will take it, and nobody drops part of it: a fragment has no place in a request.
 fn is_target(method: &str, target: &str) -> bool {
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/?-._~%=&+,:@!$'()*".contains(byte);
+    let is_plain = |byte: &u8| PLAIN[usize::from(*byte)];
     match target.as_bytes() {
         b"*" => method == "OPTIONS",
         [b'/', rest @ ..] if rest.iter().all(is_plain) => true,
@@ -221,7 +246,7 @@ fn is_target(method: &str, target: &str) -> bool {
 
 /// `uri-host [ ":" port ]` (RFC 3986 §3.2), or nothing.
 fn is_host(value: &[u8]) -> bool {
-    let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte);
+    let is_name = |byte: &u8| NAME[usize::from(*byte)];
     let (name, rest) = if let Some(literal) = value.strip_prefix(b"[") {
         let Some(end) = literal.iter().position(|byte| *byte == b']') else {
             return false;

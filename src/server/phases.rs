@@ -4,8 +4,8 @@
 //! connection serves all phases.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -31,6 +31,11 @@ pub(super) enum Phase {
     Closing,
 }
 
+const IDLE: u64 = 0;
+const HEAD: u64 = 1;
+const BUSY: u64 = 2;
+const CLOSING: u64 = 3;
+
 impl Phase {
     fn until(self) -> Option<Instant> {
         match self {
@@ -46,7 +51,11 @@ pub(super) struct Phases(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    phase: Mutex<Phase>,
+    /// The phases' instants count from here.
+    begun: Instant,
+    /// The phase in the lowest two bits; above, until when it may last, in nanoseconds since `begun`. All who change it are
+    /// one task, so it needs no lock.
+    phase: AtomicU64,
     /// A head has begun behind the request that is being answered.
     is_next_begun: AtomicBool,
     /// All that was written has gone to the client's stream, and its end is not begun.
@@ -58,27 +67,42 @@ struct Shared {
 
 impl Phases {
     pub(super) fn new(limits: &Limits) -> Self {
-        let until = Instant::now() + limits.idle_timeout;
-        Self(Arc::new(Shared {
-            phase: Mutex::new(Phase::Idle { until }),
+        let begun = Instant::now();
+        let phases = Self(Arc::new(Shared {
+            begun,
+            phase: AtomicU64::new(CLOSING),
             is_next_begun: AtomicBool::new(false),
             is_settled: AtomicBool::new(true),
             idle_timeout: limits.idle_timeout,
             header_timeout: limits.header_timeout,
             request_timeout: limits.request_timeout,
-        }))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Phase> {
-        self.0.phase.lock().unwrap_or_else(PoisonError::into_inner)
+        }));
+        let until = begun + limits.idle_timeout;
+        phases.set(Phase::Idle { until });
+        phases
     }
 
     fn now(&self) -> Phase {
-        *self.lock()
+        let phase = self.0.phase.load(Ordering::Relaxed);
+        let until = self.0.begun + Duration::from_nanos(phase >> 2);
+        match phase & 3 {
+            IDLE => Phase::Idle { until },
+            HEAD => Phase::Head { until },
+            BUSY => Phase::Busy { until },
+            _ => Phase::Closing,
+        }
     }
 
     pub(super) fn set(&self, phase: Phase) {
-        *self.lock() = phase;
+        let bits = match phase {
+            Phase::Idle { .. } => IDLE,
+            Phase::Head { .. } => HEAD,
+            Phase::Busy { .. } => BUSY,
+            Phase::Closing => CLOSING,
+        };
+        let until = phase.until().unwrap_or(self.0.begun) - self.0.begun;
+        let until = u64::try_from(until.as_nanos()).unwrap_or(u64::MAX).min(u64::MAX >> 2);
+        self.0.phase.store(until << 2 | bits, Ordering::Relaxed);
     }
 
     /// When the connection may rest, if it stays in `phase`.
@@ -98,11 +122,9 @@ impl Phases {
 
     /// Bytes came: where nothing was asked, a request has begun.
     pub(super) fn heard(&self) {
-        let mut phase = self.lock();
-        if matches!(*phase, Phase::Idle { .. }) {
-            *phase = Phase::Head {
-                until: Instant::now() + self.0.header_timeout,
-            };
+        if self.0.phase.load(Ordering::Relaxed) & 3 == IDLE {
+            let until = Instant::now() + self.0.header_timeout;
+            self.set(Phase::Head { until });
         }
     }
 
@@ -118,7 +140,7 @@ impl Phases {
 
     /// Whether a request is being answered, or nothing more is.
     pub(super) fn is_busy(&self) -> bool {
-        matches!(self.now(), Phase::Busy { .. } | Phase::Closing)
+        matches!(self.0.phase.load(Ordering::Relaxed) & 3, BUSY | CLOSING)
     }
 
     /// A request is being answered, until this is dropped.

@@ -14,7 +14,7 @@ use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode};
+use http::StatusCode;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::digest;
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -195,10 +195,11 @@ impl Head {
         let reading = task::read(self.status, &body, task);
         let mut keeping = Keeping::since(&reading, settling_since, received, self.received / 1000, cache)?;
         keeping.keep = keeping.keep.min(Duration::from_millis(self.keep));
-        keeping.lifetime = keeping.lifetime.map(|lifetime| lifetime.min(keeping.keep));
         let status = StatusCode::from_u16(self.status).ok()?;
         let mut answer = Answer::new(status, body, reading, asked, received);
-        answer.content_type = self.content_type.map(HeaderValue::try_from).transpose().ok()?;
+        if let Some(kept) = &self.content_type {
+            answer.content_type = Some(super::content_type(kept.as_bytes())?);
+        }
         answer.keeping = Some(keeping);
         answer.is_kept(now.at).then_some(answer)
     }

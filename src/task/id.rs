@@ -89,6 +89,13 @@ impl TaskId {
         }
     }
 
+    /// The id in a raw query string that says nothing else, if it stands there as it is.
+    pub fn plain(query: &str) -> Option<&str> {
+        let id = query.strip_prefix(PARAMETER)?.strip_prefix('=')?;
+        let is_plain = |byte: u8| matches!(byte, 0x21..=0x7e) && !matches!(byte, b'&' | b'%' | b'+');
+        ((1..=MAX_LEN).contains(&id.len()) && id.bytes().all(is_plain)).then_some(id)
+    }
+
     /// The query string for upstream, `task_id=…`: unreserved characters as they are, all others escaped (a space is
     /// `%20`, which both form and URI decoders read).
     pub fn to_query(&self) -> String {

@@ -21,7 +21,7 @@ fn seconds(seconds: u64) -> Duration {
 #[test]
 fn a_task_is_live_from_its_first_live_answer_on() {
     let (watch, now) = (Watch::new(FRESH), Instant::now());
-    watch.asked(&task(0), now);
+    watch.asked(task(0).as_str(), now);
     assert_eq!(watch.live(now), 0, "it may be any id");
     watch.goes_on(&task(0), now);
     watch.goes_on(&task(0), now);
@@ -32,11 +32,11 @@ fn a_task_is_live_from_its_first_live_answer_on() {
 fn a_task_is_live_for_twice_the_ceiling_after_somebody_asked() {
     let (watch, start) = (Watch::new(FRESH), Instant::now());
     watch.goes_on(&task(0), start);
-    watch.asked(&task(0), start + seconds(50));
+    watch.asked(task(0).as_str(), start + seconds(50));
     watch.goes_on(&task(0), start + seconds(100));
     assert_eq!(watch.live(start + seconds(110)), 1);
     assert_eq!(watch.live(start + seconds(111)), 0, "an answer is no asking");
-    watch.asked(&task(0), start + seconds(112));
+    watch.asked(task(0).as_str(), start + seconds(112));
     assert_eq!(watch.live(start + seconds(112)), 0, "by now it may have ended");
 }
 
@@ -101,7 +101,7 @@ proptest! {
         for event in events {
             match event {
                 Event::Asked(number) => {
-                    watch.asked(&task(number), now);
+                    watch.asked(task(number).as_str(), now);
                     model.entry(number).and_modify(|last| *last = now);
                 }
                 Event::GoesOn(number) => {

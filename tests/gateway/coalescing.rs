@@ -1,11 +1,13 @@
 //! A flight for everybody who asks the same, whatever becomes of any one of them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::harness::client::{poll_request, try_request};
+use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::process::PATIENCE;
 use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
 
@@ -77,6 +79,31 @@ async fn five_hundred_concurrent_polls_make_one_upstream_call() {
         .filter(|reply| !reply.header("cache-status").unwrap().contains("collapsed"))
         .count();
     assert_eq!(own, 1, "one led, the others followed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_thousand_concurrent_polls_make_one_upstream_call_and_nobody_waits_longer_than_it_takes() {
+    let latency = Duration::from_secs(1);
+    let gateway = Arc::new(Paused::start(
+        Behaviour {
+            latency,
+            ..Behaviour::default()
+        },
+        |_| {},
+    ));
+    let mut polls = JoinSet::new();
+    for _ in 0..10_000 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { (gateway.poll(KEY, "a").await, Instant::now()) });
+    }
+    let replies = polls.join_all().await;
+    let queries = gateway.queries();
+    assert_eq!(queries.len(), 1);
+    let landed = queries[0].at + latency;
+    for (reply, at) in replies {
+        assert_eq!(reply.status, 200, "{reply:?}");
+        assert!(at - landed < Duration::from_secs(1), "{:?}", at - landed);
+    }
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::Response;
 use http_body_util::Full;
 use tokio::task::JoinSet;
-use tokio::time::sleep_until;
+use tokio::time::{Instant, sleep_until};
 
 use crate::harness::paused::{Behaviour, Paused, Query, goodput, json, most_in_a_second, running, success};
 use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
@@ -93,7 +93,7 @@ async fn every_answer_takes_two_seconds() {
 
 #[tokio::test(start_paused = true)]
 async fn nothing_is_asked_in_the_first_second_of_a_process() {
-    let started = tokio::time::Instant::now();
+    let started = Instant::now();
     let gateway = Paused::start(Behaviour::default(), |_| {});
     assert_eq!(gateway.poll(KEY, "a").await.status, 200);
     let first = gateway.arrivals()[0] - started;
@@ -173,7 +173,7 @@ async fn an_upstream_429_is_felt_by_its_account_alone_and_by_nobody_who_has_a_sn
         ..Behaviour::default()
     };
     for behaviour in [with_status, in_body] {
-        let (start, latency) = (tokio::time::Instant::now(), behaviour.latency);
+        let (start, latency) = (Instant::now(), behaviour.latency);
         let gateway = Arc::new(Paused::start(behaviour, |_| {}));
         let mut busy = JoinSet::new();
         // For nine seconds.
@@ -279,7 +279,7 @@ async fn a_poll_is_answered_at_its_deadline_and_the_flights_answer_is_kept() {
         ..Behaviour::default()
     };
     let gateway = Paused::start(behaviour, |config| config.budget.max_wait = Duration::from_secs(3));
-    let started = tokio::time::Instant::now();
+    let started = Instant::now();
     gateway.poll(KEY, "a").await.assert_is_our_error(504);
     assert_eq!(started.elapsed().as_millis() / 10, 300, "{:?}", started.elapsed());
     tokio::time::sleep(Duration::from_secs(5)).await;

@@ -135,6 +135,36 @@ async fn a_million_a_second_is_a_limit_like_any_other() {
     assert!(last <= start + hold() + SECOND, "{:?}", last - start);
 }
 
+/// However long it lasts: the pace does not drift, and nothing piles up.
+#[tokio::test(start_paused = true)]
+async fn an_hour_of_more_work_than_upstream_allows() {
+    let budget = budget(15, metrics());
+    let end = Instant::now() + hold() + FOR_EVER;
+    let mut clients = JoinSet::new();
+    for _ in 0..30 {
+        let budget = budget.clone();
+        clients.spawn(async move {
+            let mut written = Vec::new();
+            while Instant::now() < end {
+                let permit = permit(&budget).await;
+                let now = Instant::now();
+                permit.written(now);
+                written.push(now);
+            }
+            written
+        });
+    }
+    let mut written: Vec<_> = clients.join_all().await.into_iter().flatten().collect();
+    written.sort_unstable();
+    let span = *written.last().unwrap() - written[0];
+    assert!(span >= FOR_EVER);
+    #[allow(clippy::cast_precision_loss, reason = "some fifty thousand")]
+    let rate = (written.len() - 1) as f64 / span.as_secs_f64();
+    assert!(rate >= 14.3, "{rate}/s");
+    let sixteenth = |sixteen: &[Instant]| sixteen[15] - sixteen[0];
+    assert!(written.windows(16).map(sixteenth).all(|apart| apart >= SECOND));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_pause_in_the_middle_of_a_queue_holds_everybody_up_and_nobody_rushes_after_it() {
     let start = Instant::now();

@@ -45,7 +45,7 @@ fn answer(id: &str, body: &str, now: Moment, age: Duration) -> Answer {
     let received = now.at.checked_sub(age).unwrap();
     let asked = received.checked_sub(Duration::from_secs(1)).unwrap();
     let mut answer = Answer::new(StatusCode::OK, Bytes::from(body.to_owned()), reading, asked, received);
-    answer.content_type = Some(HeaderValue::from_static("application/json"));
+    answer.content_type = crate::stored::content_type(b"application/json");
     answer.keeping = Keeping::of(
         &reading,
         None,
@@ -80,7 +80,8 @@ fn a_live_answer_brings_no_lifetime_and_a_settling_one_its_first_sight() {
     let opened = reopened(&settling, now, Duration::ZERO, &SETTINGS).unwrap();
     assert!(opened.is_live());
     let next = later(now, Duration::from_mins(1));
-    let again = Keeping::of(&opened.reading, Some(&opened), next.at, next.unix.as_secs(), &SETTINGS);
+    let reading = task::read(200, &opened.body, &task("a"));
+    let again = Keeping::of(&reading, Some(&opened), next.at, next.unix.as_secs(), &SETTINGS);
     assert!(again.unwrap().ended, "ten minutes from first sight, whoever saw it");
 }
 

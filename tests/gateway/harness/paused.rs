@@ -237,13 +237,13 @@ impl Paused {
 
 /// The most arrivals in any half-open second.
 pub fn most_in_a_second(arrivals: &[Instant]) -> usize {
-    let within = |start: &Instant| {
-        arrivals
-            .iter()
-            .filter(|at| *at >= start && **at < *start + Duration::from_secs(1))
-            .count()
+    let mut arrivals = arrivals.to_vec();
+    arrivals.sort_unstable();
+    let second = |(first, start): (usize, &Instant)| {
+        let end = *start + Duration::from_secs(1);
+        arrivals[first..].partition_point(|at| *at < end)
     };
-    arrivals.iter().map(within).max().unwrap_or(0)
+    arrivals.iter().enumerate().map(second).max().unwrap_or(0)
 }
 
 /// (arrivals − 1) ÷ (last − first arrival), a second.
