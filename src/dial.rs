@@ -1,6 +1,6 @@
 //! How a connection of ours to somebody else is opened: by DNS and TCP, and TLS where the URL says so.
 //!
-//! TLS trusts the roots of the web and the operator's own, and speaks HTTP/1.1. What goes over a connection, and for how
+//! TLS trusts the roots of the web and the operator's own, whatever is spoken over it. What goes over a connection, and for how
 //! long one is waited for, is its owner's business.
 
 use std::io;
@@ -47,7 +47,7 @@ pub fn tcp(url: Uri) -> Dial {
     })
 }
 
-/// The TLS that `url` asks for, if it does. `ca_file` holds extra roots, PEM; `section` is where both are configured.
+/// The TLS that `url` asks for, if it does, to speak HTTP/1.1. `ca_file` holds extra roots, PEM; `section` is where both are configured.
 ///
 /// # Errors
 /// When the URL names no host, or the file cannot be read.
@@ -58,12 +58,14 @@ pub fn tls(url: &Uri, ca_file: Option<&Path>, section: &str) -> anyhow::Result<O
     let host = url.host().with_context(|| format!("{section}: no host in {url}"))?;
     let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let name = ServerName::try_from(name).with_context(|| format!("{section}: host in {url}"))?;
-    let config = client_config(ca_file, section)?;
-    Ok(Some((TlsConnector::from(Arc::new(config)), name)))
+    Ok(Some((connector(ca_file, section, &["http/1.1"])?, name)))
 }
 
-/// Roots of the web, and the operator's own; ALPN `http/1.1`.
-fn client_config(ca_file: Option<&Path>, section: &str) -> anyhow::Result<ClientConfig> {
+/// TLS that trusts the roots of the web and those in `ca_file`, PEM, which `section` configures; ALPN offers `protocols`.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn connector(ca_file: Option<&Path>, section: &str, protocols: &[&str]) -> anyhow::Result<TlsConnector> {
     let mut roots = RootCertStore::empty();
     roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     if let Some(file) = ca_file {
@@ -76,6 +78,6 @@ fn client_config(ca_file: Option<&Path>, section: &str) -> anyhow::Result<Client
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(config)
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+    Ok(TlsConnector::from(Arc::new(config)))
 }

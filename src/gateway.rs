@@ -153,6 +153,15 @@ struct Poll<'t> {
     trace: &'t Trace,
 }
 
+/// What is said of a poll once it is answered.
+struct Asked<'p> {
+    asker: &'p Asker,
+    caller: &'p Caller,
+    task: &'p str,
+    arrived: Instant,
+    request_id: &'p HeaderValue,
+}
+
 /// How a poll is answered.
 #[derive(Debug)]
 struct Answered {
@@ -285,7 +294,7 @@ impl Gateway {
                     let (method, uri, headers) = (request.method(), request.uri(), request.headers());
                     self.poll(method, uri, headers, caller, request_id, &trace).await
                 } else {
-                    Box::pin(self.pass_through(request, request_id, &trace)).await
+                    self.pass_through(request, request_id, &trace).await
                 }
             });
             let most = self.config.load().limits.request_timeout;
@@ -315,7 +324,7 @@ impl Gateway {
     /// Writes what is on its way to disk, once nothing more comes. At once where nothing is kept there.
     ///
     /// Cancel safe.
-    pub async fn close(&self) {
+    pub async fn close_disk(&self) {
         if let Some(disk) = &self.disk {
             disk.close().await;
         }
@@ -372,22 +381,17 @@ impl Gateway {
         };
         let account = &poll.asker.account;
         match answered {
-            Ok(Answered { served, cache, answer }) => {
+            Ok(answered) => {
+                trace.answered(&account.label, answered.served, answered.answer.code());
+                let asked = Asked {
+                    asker: &poll.asker,
+                    caller: &poll.caller,
+                    task: poll.task.as_str(),
+                    arrived,
+                    request_id,
+                };
                 let now = Instant::now();
-                let took = now.saturating_duration_since(arrived);
-                account.answered(&poll.asker.requests(&poll.caller), served, answer.code(), took);
-                trace.answered(&account.label, served, answer.code());
-                tracing::debug!(
-                    request_id = request_id.to_str().unwrap_or_default(),
-                    trace_id = %trace.id(),
-                    account = &*account.label,
-                    task = poll.task.as_str(),
-                    cache = served.label(),
-                    code = answer.code(),
-                    took_s = took.as_secs_f64(),
-                    "poll answered"
-                );
-                response::answer(answer, cache, now, poll.asker.account.lifetime(now))
+                asked.answered(answered, now, account.lifetime(now), || trace.id())
             }
             Err(error) => {
                 if let Some(reason) = admission::shed(&error) {
@@ -445,8 +449,7 @@ impl Gateway {
         if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
             return Ok(answered);
         }
-        // On the heap: most polls are answered above, and a connection keeps no room for the others.
-        Box::pin(self.fetch(poll, snapshot, live)).await
+        self.fetch(poll, snapshot, live).await
     }
 
     /// The answer for a poll that what is kept will not do for. `live` is how long live answers are fresh for it, and
@@ -660,6 +663,34 @@ impl Gateway {
             attempt += 1;
             is_again = true;
         }
+    }
+}
+
+impl Asked<'_> {
+    /// The one place where an answer becomes a response, and is counted and logged. `live` is the freshness lifetime of live
+    /// answers.
+    fn answered(
+        self,
+        answered: Answered,
+        now: Instant,
+        live: Duration,
+        trace: impl FnOnce() -> TraceId,
+    ) -> Response<Body> {
+        let Answered { served, cache, answer } = answered;
+        let (account, code) = (&*self.asker.account, answer.code());
+        let took = now.saturating_duration_since(self.arrived);
+        account.answered(&self.asker.requests(self.caller), served, code, took);
+        tracing::debug!(
+            request_id = self.request_id.to_str().unwrap_or_default(),
+            trace_id = %trace(),
+            account = &*account.label,
+            task = self.task,
+            cache = served.label(),
+            code,
+            took_s = took.as_secs_f64(),
+            "poll answered"
+        );
+        response::answer(answer, cache, now, live)
     }
 }
 

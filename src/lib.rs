@@ -130,11 +130,12 @@ pub async fn run(
         "serving"
     );
     // On the workers: where this function itself runs is its caller's choice, and says nothing of them.
-    let leave = tokio::spawn({
+    let mut stopping = tokio::spawn({
         let (gateway, drain) = (Arc::clone(&gateway), shutdown.drain.clone());
         async move {
             drain.cancelled().await;
             gateway.leave();
+            Instant::now()
         }
     });
     let beat = tokio::spawn(async move { health.beat().await });
@@ -150,13 +151,6 @@ pub async fn run(
         tokio::spawn(watch)
     });
     let certificates = tls.clone().map(|tls| tokio::spawn(tls.watch()));
-    let stopping = tokio::spawn({
-        let drain = shutdown.drain.clone();
-        async move {
-            drain.cancelled().await;
-            Instant::now()
-        }
-    });
     let now = shutdown.now.clone();
     server::serve(
         listeners.clients,
@@ -168,10 +162,10 @@ pub async fn run(
     )
     .await;
     let closing = async {
-        let (since, served) = (stopping.await.unwrap_or_else(|_| Instant::now()), Instant::now());
+        let (since, served) = ((&mut stopping).await.unwrap_or_else(|_| Instant::now()), Instant::now());
         let drained = since + gateway.config().drain;
         // What ended in the last moments goes to disk, too: within what is left of `drain`, or the little that it takes.
-        let last_writes = timeout_at(drained.max(served + LAST_WRITES), gateway.close());
+        let last_writes = timeout_at(drained.max(served + LAST_WRITES), gateway.close_disk());
         // What a collector has not taken by then is lost.
         let last_spans = timeout_at(drained.min(served + LONGEST_FLUSH), gateway.close_spans());
         if tokio::join!(last_writes, last_spans).0.is_err() {
@@ -183,7 +177,7 @@ pub async fn run(
         () = now.cancelled() => {}
         () = closing => {}
     }
-    leave.abort();
+    stopping.abort();
     beat.abort();
     sweep.abort();
     for task in [reload, certificates].into_iter().flatten() {

@@ -541,12 +541,17 @@ impl Metrics {
         self.tls_reload_success.set(1);
     }
 
-    /// The handles of a process that shares its budgets with up to `max_replicas`: families that others do not have.
+    /// The handles of a process that shares its budgets with up to `max_replicas`, and stands in one of `standings`:
+    /// families that others do not have.
     ///
     /// # Errors
     /// When it was asked for before.
-    pub fn shared(&self, max_replicas: u32) -> prometheus::Result<SharedMetrics> {
-        SharedMetrics::new(&self.registry, max_replicas)
+    pub fn shared(
+        &self,
+        max_replicas: u32,
+        standings: impl IntoIterator<Item = &'static str>,
+    ) -> prometheus::Result<SharedMetrics> {
+        SharedMetrics::new(&self.registry, max_replicas, standings)
     }
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.

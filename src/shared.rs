@@ -97,8 +97,9 @@ impl Shared {
             max_replicas: shared.max_replicas,
             slice,
             third,
-            metrics: metrics.shared(shared.max_replicas.get())?,
+            metrics: metrics.shared(shared.max_replicas.get(), Standing::ALL.map(Standing::label))?,
         });
+        inner.metrics.show(Standing::Waiting.label(), 0);
         let mut link = Link::new(store, terms)?;
         let (taking_part, metrics) = (Arc::clone(&inner), Arc::clone(metrics));
         tokio::spawn(async move {

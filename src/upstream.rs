@@ -372,6 +372,17 @@ pub struct Failed {
     pub unspent: bool,
 }
 
+impl Failed {
+    /// One that was sent, as far as is known, and is not to be sent again.
+    fn after(error: Error) -> Self {
+        Self {
+            error,
+            unanswered: false,
+            unspent: false,
+        }
+    }
+}
+
 impl Ready {
     /// Whether upstream has closed it since.
     pub fn is_closed(&self) -> bool {
@@ -392,9 +403,8 @@ impl Ready {
         traceparent: Option<HeaderValue>,
     ) -> Result<Fetched, Failed> {
         let closed = || Failed {
-            error: Error::UpstreamBroken,
             unanswered: true,
-            unspent: false,
+            ..Failed::after(Error::UpstreamBroken)
         };
         let Held {
             pool,
@@ -403,11 +413,7 @@ impl Ready {
             wire,
         } = self.0.take().ok_or_else(closed)?;
         let upstream = Arc::clone(&pool.0.upstream);
-        let request = upstream.query(key, task, traceparent).map_err(|error| Failed {
-            error,
-            unanswered: false,
-            unspent: false,
-        })?;
+        let request = upstream.query(key, task, traceparent).map_err(Failed::after)?;
         let asked = Instant::now();
         if permit.is_late(asked) {
             pool.hand_back(id, sender, wire);
@@ -433,13 +439,7 @@ impl Ready {
                     error,
                 });
             }
-            Err(_) => {
-                return Err(Failed {
-                    error: Error::UpstreamTimeout,
-                    unanswered: false,
-                    unspent: false,
-                });
-            }
+            Err(_) => return Err(Failed::after(Error::UpstreamTimeout)),
         };
         let received = Instant::now();
         upstream.recent.note(received - asked);

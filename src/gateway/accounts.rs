@@ -132,8 +132,7 @@ impl Accounts {
         };
         let rules = Rules::of(config, started);
         let accounts = config.accounts.iter().map(|configured| {
-            let lane = make.listed_lane(&configured.name);
-            let budget = rules.budget(lane, &make.metrics.account(&configured.name));
+            let budget = make.listed_budget(&configured.name, &rules);
             make.listed(configured, None, budget, &rules)
         });
         let listed = make.askers(&config.accounts, accounts.collect());
@@ -173,10 +172,7 @@ impl Accounts {
                     .values()
                     .find(|account| *account.label == *configured.name);
                 let budget = prior.map_or_else(
-                    || {
-                        let lane = self.make.listed_lane(&configured.name);
-                        rules.budget(lane, &self.make.metrics.account(&configured.name))
-                    },
+                    || self.make.listed_budget(&configured.name, &rules),
                     |prior| prior.budget.clone(),
                 );
                 let mut spent = configured.keys.iter().filter_map(|listed| spent(&listed.key));
@@ -270,10 +266,7 @@ impl Accounts {
         let known = self.dormant().remove(key);
         let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         let budget = retired.get(key).cloned();
-        let budget = budget.unwrap_or_else(|| {
-            let lane = self.make.unlisted_lane(key);
-            directory.rules.budget(lane, &self.make.other)
-        });
+        let budget = budget.unwrap_or_else(|| self.make.unlisted_budget(key, &directory.rules));
         let account = Arc::new(self.make.unlisted(key, known, budget, &directory.rules, asked_ms));
         unlisted.insert(key.clone(), Arc::clone(&account));
         account.its_own()

@@ -9,14 +9,11 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use tokio::time::Instant;
 
-use super::asker::Asker;
 use super::credential::plain_key;
 use super::max_age;
-use super::response::{self, CacheStatus};
 use super::traced::Trace;
-use super::{Body, Gateway};
+use super::{Asked, Body, Gateway, hit};
 use crate::account::Caller;
-use crate::outcome::Served;
 use crate::task::TaskId;
 use crate::upstream::TASK_INFO_PATH;
 
@@ -36,19 +33,21 @@ impl Gateway {
         let task = TaskId::plain(request.uri().query()?)?;
         let arrived = Instant::now();
         self.accounts.with(key, arrived, |asker| {
-            self.hit_of(asker, task, request.headers(), caller, arrived, request_id)
+            let asked = Asked {
+                asker,
+                caller,
+                task,
+                arrived,
+                request_id,
+            };
+            self.hit_of(asked, request.headers())
         })?
     }
 
-    fn hit_of(
-        &self,
-        asker: &Asker,
-        task: &str,
-        headers: &HeaderMap,
-        caller: &Caller,
-        arrived: Instant,
-        request_id: &HeaderValue,
-    ) -> Option<Response<Body>> {
+    fn hit_of(&self, asked: Asked<'_>, headers: &HeaderMap) -> Option<Response<Body>> {
+        let Asked {
+            asker, task, arrived, ..
+        } = asked;
         if !asker.is_settled(arrived) {
             return None;
         }
@@ -65,19 +64,6 @@ impl Gateway {
         if !answer.is_fresh(arrived, if answer.is_live() { wanted() } else { lifetime }) {
             return None;
         }
-        let now = Instant::now();
-        let took = now.saturating_duration_since(arrived);
-        account.answered(&asker.requests(caller), Served::Hit, answer.code(), took);
-        tracing::debug!(
-            request_id = request_id.to_str().unwrap_or_default(),
-            trace_id = %Trace::of(headers).id(),
-            account = &*account.label,
-            task,
-            cache = Served::Hit.label(),
-            code = answer.code(),
-            took_s = took.as_secs_f64(),
-            "poll answered"
-        );
-        Some(response::answer(answer, CacheStatus::Hit(None), now, lifetime))
+        Some(asked.answered(hit(answer), Instant::now(), lifetime, || Trace::of(headers).id()))
     }
 }

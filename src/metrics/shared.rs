@@ -9,9 +9,6 @@ use super::{histogram, opts, register};
 /// A reply within a third of `budget.margin`, 10 ms unless configured, is one in time.
 const REPLY_BUCKETS: &[f64] = &[0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.2];
 
-/// Where a process may stand with its slice; the words of `shared::Standing`.
-const STANDINGS: [&str; 4] = ["waiting", "lending", "cut_off", "alone"];
-
 /// What came of a call to the shared store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedCall {
@@ -39,13 +36,18 @@ impl SharedCall {
 #[derive(Clone, Debug)]
 pub struct SharedMetrics {
     leases: IntGauge,
-    standing: IntGaugeVec,
+    /// By label.
+    standings: Vec<(&'static str, IntGauge)>,
     calls: IntCounterVec,
     call_duration: Histogram,
 }
 
 impl SharedMetrics {
-    pub(super) fn new(registry: &Registry, max_replicas: u32) -> prometheus::Result<Self> {
+    pub(super) fn new(
+        registry: &Registry,
+        max_replicas: u32,
+        standings: impl IntoIterator<Item = &'static str>,
+    ) -> prometheus::Result<Self> {
         let most = register(
             registry,
             IntGauge::with_opts(opts(
@@ -54,6 +56,16 @@ impl SharedMetrics {
             ))?,
         )?;
         most.set(max_replicas.into());
+        let standing = register(
+            registry,
+            IntGaugeVec::new(
+                opts(
+                    "shared_standing",
+                    "1 for how this replica takes part in the shared budget, 0 for the others.",
+                ),
+                &["standing"],
+            )?,
+        )?;
         let metrics = Self {
             leases: register(
                 registry,
@@ -62,16 +74,10 @@ impl SharedMetrics {
                     "Replicas that lend their part of the budget to the shared store, as it said last; 0 without its word.",
                 ))?,
             )?,
-            standing: register(
-                registry,
-                IntGaugeVec::new(
-                    opts(
-                        "shared_standing",
-                        "1 for how this replica takes part in the shared budget, 0 for the others.",
-                    ),
-                    &["standing"],
-                )?,
-            )?,
+            standings: standings
+                .into_iter()
+                .map(|label| (label, standing.with_label_values(&[label])))
+                .collect(),
             calls: register(
                 registry,
                 IntCounterVec::new(
@@ -91,16 +97,13 @@ impl SharedMetrics {
         for call in SharedCall::ALL {
             metrics.calls.with_label_values(&[call.label()]);
         }
-        metrics.show(STANDINGS[0], 0);
         Ok(metrics)
     }
 
     /// Where the process stands, by its label, and how many lend.
     pub fn show(&self, standing: &str, leases: u32) {
-        for label in STANDINGS {
-            self.standing
-                .with_label_values(&[label])
-                .set((label == standing).into());
+        for (label, gauge) in &self.standings {
+            gauge.set((*label == standing).into());
         }
         self.leases.set(leases.into());
     }

@@ -4,20 +4,18 @@
 //! provider. What a lost connection or a late reply means is `shared::process`'s business; nothing is tried again here.
 
 use std::fmt;
-use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, RedisConnectionInfo, Script, Value};
-use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 
 use super::script::{self, Call, Reply, Terms};
 use crate::config::{Key, Store};
+use crate::dial;
 
 /// The store, and how it is reached.
 pub(super) struct Link {
@@ -62,7 +60,8 @@ impl Link {
     /// # Errors
     /// When the extra roots cannot be read.
     pub(super) fn new(store: &Store, terms: Terms) -> anyhow::Result<Self> {
-        let tls = store.url.is_tls.then(|| tls(store)).transpose()?;
+        let tls = || dial::connector(store.ca_file.as_deref(), "shared", &[]);
+        let tls = store.url.is_tls.then(tls).transpose()?;
         Ok(Self {
             store: store.clone(),
             tls,
@@ -170,21 +169,4 @@ fn login(username: Option<&str>, password: Option<&Key>) -> RedisConnectionInfo 
         login = login.set_password(password.key.expose());
     }
     login
-}
-
-/// Roots of the web, and the operator's own.
-fn tls(store: &Store) -> anyhow::Result<TlsConnector> {
-    let mut roots = RootCertStore::empty();
-    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(file) = &store.ca_file {
-        let named = || format!("shared.ca_file: {}", file.display());
-        for certificate in CertificateDer::pem_file_iter(file).with_context(named)? {
-            roots.add(certificate.with_context(named)?).with_context(named)?;
-        }
-    }
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
 }

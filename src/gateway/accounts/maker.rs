@@ -19,7 +19,7 @@ use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{self, Config, Fresh, UnknownKeys};
 use crate::metrics::{AccountMetrics, Metrics, OTHER};
-use crate::shared::{Lane, Shared};
+use crate::shared::Shared;
 use crate::stored::Owner;
 use crate::upstream::Upstream;
 use crate::watch::Watch;
@@ -78,10 +78,6 @@ impl Rules {
         }
     }
 
-    pub(super) fn budget(&self, lane: Option<Lane>, metrics: &AccountMetrics) -> Budget {
-        Budget::new(self.pace, self.max_queue, lane, metrics.clone())
-    }
-
     /// Brings them to a budget that is there, which grants nothing before `not_before`.
     pub(super) fn hold_for(&self, budget: &Budget, not_before: Instant) {
         let pace = Pace {
@@ -93,16 +89,17 @@ impl Rules {
 }
 
 impl Maker {
-    /// A configured account's way to the budget that replicas share.
-    pub(super) fn listed_lane(&self, name: &str) -> Option<Lane> {
-        let shared = self.shared.as_ref()?;
-        Some(shared.lane(&format!("name:{name}")))
+    /// The budget of a configured account.
+    pub(super) fn listed_budget(&self, name: &str, rules: &Rules) -> Budget {
+        let lane = self.shared.as_ref().map(|shared| shared.lane(&format!("name:{name}")));
+        Budget::new(rules.pace, rules.max_queue, lane, self.metrics.account(name))
     }
 
     /// The same of an account that an unlisted key forms.
-    pub(super) fn unlisted_lane(&self, key: &ApiKey) -> Option<Lane> {
-        let shared = self.shared.as_ref()?;
-        Some(shared.lane(&format!("key:{}", key.digest())))
+    pub(super) fn unlisted_budget(&self, key: &ApiKey, rules: &Rules) -> Budget {
+        let lane = |shared: &Shared| shared.lane(&format!("key:{}", key.digest()));
+        let lane = self.shared.as_ref().map(lane);
+        Budget::new(rules.pace, rules.max_queue, lane, self.other.clone())
     }
 
     /// A configured account. Of the one before under its name, `prior`, it keeps all that its keys do not decide.
