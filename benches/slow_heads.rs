@@ -11,10 +11,14 @@
     clippy::print_stderr,
     reason = "a bench that cannot go on shall fail, and what it finds is its output"
 )]
+#![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 
-use std::io::{BufRead as _, BufReader, Write as _};
+#[path = "growth/process.rs"]
+mod process;
+
+use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -22,7 +26,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_crun-gateway");
+use process::start;
 
 const POLL: &str =
     "GET /api/v1/client/job/TaskInfo?task_id=ended.song HTTP/1.1\r\nhost: gateway\r\nx-api-key: ak_bench\r\n\r\n";
@@ -38,43 +42,6 @@ const ROUND: Duration = Duration::from_secs(5);
 
 /// How much worse the p99 may be in slow company.
 const MOST: f64 = 2.0;
-
-/// A process that ends with the bench.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts the binary; gives the address that its first line with `mark` names behind it.
-fn start(args: &[&str], mark: &str) -> (Process, SocketAddr) {
-    let mut command = Command::new(BINARY);
-    // Where the gateway says that it serves, and where upstream says that it listens.
-    let mut child = command
-        .args(args)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (stdout, stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-    let (found, address) = std::sync::mpsc::channel();
-    for output in [Box::new(stdout) as Box<dyn std::io::Read + Send>, Box::new(stderr)] {
-        let (found, mark) = (found.clone(), mark.to_owned());
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if let Some((_, rest)) = line.split_once(&mark) {
-                    let _ = found.send(rest.split_whitespace().next().unwrap().parse().unwrap());
-                }
-            }
-        });
-    }
-    let address = address.recv_timeout(Duration::from_secs(20)).unwrap();
-    (Process(child), address)
-}
 
 /// Sends one poll and reads its answer, which has to be a 200.
 async fn poll(stream: &mut TcpStream, buffer: &mut Vec<u8>) {

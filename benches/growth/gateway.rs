@@ -1,15 +1,16 @@
 //! The binary, with a budget that is no limit.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use tempfile::NamedTempFile;
 
+use crate::process::{Process, start};
+
 pub struct Gateway {
     pub address: SocketAddr,
-    child: Child,
+    process: Process,
     _config: NamedTempFile,
 }
 
@@ -25,20 +26,10 @@ impl Gateway {
              limits: {{ requests: 20000 }}"
         )
         .unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_crun-gateway"));
-        command.arg("--config").arg(config.path()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            let (_, rest) = line.split_once(" listen=")?;
-            Some(rest.split_whitespace().next()?.parse().unwrap())
-        });
-        // What else it says nobody reads, but it must not be held up.
-        std::thread::spawn(move || lines.for_each(drop));
+        let (process, address) = start(&["--config", config.path().to_str().unwrap()], " listen=");
         Self {
-            address: address.unwrap(),
-            child,
+            address,
+            process,
             _config: config,
         }
     }
@@ -65,14 +56,6 @@ impl Gateway {
     }
 
     fn proc(&self, file: &str) -> String {
-        std::fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).unwrap()
-    }
-}
-
-impl Drop for Gateway {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        std::fs::read_to_string(format!("/proc/{}/{file}", self.process.0.id())).unwrap()
     }
 }

@@ -13,8 +13,11 @@
 #![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 #![allow(clippy::cast_precision_loss, reason = "the counts of a run are small")]
 
+#[path = "../parts/answer.rs"]
+mod answer;
 mod clients;
 mod gateway;
+mod process;
 mod upstream;
 
 use std::time::Duration;

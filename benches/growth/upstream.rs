@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
 use crate::BODY;
+use crate::answer::body;
 
 /// How long the answer to a task of this kind takes: everybody is to have asked by then.
 pub const SLOW: &str = "slow";
@@ -54,14 +55,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Inf
     if task.starts_with(SLOW) {
         sleep(SLOW_ANSWER).await;
     }
-    let mut body = format!(
-        r#"{{"code":200,"message":"success","data":{{"task_id":"{task}","status":"success","result":{{"media_urls":["https://media.example/a.mp3"],"lyrics":""#
-    )
-    .into_bytes();
-    let end = br#""}}}"#;
-    body.resize(BODY - end.len(), b'x');
-    body.extend(end);
     let response = Response::builder().header("content-type", "application/json");
     *REPLIED.lock().unwrap() = Some(Instant::now());
-    Ok(response.body(Full::from(body)).unwrap())
+    Ok(response.body(Full::from(body(task, BODY))).unwrap())
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crun_gateway::task::{Class, TaskId, read};
 
-use crate::{body, timed};
+use crate::answer::body;
+use crate::timed;
 
 /// Reads a body of `of` bytes `times` times.
 pub fn run(of: usize, times: usize) -> Duration {

@@ -29,7 +29,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, duplex};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::{body, runtime};
+use crate::answer::body;
+use crate::runtime;
 
 const KEY: &str = "ak_0123456789abcdef0123456789abcdef";
 

@@ -12,6 +12,7 @@
 #![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 #![allow(clippy::cast_precision_loss, reason = "the counts of a run are small")]
 
+mod answer;
 mod classification;
 mod fair_queue;
 mod flight;
@@ -113,18 +114,6 @@ fn runtime() -> Runtime {
         .enable_all()
         .build()
         .unwrap()
-}
-
-/// The answer to a task that has ended, `size` bytes long.
-fn body(id: &str, size: usize) -> Vec<u8> {
-    let mut body = format!(
-        r#"{{"code":200,"message":"success","data":{{"task_id":"{id}","status":"success","result":{{"media_urls":["https://media.example/a.mp3"],"lyrics":""#
-    )
-    .into_bytes();
-    let end = br#""}}}"#;
-    body.resize(size - end.len(), b'x');
-    body.extend(end);
-    body
 }
 
 /// The time that `work` takes.

@@ -230,6 +230,16 @@ impl Replicas {
         }
     }
 
+    /// Cuts one replica's link, and waits until it spends its slice.
+    async fn cut_off(&self, replica: usize) {
+        let cut = Carries {
+            is_cut: true,
+            ..Carries::default()
+        };
+        self.carry(&[replica], cut);
+        self.stand("alone", &[replica]).await;
+    }
+
     /// No second held more than the limit, and upstream refused nothing.
     async fn assert_within_the_limit(&self) {
         let stats = self.upstream.stats().await;
@@ -328,14 +338,7 @@ async fn one_link_suffers(cluster: &mut Replicas) {
     cluster.all_lend().await;
     cluster
         .survive("one cut off", async |cluster| {
-            cluster.carry(
-                &[0],
-                Carries {
-                    is_cut: true,
-                    ..Carries::default()
-                },
-            );
-            cluster.stand("alone", &[0]).await;
+            cluster.cut_off(0).await;
             cluster.stand("lending", &[1, 2]).await;
             cluster.spend(13.5).await;
             cluster.carry(&[0], Carries::default());
@@ -358,14 +361,7 @@ async fn one_link_suffers(cluster: &mut Replicas) {
         .await;
     cluster
         .survive("flushed while one is cut off", async |cluster| {
-            cluster.carry(
-                &[0],
-                Carries {
-                    is_cut: true,
-                    ..Carries::default()
-                },
-            );
-            cluster.stand("alone", &[0]).await;
+            cluster.cut_off(0).await;
             cluster.store().must(&["FLUSHALL"]);
             cluster.stand("lending", &[1, 2]).await;
             cluster.carry(&[0], Carries::default());
