@@ -1,6 +1,7 @@
 //! The life of a request: the only module that knows all the parts.
 //!
 //! ```text
+//! hit       a poll that is a hit and nothing else: answered before hyper sees it
 //! handle ─▶ poll    who asks, with a key that upstream accepts, for which task, until when
 //!           answer  cache: fresh? ───────────────────────▶ hit
 //!                   flight: someone already fetching? ───▶ wait, collapsed
@@ -63,6 +64,7 @@ use accounts::{Account, Accounts};
 use asker::Asker;
 use attempt::{Attempt, outcome};
 use clearance::{is_in_vain, is_refused_key};
+pub use hit::{Hit, PlainPoll};
 use keys::Key;
 use recall::Recall;
 use response::CacheStatus;
@@ -151,15 +153,6 @@ struct Poll<'t> {
     /// How old a live answer may be, if the client says so.
     max_age: Option<Duration>,
     trace: &'t Trace,
-}
-
-/// What is said of a poll once it is answered.
-struct Asked<'p> {
-    asker: &'p Asker,
-    caller: &'p Caller,
-    task: &'p str,
-    arrived: Instant,
-    request_id: &'p HeaderValue,
 }
 
 /// How a poll is answered.
@@ -264,17 +257,8 @@ impl Gateway {
     pub async fn handle(self: &Arc<Self>, mut request: Request<Incoming>, caller: &Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        // Where spans are kept, they tell of hits, too, by the longer way.
-        let at_once = || match self.exporter {
-            None => self.hit(&request, caller, &request_id),
-            Some(_) => None,
-        };
-        let mut response = match self.metrics.contain_now(at_once) {
-            Some(Some(response)) => response,
-            // On the heap, so that a connection keeps no room for it: most polls are hits.
-            Some(None) => Box::pin(self.answer_in_time(request, caller, &request_id)).await,
-            None => response::error(&Error::Internal),
-        };
+        // On the heap, so that a connection keeps no room for it.
+        let mut response = Box::pin(self.answer_in_time(request, caller, &request_id)).await;
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
@@ -382,16 +366,22 @@ impl Gateway {
         let account = &poll.asker.account;
         match answered {
             Ok(answered) => {
-                trace.answered(&account.label, answered.served, answered.answer.code());
-                let asked = Asked {
-                    asker: &poll.asker,
-                    caller: &poll.caller,
-                    task: poll.task.as_str(),
-                    arrived,
-                    request_id,
-                };
-                let now = Instant::now();
-                asked.answered(answered, now, account.lifetime(now), || trace.id())
+                let Answered { served, cache, answer } = answered;
+                let (code, now) = (answer.code(), Instant::now());
+                let took = now.saturating_duration_since(arrived);
+                trace.answered(&account.label, served, code);
+                account.answered(&poll.asker.requests(&poll.caller), served, code, took);
+                tracing::debug!(
+                    request_id = request_id.to_str().unwrap_or_default(),
+                    trace_id = %trace.id(),
+                    account = &*account.label,
+                    task = poll.task.as_str(),
+                    cache = served.label(),
+                    code,
+                    took_s = took.as_secs_f64(),
+                    "poll answered"
+                );
+                response::answer(answer, cache, now, account.lifetime(now))
             }
             Err(error) => {
                 if let Some(reason) = admission::shed(&error) {
@@ -526,11 +516,8 @@ impl Gateway {
     /// takes no turn from anybody who waits.
     fn lifetime_for(&self, poll: &Poll<'_>) -> Duration {
         let account = &*poll.asker.account;
-        self.lifetime_wanted(account, poll.max_age, account.lifetime(poll.arrived))
-    }
-
-    fn lifetime_wanted(&self, account: &Account, max_age: Option<Duration>, lifetime: Duration) -> Duration {
-        match max_age {
+        let lifetime = account.lifetime(poll.arrived);
+        match poll.max_age {
             Some(max_age) if account.budget.waiting() == 0 => {
                 lifetime.min(max_age.max(self.config.load().cache.fresh.floor))
             }
@@ -663,34 +650,6 @@ impl Gateway {
             attempt += 1;
             is_again = true;
         }
-    }
-}
-
-impl Asked<'_> {
-    /// The one place where an answer becomes a response, and is counted and logged. `live` is the freshness lifetime of live
-    /// answers.
-    fn answered(
-        self,
-        answered: Answered,
-        now: Instant,
-        live: Duration,
-        trace: impl FnOnce() -> TraceId,
-    ) -> Response<Body> {
-        let Answered { served, cache, answer } = answered;
-        let (account, code) = (&*self.asker.account, answer.code());
-        let took = now.saturating_duration_since(self.arrived);
-        account.answered(&self.asker.requests(self.caller), served, code, took);
-        tracing::debug!(
-            request_id = self.request_id.to_str().unwrap_or_default(),
-            trace_id = %trace(),
-            account = &*account.label,
-            task = self.task,
-            cache = served.label(),
-            code,
-            took_s = took.as_secs_f64(),
-            "poll answered"
-        );
-        response::answer(answer, cache, now, live)
     }
 }
 

@@ -36,17 +36,6 @@ pub(super) fn hide(headers: &mut HeaderMap) {
     }
 }
 
-/// The key that a request presents, where it is as plain as can be: one `x-api-key`, and no Bearer.
-pub(super) fn plain_key(headers: &HeaderMap) -> Option<&str> {
-    let mut presented = None;
-    for (name, value) in headers {
-        if *name == AUTHORIZATION || (*name == API_KEY_HEADER && presented.replace(value).is_some()) {
-            return None;
-        }
-    }
-    presented?.to_str().ok()
-}
-
 /// The key that a request presents: `x-api-key`, once or several times the same.
 fn presented_key(headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
     let mut presented = None;

@@ -1,69 +1,88 @@
-//! The poll that is a hit and nothing else: answered without a wait, a lock that all share, or a copy of what it asks.
+//! The poll that is a hit and nothing else: answered without a wait, a lock that all share, a header map, or a copy of what
+//! it asks.
 //!
-//! Most polls are. They take the same decisions as every poll, in the same order (`Gateway::poll`), but look things up by
-//! what stands in the request. Whatever is not as plain as can be is left to that longer way: a key or an id that has to be
-//! decoded, two keys or a Bearer, a key that upstream refuses or is to be asked about, an answer that is not fresh.
+//! Most polls are. They take the same decisions as every poll, in the same order (`Gateway::poll`), but on what stands in
+//! the request. Whatever is not as plain as can be is left to that longer way: a key or an id that has to be decoded, two
+//! keys or a Bearer, a wish for a fresher answer, a key that upstream refuses or is to be asked about, an answer that is
+//! not fresh; and every poll while hits are logged or their spans kept. Both ways give the same answer, byte for byte
+//! (`tests/gateway/hits.rs`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use tokio::time::Instant;
+use tracing::{Level, enabled};
 
-use super::credential::plain_key;
-use super::max_age;
-use super::traced::Trace;
-use super::{Asked, Body, Gateway, hit};
+use super::asker::Asker;
+use super::{CacheStatus, Gateway, InFlight, response};
 use crate::account::Caller;
+use crate::outcome::Served;
+use crate::stored::Answer;
 use crate::task::TaskId;
-use crate::upstream::TASK_INFO_PATH;
+
+/// A poll as plain as can be: a GET of one task with one key, on a connection that stays open.
+#[derive(Clone, Copy)]
+pub struct PlainPoll<'r> {
+    /// What stands in `x-api-key`.
+    pub key: &'r str,
+    /// What stands behind the `?`.
+    pub query: &'r str,
+    /// What stands in the first `x-request-id`.
+    pub request_id: Option<&'r [u8]>,
+}
+
+/// What is to be sent for a poll that is a hit.
+#[derive(Debug)]
+pub struct Hit {
+    /// The status line and all headers.
+    pub head: Vec<u8>,
+    /// Of which the body is sent.
+    pub answer: Arc<Answer>,
+    _in_flight: InFlight,
+}
 
 impl Gateway {
-    /// The answer to `request`, if it is a hit and plain.
-    pub(super) fn hit<B>(
-        &self,
-        request: &Request<B>,
-        caller: &Caller,
-        request_id: &HeaderValue,
-    ) -> Option<Response<Body>> {
-        let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-        if !is_read || request.uri().path() != TASK_INFO_PATH {
+    /// What to send for `poll`, if it is a hit; it is counted then. Otherwise nothing has happened, and the poll is
+    /// [`handle`](Self::handle)'s.
+    pub fn hit(&self, poll: PlainPoll<'_>, caller: &Caller) -> Option<Hit> {
+        // The longer way tells of each poll.
+        if self.exporter.is_some() || enabled!(Level::DEBUG) {
             return None;
         }
-        let key = plain_key(request.headers())?;
-        let task = TaskId::plain(request.uri().query()?)?;
-        let arrived = Instant::now();
-        self.accounts.with(key, arrived, |asker| {
-            let asked = Asked {
-                asker,
-                caller,
-                task,
-                arrived,
-                request_id,
-            };
-            self.hit_of(asked, request.headers())
-        })?
+        self.metrics.contain_now(|| self.look_up(poll, caller))?
     }
 
-    fn hit_of(&self, asked: Asked<'_>, headers: &HeaderMap) -> Option<Response<Body>> {
-        let Asked {
-            asker, task, arrived, ..
-        } = asked;
-        if !asker.is_settled(arrived) {
-            return None;
-        }
-        let account = &*asker.account;
-        let answer = self.cache.state(account.id, task, arrived)?;
-        // An answer that says for how long it is fresh needs no lifetime of its account's.
-        let lifetime = if answer.is_live() {
-            account.watch.asked(task, arrived);
-            account.lifetime(arrived)
-        } else {
-            Duration::ZERO
+    fn look_up(&self, poll: PlainPoll<'_>, caller: &Caller) -> Option<Hit> {
+        let task = TaskId::plain(poll.query)?;
+        let in_flight = self.place().ok()?;
+        let arrived = Instant::now();
+        let hit = |asker: &Asker| {
+            let account = &*asker.account;
+            if !asker.is_settled(arrived) {
+                return None;
+            }
+            let answer = self.cache.state(account.id, task, arrived)?;
+            // An answer that says for how long it is fresh needs no lifetime of its account's.
+            let live = if answer.is_live() {
+                account.watch.asked(task, arrived);
+                account.lifetime(arrived)
+            } else {
+                Duration::ZERO
+            };
+            if !answer.is_fresh(arrived, live) {
+                return None;
+            }
+            let now = Instant::now();
+            let head = response::head(&answer, CacheStatus::Hit(None), now, live, poll.request_id);
+            let took = now.saturating_duration_since(arrived);
+            account.answered(&asker.requests(caller), Served::Hit, answer.code(), took);
+            Some((head, answer))
         };
-        let wanted = || self.lifetime_wanted(account, max_age::wanted(headers), lifetime);
-        if !answer.is_fresh(arrived, if answer.is_live() { wanted() } else { lifetime }) {
-            return None;
-        }
-        Some(asked.answered(hit(answer), Instant::now(), lifetime, || Trace::of(headers).id()))
+        let (head, answer) = self.accounts.with(poll.key, arrived, hit)??;
+        Some(Hit {
+            head,
+            answer,
+            _in_flight: in_flight,
+        })
     }
 }

@@ -129,7 +129,7 @@ impl Gateway {
         // hyper has answered, or will answer, `100-continue` itself.
         head.headers.remove(EXPECT);
         head.headers.insert(HOST, self.upstream.host().clone());
-        head.headers.append(VIA, response::VIA_GATEWAY);
+        head.headers.append(VIA, response::VIA_GATEWAY.clone());
         head.extensions = http::Extensions::new();
         Request::from_parts(head, body)
     }

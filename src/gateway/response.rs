@@ -1,6 +1,6 @@
 //! Every response that the gateway writes itself: the headers that go with an answer, and errors in upstream's envelope.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -29,10 +29,16 @@ const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 /// Not a standard, but what everybody's logs are searched by.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// RFC 9110 §7.6.3.
-pub(super) const VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
+pub(super) static VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
+
+/// No cache between us and a client knows when a task goes on.
+static NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
 /// The fields of an answer.
 const USUAL_HEADERS: usize = 6;
+
+/// Bytes that the head of a hit mostly fits.
+const USUAL_HEAD: usize = 384;
 
 /// A response's body: bytes that are there, or upstream's as they come.
 #[derive(Debug)]
@@ -148,27 +154,93 @@ impl CacheStatus {
     }
 }
 
-/// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
-/// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
+/// A field's value, as it is or yet to be made.
+enum Value<'a> {
+    Is(&'a HeaderValue),
+    Says(&'a str),
+}
+
+/// The headers that go with upstream's answer: few, since most of upstream's speak of a connection or a moment that is not
+/// this client's. `live` is the freshness lifetime of live answers at `now`.
+fn each_field(
+    answer: &Answer,
+    cache: CacheStatus,
+    now: Instant,
+    live: Duration,
+    mut field: impl FnMut(HeaderName, Value<'_>),
+) {
+    if let Some(content_type) = &answer.content_type {
+        field(CONTENT_TYPE, Value::Is(content_type));
+    }
+    if let Some(retry_after) = &answer.retry_after {
+        field(RETRY_AFTER, Value::Is(retry_after));
+    }
+    field(CACHE_STATUS, Value::Says(&cache.value(answer, answer.ttl(now, live))));
+    field(AGE, Value::Says(itoa::Buffer::new().format(answer.age(now).as_secs())));
+    field(CACHE_CONTROL, Value::Is(&NO_STORE));
+    field(VIA, Value::Is(&VIA_GATEWAY));
+}
+
+/// Upstream's answer as the client gets it: its bytes and status, and [the headers that go with it](each_field).
 pub(super) fn answer(answer: Arc<Answer>, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
     let mut response = Response::new(Body::Answer(None));
     *response.status_mut() = answer.status;
     let headers = response.headers_mut();
     headers.reserve(USUAL_HEADERS);
-    if let Some(content_type) = &answer.content_type {
-        headers.insert(CONTENT_TYPE, (**content_type).clone());
-    }
-    if let Some(retry_after) = &answer.retry_after {
-        headers.insert(RETRY_AFTER, (**retry_after).clone());
-    }
-    if let Ok(value) = HeaderValue::try_from(cache.value(&answer, answer.ttl(now, live))) {
-        headers.insert(CACHE_STATUS, value);
-    }
-    headers.insert(AGE, HeaderValue::from(answer.age(now).as_secs()));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(VIA, VIA_GATEWAY);
+    each_field(&answer, cache, now, live, |name, value| {
+        let value = match value {
+            Value::Is(value) => Ok(value.clone()),
+            Value::Says(text) => HeaderValue::from_str(text),
+        };
+        if let Ok(value) = value {
+            headers.insert(name, value);
+        }
+    });
     *response.body_mut() = Body::Answer(Some(answer));
     response
+}
+
+/// The head of the same response, as hyper would write it on a connection that stays open. `sent` is the `x-request-id`
+/// that came with the request.
+pub(super) fn head(answer: &Answer, cache: CacheStatus, now: Instant, live: Duration, sent: Option<&[u8]>) -> Vec<u8> {
+    let mut head = Vec::with_capacity(USUAL_HEAD);
+    let mut add = |parts: &[&[u8]]| {
+        for part in parts {
+            head.extend_from_slice(part);
+        }
+        head.extend_from_slice(b"\r\n");
+    };
+    let reason = answer.status.canonical_reason().unwrap_or("<none>");
+    add(&[b"HTTP/1.1 ", answer.status.as_str().as_bytes(), b" ", reason.as_bytes()]);
+    each_field(answer, cache, now, live, |name, value| {
+        let value = match value {
+            Value::Is(value) => value.as_bytes(),
+            Value::Says(text) => text.as_bytes(),
+        };
+        add(&[name.as_str().as_bytes(), b": ", value]);
+    });
+    let unix = unix_now();
+    with_request_id(sent, unix, |id| add(&[b"x-request-id: ", id]));
+    add(&[
+        b"content-length: ",
+        itoa::Buffer::new().format(answer.body.len()).as_bytes(),
+    ]);
+    with_date(unix, |date| add(&[b"date: ", date.as_bytes()]));
+    add(&[]);
+    head
+}
+
+/// The time of day as HTTP writes it (RFC 9110 §5.6.7), made once a second.
+fn with_date<T>(unix: Duration, show: impl FnOnce(&str) -> T) -> T {
+    thread_local! {
+        static MADE: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
+    }
+    MADE.with_borrow_mut(|(second, date)| {
+        if *second != unix.as_secs() || date.is_empty() {
+            (*second, *date) = (unix.as_secs(), httpdate::fmt_http_date(UNIX_EPOCH + unix));
+        }
+        show(date)
+    })
 }
 
 /// What every answer of upstream's has in common, in its order.
@@ -195,8 +267,8 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     *response.status_mut() = code;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(VIA, VIA_GATEWAY);
+    headers.insert(CACHE_CONTROL, NO_STORE.clone());
+    headers.insert(VIA, VIA_GATEWAY.clone());
     headers.insert(AGE, HeaderValue::from_static("0"));
     if let Ok(value) = HeaderValue::try_from(format!("crun-gateway; detail={}", error.detail())) {
         headers.insert(CACHE_STATUS, value);
@@ -229,7 +301,7 @@ pub(super) fn error(error: &Error) -> Response<Body> {
 pub(super) fn streamed(response: Response<Incoming>, call: Span) -> Response<Body> {
     let mut response = response.map(|body| Body::Streamed(body, call));
     strip_hop_by_hop(response.headers_mut());
-    response.headers_mut().append(VIA, VIA_GATEWAY);
+    response.headers_mut().append(VIA, VIA_GATEWAY.clone());
     response
         .headers_mut()
         .append(CACHE_STATUS, HeaderValue::from_static("crun-gateway; fwd=bypass"));
@@ -263,31 +335,44 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
 
 /// The `x-request-id` that a client sent, if it is well-formed, else a new one (UUIDv7: sortable by time).
 pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let is_token = |value: &&HeaderValue| {
-        let bytes = value.as_bytes();
+    let sent = headers.get(REQUEST_ID).map(HeaderValue::as_bytes);
+    with_request_id(sent, unix_now(), |id| {
+        HeaderValue::from_bytes(id).unwrap_or_else(|_| HeaderValue::from_static("none"))
+    })
+}
+
+fn with_request_id<T>(sent: Option<&[u8]>, unix: Duration, show: impl FnOnce(&[u8]) -> T) -> T {
+    let is_token = |bytes: &&[u8]| {
         (1..=128).contains(&bytes.len())
             && bytes
                 .iter()
                 .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
     };
-    let sent = headers.get(REQUEST_ID).filter(is_token).cloned();
-    sent.unwrap_or_else(|| {
-        let mut text = Uuid::encode_buffer();
-        let id = new_id().hyphenated();
-        HeaderValue::from_str(id.encode_lower(&mut text)).unwrap_or_else(|_| HeaderValue::from_static("none"))
-    })
+    match sent.filter(is_token) {
+        Some(sent) => show(sent),
+        None => show(
+            new_id(unix)
+                .hyphenated()
+                .encode_lower(&mut Uuid::encode_buffer())
+                .as_bytes(),
+        ),
+    }
 }
 
 /// An id that no other has. Each thread counts on from a random number of its own, so that no lock is shared.
-fn new_id() -> Uuid {
+fn new_id(unix: Duration) -> Uuid {
     thread_local! {
         static NEXT: Cell<u128> = Cell::new(Uuid::new_v4().as_u128());
     }
     let random = NEXT.with(|next| next.replace(next.get().wrapping_add(1)));
     let [_, _, _, _, _, _, random @ ..] = random.to_be_bytes();
-    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let ms = u64::try_from(unix.as_millis()).unwrap_or(0);
     uuid::Builder::from_unix_timestamp_millis(ms, &random).into_uuid()
+}
+
+/// Since 1970, by the wall clock.
+fn unix_now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Rounded up, and at least 1: never an invitation to come too early.

@@ -25,12 +25,12 @@ use tokio_util::sync::CancellationToken;
 use super::framing::Refused;
 use super::guard::{Guard, Refusal};
 use super::head::{Most, USUAL_HEADERS};
-use super::phases::{Alarm, Busy, Phase, Phases, poll_alarm};
+use super::phases::{Busy, Phase, Phases, poll_alarm};
 use super::{GRACE, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::gateway::{Body, Data, Gateway, InFlight};
+use crate::gateway::{Body, Data, Gateway, Hit, InFlight, PlainPoll};
 
 /// How long a client may take to close, after our FIN.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
@@ -50,13 +50,17 @@ pub async fn serve_connection<S>(
     let refusal = Refusal::default();
     // Its own: every request asks it, and all connections would meet in the lock of one.
     let draining = draining.child_token();
-    let service = service(Arc::new(Served {
+    let served = Arc::new(Served {
         phase: phase.clone(),
         refusal: Arc::clone(&refusal),
-        gateway: Arc::clone(&gateway),
+        gateway,
         draining: draining.clone(),
         caller: caller.into(),
-    }));
+    });
+    let Served { gateway, caller, .. } = &*served;
+    let service = service(Arc::clone(&served));
+    // The last answer says that it is.
+    let hit = |poll: PlainPoll<'_>| (!draining.is_cancelled()).then(|| gateway.hit(poll, caller))?;
     let watched = Watched {
         stream,
         phase: phase.clone(),
@@ -81,29 +85,31 @@ pub async fn serve_connection<S>(
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
-                if let Poll::Ready(event) = line.poll(cx) {
+                if let Poll::Ready(event) = line.poll(cx, &hit) {
                     return Poll::Ready(event);
+                }
+                if matches!(line, Line::Serving(_)) && !is_closing && phase.may_rest() {
+                    return Poll::Ready(Event::Rested);
                 }
                 if patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
-                if !is_closing && drained.as_mut().poll(cx).is_ready() {
+                if !is_closing && !line.is_sending() && drained.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Drained);
                 }
-                let may_rest = matches!(line, Line::Serving(_)) && !is_closing;
-                poll_alarm(alarm.as_mut(), &phase, may_rest, cx).map(Event::Alarm)
+                poll_alarm(alarm.as_mut(), &phase, cx).map(Event::Over)
             })
             .await
         };
         line = match (event, line) {
             (Event::Asked, Line::Resting(guard)) => Line::Serving(serve(guard)),
-            (Event::Alarm(Alarm::Rest), Line::Serving(connection)) => {
+            (Event::Rested, Line::Serving(connection)) => {
                 let parts = connection.into_parts();
                 let mut guard = parts.io.into_inner();
                 guard.take_back(&parts.read_buf);
                 Line::Resting(guard)
             }
-            (Event::Alarm(Alarm::Over(Phase::Head { .. })), line) => {
+            (Event::Over(Phase::Head { .. }), line) => {
                 let (error, in_body) = (Error::HeaderTimeout, false);
                 if refusal.set(Refused { error, in_body }).is_err() {
                     // That is said already, or something else, and whoever it is said to does not read.
@@ -114,15 +120,12 @@ pub async fn serve_connection<S>(
                 line
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
-            (Event::Alarm(Alarm::Over(Phase::Busy { .. })), _) => {
+            (Event::Over(Phase::Busy { .. }), _) => {
                 return gateway.metrics().refused(Error::RequestTimeout.detail());
             }
-            (
-                event @ (Event::Drained | Event::Alarm(Alarm::Over(Phase::Idle { .. }))),
-                Line::Serving(mut connection),
-            ) => {
+            (event @ (Event::Drained | Event::Over(Phase::Idle { .. })), Line::Serving(mut connection)) => {
                 is_closing = true;
-                if matches!(event, Event::Alarm(_)) {
+                if matches!(event, Event::Over(_)) {
                     // One more time to close in peace, then it is dropped.
                     phase.set(Phase::Closing);
                     give_up = Some(Instant::now() + LINGER + LINGER);
@@ -130,24 +133,24 @@ pub async fn serve_connection<S>(
                 Pin::new(&mut *connection).graceful_shutdown();
                 Line::Serving(connection)
             }
-            (Event::Left | Event::Drained | Event::Alarm(Alarm::Over(Phase::Idle { .. })), Line::Resting(guard)) => {
+            (Event::Left | Event::Drained | Event::Over(Phase::Idle { .. }), Line::Resting(guard)) => {
                 is_closing = true;
                 phase.set(Phase::Closing);
                 give_up = Some(Instant::now() + LINGER + LINGER);
                 Line::Closing(guard)
             }
-            (Event::Ended | Event::Alarm(_), _) => return,
+            (Event::Ended | Event::Over(_), _) => return,
             (_, line) => line,
         };
     }
 }
 
 /// A connection between its requests and in them. hyper's side of one weighs 18 KiB, and most connections ask nothing most
-/// of the time.
+/// of the time, or what is answered without it.
 enum Line<G, C> {
-    /// Nothing is asked, or the beginning of a head is there.
+    /// Nothing is asked, or the beginning of a head is there, or a hit is being sent.
     Resting(G),
-    /// hyper has it.
+    /// hyper has it, until that is answered.
     Serving(Box<C>),
     /// It ends without hyper.
     Closing(G),
@@ -158,10 +161,14 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     C: Future + Unpin,
 {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+    fn is_sending(&self) -> bool {
+        matches!(self, Self::Resting(guard) if guard.is_sending())
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>) -> Poll<Event> {
         // However it ends, there is nobody left to tell.
         match self {
-            Self::Resting(guard) => guard.poll_request(cx).map(|request| match request {
+            Self::Resting(guard) => guard.poll_request(cx, hit).map(|request| match request {
                 Ok(true) => Event::Asked,
                 Ok(false) => Event::Left,
                 Err(_) => Event::Ended,
@@ -172,14 +179,18 @@ where
     }
 }
 
+/// What happens to a connection.
 enum Event {
     /// There is something for hyper to do.
     Asked,
     /// The client has ended it, with nothing asked.
     Left,
     Ended,
+    /// Everything is answered, and nothing is asked.
+    Rested,
     Drained,
-    Alarm(Alarm),
+    /// This phase has lasted too long.
+    Over(Phase),
 }
 
 /// What all requests of a connection have in common.

@@ -6,6 +6,7 @@
 use super::chunks::Chunks;
 use super::head::{self, Body, Most, Scan};
 use crate::error::Error;
+use crate::gateway::PlainPoll;
 
 /// Where a connection's requests are.
 #[derive(Debug)]
@@ -54,6 +55,26 @@ impl Framing {
 
     /// Everything that went on is answered.
     pub(super) fn answered(&mut self) {
+        self.offered = false;
+    }
+
+    /// The poll that `bytes` begin with, and the length of its head, if it may be answered here and now: they are what came
+    /// since the last request, which is answered.
+    pub(super) fn plain<'b>(&self, bytes: &'b [u8]) -> Option<(usize, PlainPoll<'b>)> {
+        match self.state {
+            State::Head(_) if !bytes.is_empty() => head::plain(bytes, &self.most),
+            State::Head(_) | State::Length(_) | State::Chunked(_) => None,
+        }
+    }
+
+    /// Whether all of every request is there.
+    pub(super) fn is_between_requests(&self) -> bool {
+        matches!(self.state, State::Head(_))
+    }
+
+    /// The poll that was found is answered; a head begins behind it.
+    pub(super) fn passed(&mut self) {
+        self.state = State::Head(Scan::default());
         self.offered = false;
     }
 

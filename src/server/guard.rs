@@ -6,7 +6,7 @@
 //! What is refused goes no further, and nothing after it does. In its place hyper gets a request of our own, [`REFUSED`]:
 //! so the refusal is answered after the answers that are still due, and the connection closed as after any other.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +18,8 @@ use tokio_util::io::poll_read_buf;
 
 use super::framing::{Framing, Refused};
 use super::head::Most;
-use super::phases::Phases;
+use super::phases::{Busy, Phases};
+use crate::gateway::{Hit, PlainPoll};
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
@@ -39,6 +40,8 @@ pub(super) struct Guard<S> {
     /// So many bytes of it may.
     checked: usize,
     refusal: Refusal,
+    /// What the client has not taken yet of the last hit.
+    sending: Option<Box<(Sending, Busy)>>,
 }
 
 impl<S> Guard<S> {
@@ -50,7 +53,13 @@ impl<S> Guard<S> {
             held: BytesMut::new(),
             checked: 0,
             refusal,
+            sending: None,
         }
+    }
+
+    /// Whether a hit is on its way to the client.
+    pub(super) fn is_sending(&self) -> bool {
+        self.sending.is_some()
     }
 
     /// How many of `bytes` may go on.
@@ -131,22 +140,106 @@ impl<S: AsyncRead + Unpin> Guard<S> {
         self.check_held();
         Poll::Ready(Ok(Read::Held))
     }
+}
 
+impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
     /// Reads until there is something for hyper to do: a head is whole, or what came is refused. `false`: the client has
     /// ended its side, and nothing of it may go on.
-    pub(super) fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
-        while self.checked == 0 && self.refusal.get().is_none() {
+    ///
+    /// What `hit` has an answer to is not: it is answered here, and hyper never sees it.
+    pub(super) fn poll_request(
+        &mut self,
+        cx: &mut Context<'_>,
+        hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>,
+    ) -> Poll<io::Result<bool>> {
+        loop {
+            if let Some(sending) = &mut self.sending {
+                ready!(sending.0.poll(&mut self.stream, cx))?;
+                self.sending = None;
+                self.look_at_held(cx, hit)?;
+                continue;
+            }
+            if self.checked > 0 || self.refusal.get().is_some() {
+                return Poll::Ready(Ok(true));
+            }
             // No room is kept for whoever sends nothing.
             let mut room = [MaybeUninit::uninit(); READ];
             let mut buffer = ReadBuf::uninit(&mut room);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
-            if buffer.filled().is_empty() {
+            let came = buffer.filled();
+            if came.is_empty() {
                 return Poll::Ready(Ok(false));
             }
-            self.held.extend_from_slice(buffer.filled());
+            let answered = if self.held.is_empty() {
+                self.answer(came, cx, hit)?
+            } else {
+                0
+            };
+            self.held.extend_from_slice(&came[answered..]);
+            self.look_at_held(cx, hit)?;
+        }
+    }
+
+    /// Answers the hits that what is held begins with, and checks the rest.
+    fn look_at_held(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>) -> io::Result<()> {
+        if self.held.is_empty() || self.sending.is_some() {
+            return Ok(());
+        }
+        let held = mem::take(&mut self.held);
+        let answered = self.answer(&held, cx, hit);
+        self.held = held;
+        self.held.advance(answered?);
+        if !self.held.is_empty() && self.sending.is_none() {
+            self.phases.heard();
             self.check_held();
         }
-        Poll::Ready(Ok(true))
+        Ok(())
+    }
+
+    /// Answers the hits that `bytes` begin with, as far as the client takes the answers. Gives how many bytes those were.
+    fn answer(
+        &mut self,
+        bytes: &[u8],
+        cx: &mut Context<'_>,
+        hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>,
+    ) -> io::Result<usize> {
+        let mut answered = 0;
+        while self.sending.is_none()
+            && let Some((length, poll)) = self.framing.plain(&bytes[answered..])
+            && let Some(hit) = hit(poll)
+        {
+            answered += length;
+            self.framing.passed();
+            let mut sending = Sending { hit, sent: 0 };
+            match sending.poll(&mut self.stream, cx) {
+                Poll::Ready(sent) => sent.map(|()| self.phases.answered())?,
+                Poll::Pending => self.sending = Some(Box::new((sending, self.phases.busy()))),
+            }
+        }
+        Ok(answered)
+    }
+}
+
+/// A hit on its way to the client.
+struct Sending {
+    hit: Hit,
+    /// So many bytes of head and body have gone.
+    sent: usize,
+}
+
+impl Sending {
+    fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Hit { head, answer, .. } = &self.hit;
+        let body = &*answer.body;
+        while self.sent < head.len() + body.len() {
+            let (of_head, of_body) = (self.sent.min(head.len()), self.sent.saturating_sub(head.len()));
+            let slices = [IoSlice::new(&head[of_head..]), IoSlice::new(&body[of_body..])];
+            match ready!(Pin::new(&mut *stream).poll_write_vectored(cx, &slices))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                sent => self.sent += sent,
+            }
+        }
+        Pin::new(stream).poll_flush(cx)
     }
 }
 
@@ -190,7 +283,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
                 Some(_) => return Poll::Pending,
             }
             let read = if this.held.is_empty() {
-                ready!(this.poll_read_through(cx, buffer))?
+                match this.poll_read_through(cx, buffer) {
+                    Poll::Ready(read) => read?,
+                    Poll::Pending => {
+                        if this.framing.is_between_requests() {
+                            this.phases.starved();
+                        }
+                        return Poll::Pending;
+                    }
+                }
             } else {
                 ready!(this.poll_read_behind(cx))?
             };
@@ -209,7 +310,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
+        slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
     }

@@ -12,8 +12,11 @@ use http::Uri;
 use httparse::{Request, Status};
 use memchr::memchr_iter;
 
+use crate::account::API_KEY_HEADER;
 use crate::config::Limits;
 use crate::error::Error;
+use crate::gateway::PlainPoll;
+use crate::upstream::TASK_INFO_PATH;
 
 /// Fields that fit the stack; it is hyper's number, too.
 pub(super) const USUAL_HEADERS: usize = 100;
@@ -126,7 +129,48 @@ fn has_clean_lines(head: &[u8]) -> bool {
     empty_lines <= MOST_EMPTY_LINES && memchr_iter(b'\n', head).all(follows_cr)
 }
 
+/// The poll that `bytes` begin with, and the length of its head, if all of that is there and as plain as can be.
+pub(super) fn plain<'b>(bytes: &'b [u8], most: &Most) -> Option<(usize, PlainPoll<'b>)> {
+    let within = &bytes[..bytes.len().min(most.bytes)];
+    let read = |request: &Request<'_, 'b>, length| Ok((examine(request, length, most)?, plain_poll(request)));
+    let (head, poll) = parsed(within, most, read).ok()??;
+    let is_plain = head.body == Body::Length(0) && !head.upgrades && has_clean_lines(&within[..head.length]);
+    poll.filter(|_| is_plain).map(|poll| (head.length, poll))
+}
+
+/// What a request asks for, if it could mean nothing else: what has a say in the answer stands in it at most once, and
+/// nothing does that only the longer way understands.
+fn plain_poll<'b>(request: &Request<'_, 'b>) -> Option<PlainPoll<'b>> {
+    let query = request.path?.strip_prefix(TASK_INFO_PATH)?.strip_prefix('?')?;
+    if request.method != Some("GET") || request.version != Some(1) {
+        return None;
+    }
+    let (mut key, mut request_id) = (None, None);
+    for header in request.headers.iter() {
+        let is = |name| header.name.eq_ignore_ascii_case(name);
+        match header.name.len() {
+            6 if is("expect") => return None,
+            9 if is(API_KEY_HEADER) && key.replace(header.value).is_some() => return None,
+            10 if is("connection") && !header.value.eq_ignore_ascii_case(b"keep-alive") => return None,
+            12 if is("x-request-id") && request_id.replace(header.value).is_some() => return None,
+            13 if is("authorization") || is("cache-control") => return None,
+            _ => {}
+        }
+    }
+    let key = str::from_utf8(key?).ok()?;
+    Some(PlainPoll { key, query, request_id })
+}
+
 fn parse(bytes: &[u8], most: &Most) -> Result<Option<Head>, Error> {
+    parsed(bytes, most, |request, length| examine(request, length, most))
+}
+
+/// What `read` makes of the head that `bytes` begin with, once it is whole.
+fn parsed<'b, T>(
+    bytes: &'b [u8],
+    most: &Most,
+    read: impl FnOnce(&Request<'_, 'b>, usize) -> Result<T, Error>,
+) -> Result<Option<T>, Error> {
     let mut usual = [const { MaybeUninit::uninit() }; USUAL_HEADERS];
     let mut many;
     let headers = if let Some(usual) = usual.get_mut(..most.headers) {
@@ -137,7 +181,7 @@ fn parse(bytes: &[u8], most: &Most) -> Result<Option<Head>, Error> {
     };
     let mut request = Request::new(&mut []);
     match request.parse_with_uninit_headers(bytes, headers) {
-        Ok(Status::Complete(length)) => examine(&request, length, most).map(Some),
+        Ok(Status::Complete(length)) => read(&request, length).map(Some),
         Ok(Status::Partial) => Ok(None),
         Err(error) => Err(match error {
             httparse::Error::TooManyHeaders => Error::HeadTooLarge,

@@ -14,10 +14,6 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::connection::LINGER;
 use crate::config::Limits;
 
-/// How long nothing is asked before hyper's side of a connection is given up: long enough that whoever sends one request
-/// after the other does not pay for a new one, and far below the time between two polls of a task.
-pub(super) const REST_AFTER: Duration = Duration::from_secs(1);
-
 /// What a connection is doing, and until when it may.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Phase {
@@ -60,6 +56,8 @@ struct Shared {
     is_next_begun: AtomicBool,
     /// All that was written has gone to the client's stream, and its end is not begun.
     is_settled: AtomicBool,
+    /// Since the last request was taken up, hyper has wanted more than there was of it: it has no byte left.
+    is_starved: AtomicBool,
     idle_timeout: Duration,
     header_timeout: Duration,
     request_timeout: Duration,
@@ -73,6 +71,7 @@ impl Phases {
             phase: AtomicU64::new(CLOSING),
             is_next_begun: AtomicBool::new(false),
             is_settled: AtomicBool::new(true),
+            is_starved: AtomicBool::new(false),
             idle_timeout: limits.idle_timeout,
             header_timeout: limits.header_timeout,
             request_timeout: limits.request_timeout,
@@ -105,14 +104,14 @@ impl Phases {
         self.0.phase.store(until << 2 | bits, Ordering::Relaxed);
     }
 
-    /// When the connection may rest, if it stays in `phase`.
-    fn rests_at(&self, phase: Phase) -> Option<Instant> {
-        match phase {
-            Phase::Idle { until } if self.0.is_settled.load(Ordering::Relaxed) => {
-                Some(until - self.0.idle_timeout.saturating_sub(REST_AFTER))
-            }
-            Phase::Idle { .. } | Phase::Head { .. } | Phase::Busy { .. } | Phase::Closing => None,
-        }
+    /// Whether nothing is asked, nothing is on its way, and hyper holds nothing: bytes of a body that nobody wanted would
+    /// be taken for the next request.
+    pub(super) fn may_rest(&self) -> bool {
+        let is_idle = self.0.phase.load(Ordering::Relaxed) & 3 == IDLE;
+        is_idle
+            && [&self.0.is_settled, &self.0.is_starved]
+                .iter()
+                .all(|flag| flag.load(Ordering::Relaxed))
     }
 
     /// An alarm for [`poll_alarm`].
@@ -128,6 +127,12 @@ impl Phases {
         }
     }
 
+    /// A request was answered as it came, and nothing is asked any more.
+    pub(super) fn answered(&self) {
+        let until = Instant::now() + self.0.idle_timeout;
+        self.set(Phase::Idle { until });
+    }
+
     /// The beginning of a head is there, or it is whole now.
     pub(super) fn next_begun(&self, is_begun: bool) {
         self.0.is_next_begun.store(is_begun, Ordering::Relaxed);
@@ -136,6 +141,11 @@ impl Phases {
     /// Whether nothing is on its way to the client, an end included.
     pub(super) fn settled(&self, is_settled: bool) {
         self.0.is_settled.store(is_settled, Ordering::Relaxed);
+    }
+
+    /// hyper wanted more, and all of every request was there.
+    pub(super) fn starved(&self) {
+        self.0.is_starved.store(true, Ordering::Relaxed);
     }
 
     /// Whether a request is being answered, or nothing more is.
@@ -147,6 +157,7 @@ impl Phases {
     pub(super) fn busy(&self) -> Busy {
         // An answer in words is given when `request_timeout` is over, and has a while to go out.
         let until = Instant::now() + self.0.request_timeout + LINGER;
+        self.0.is_starved.store(false, Ordering::Relaxed);
         self.set(Phase::Busy { until });
         Busy(self.clone())
     }
@@ -168,40 +179,21 @@ impl Drop for Busy {
     }
 }
 
-/// Why an alarm rings.
-pub(super) enum Alarm {
-    /// The phase has lasted too long.
-    Over(Phase),
-    /// Nothing was asked for a while.
-    Rest,
-}
-
-/// Ready when the phase has lasted too long, or, where that is asked, when the connection `may_rest`. The alarm is set anew
-/// only where it would ring too late: phases change with every request, and most end long before it rings.
-pub(super) fn poll_alarm(
-    mut alarm: Pin<&mut Sleep>,
-    phases: &Phases,
-    may_rest: bool,
-    cx: &mut Context<'_>,
-) -> Poll<Alarm> {
+/// The phase that has lasted too long, once one has. The alarm is set anew only where it would ring too late: phases change
+/// with every request, and most end long before it rings.
+pub(super) fn poll_alarm(mut alarm: Pin<&mut Sleep>, phases: &Phases, cx: &mut Context<'_>) -> Poll<Phase> {
     loop {
         let phase = phases.now();
         let Some(until) = phase.until() else {
             return Poll::Pending;
         };
-        let rests_at = if may_rest { phases.rests_at(phase) } else { None };
-        let next = rests_at.map_or(until, |rests_at| rests_at.min(until));
-        if next < alarm.deadline() {
-            alarm.as_mut().reset(next);
+        if until < alarm.deadline() {
+            alarm.as_mut().reset(until);
         }
         ready!(alarm.as_mut().poll(cx));
-        let now = Instant::now();
-        if until <= now {
-            return Poll::Ready(Alarm::Over(phase));
+        if until <= Instant::now() {
+            return Poll::Ready(phase);
         }
-        if next <= now {
-            return Poll::Ready(Alarm::Rest);
-        }
-        alarm.as_mut().reset(next);
+        alarm.as_mut().reset(until);
     }
 }

@@ -33,6 +33,7 @@
 //! - `edge`: what the RFCs call an error, and the limits of a request
 //! - `limits`: what many connections and few file descriptors come to
 //! - `connections`: time-outs, limits, and who shares what
+//! - `hits`: a hit is answered ahead of hyper, and nobody can tell
 //! - `resting`: a connection on which nothing is asked keeps next to nothing, and nobody notices
 //! - `tls`: upstream over TLS
 //! - `trace`: which trace and which request it was, and who is told
@@ -59,6 +60,7 @@ mod fairness;
 mod fidelity;
 mod freshness;
 mod harness;
+mod hits;
 mod isolation;
 mod keys;
 mod kubernetes_stop;

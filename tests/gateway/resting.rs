@@ -118,3 +118,35 @@ async fn an_answer_that_is_not_read_yet_is_not_lost() {
         assert_eq!(client.reply().await.json()["data"]["task_id"], "a");
     }
 }
+
+/// What hyper has of a body that nobody wanted must not come back as the next request.
+#[tokio::test(start_paused = true)]
+async fn an_unread_body_is_no_request() {
+    let gateway = start();
+    let body = raw::poll("smuggled");
+    let head = format!(
+        "POST {TASK_INFO} HTTP/1.1\r\nhost: gateway\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let chunk = format!("{:x}\r\n{body}\r\n", body.len());
+    let chunked = format!(
+        "POST {TASK_INFO} HTTP/1.1\r\nhost: gateway\r\ntransfer-encoding: chunked\r\n\r\n{chunk}{chunk}0\r\n\r\n"
+    );
+    for request in [head.clone() + &body, chunked] {
+        for cut in [0, 1, head.len(), head.len() + 1, request.len() - 1] {
+            let mut client = gateway.connect(ROOM, CancellationToken::new());
+            let (first, second) = request.split_at(cut);
+            client.send(first).await.unwrap();
+            sleep(Duration::from_millis(1)).await;
+            client.send(second).await.unwrap();
+            assert!(client.reply().await.is(405));
+            // Whoever is still connected may go on.
+            if client.send(raw::poll("next")).await.is_ok()
+                && let Ok(Some(reply)) = client.try_reply().await
+            {
+                assert_eq!(reply.json()["data"]["task_id"], "next", "{request} in two at {cut}");
+            }
+        }
+    }
+    assert!(gateway.queries().iter().all(|query| query.task != "smuggled"));
+}

@@ -523,14 +523,15 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec
     };
     let phases = Phases::new(&LIMITS);
     let _busy = phases.busy();
-    let mut guard = Guard::new(pieces, phases, most(), Refusal::default());
+    let stream = tokio::io::join(pieces, tokio::io::sink());
+    let mut guard = Guard::new(stream, phases, most(), Refusal::default());
     let mut cx = Context::from_waker(Waker::noop());
     let (mut through, mut last) = (Vec::new(), 0);
     for rests in rests.iter().cycle() {
         if *rests {
             let unread = through.split_off(through.len() - last / 2);
             guard.take_back(&unread);
-            if let Poll::Ready(Ok(false)) = guard.poll_request(&mut cx) {
+            if let Poll::Ready(Ok(false)) = guard.poll_request(&mut cx, &|_| None) {
                 return (through, false);
             }
         }

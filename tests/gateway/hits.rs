@@ -1,0 +1,189 @@
+//! A hit is answered before hyper sees it, where it is as plain as can be: nobody can tell, but by the time it takes.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::paused::{Behaviour, Paused, running, success};
+use crate::harness::raw::{self, RawReply};
+use crate::harness::{KEY, TASK_INFO};
+
+const ROOM: usize = 1 << 16;
+
+fn start() -> Paused {
+    let behaviour = Behaviour {
+        answer: |_, task| {
+            if task == "goes-on" {
+                running(task)
+            } else {
+                success(task)
+            }
+        },
+        ..Behaviour::default()
+    };
+    Paused::start(behaviour, |_| {})
+}
+
+fn poll(task: &str, headers: &str) -> String {
+    format!("GET {TASK_INFO}?task_id={task} HTTP/1.1\r\nhost: gateway\r\nx-api-key: {KEY}\r\n{headers}\r\n")
+}
+
+/// All of an answer but the clock's second, which may turn between two answers.
+fn shown(reply: &RawReply) -> (String, &[u8]) {
+    let head = reply.head.lines().filter(|line| !line.starts_with("date: "));
+    (head.collect::<Vec<_>>().join("\n"), &reply.body)
+}
+
+#[tokio::test(start_paused = true)]
+async fn both_ways_give_the_same_bytes() {
+    let gateway = start();
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    for task in ["ended", "goes-on"] {
+        assert!(client.poll(task).await.is(200));
+        client.send(poll(task, "x-request-id: abc\r\n")).await.unwrap();
+        let plain = client.reply().await;
+        assert!(plain.header("cache-status").unwrap().contains("hit; ttl="), "{plain:?}");
+        assert_eq!(plain.header("x-request-id"), Some("abc"));
+        let date = plain.header("date").unwrap();
+        httpdate::parse_http_date(date).unwrap();
+        // Each of these has a meaning, or might have, and changes nothing here.
+        for headers in [
+            "cache-control: max-stale\r\nx-request-id: abc\r\n",
+            "connection: keep-alive, x\r\nx-request-id: abc\r\n",
+            "expect: nothing\r\nx-request-id: abc\r\n",
+            "authorization: Basic a\r\nx-request-id: abc\r\n",
+            "x-request-id: abc\r\nx-request-id: def\r\n",
+            &format!("x-api-key: {KEY}\r\nx-request-id: abc\r\n"),
+            // And these not even that.
+            "X-Request-ID:\tabc \r\nconnection: Keep-Alive\r\ncontent-length: 0\r\n",
+            "x-request-id: abc\r\nuser-agent: a\r\naccept: */*\r\naccept-encoding: gzip\r\ntraceparent: x\r\n",
+        ] {
+            client.send(poll(task, headers)).await.unwrap();
+            assert_eq!(shown(&client.reply().await), shown(&plain), "{headers:?}");
+        }
+        for spelled in [format!("{task}&other=1"), task.replace('e', "%65")] {
+            client.send(poll(&spelled, "x-request-id: abc\r\n")).await.unwrap();
+            assert_eq!(shown(&client.reply().await), shown(&plain), "{spelled}");
+        }
+    }
+    assert_eq!(gateway.queries().len(), 2);
+    let hits = gateway.metric("crun_gateway_upstream_calls_saved_total{account=\"other\",how=\"hit\"}");
+    assert!((hits - 22.0).abs() < f64::EPSILON, "{hits}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_id_that_is_none_is_replaced_and_each_poll_has_its_own() {
+    let gateway = start();
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    assert!(client.poll("ended").await.is(200));
+    let mut ids = Vec::new();
+    for headers in ["", "", "x-request-id: a b\r\n", "x-request-id:\r\n"] {
+        client.send(poll("ended", headers)).await.unwrap();
+        let id = client.reply().await.header("x-request-id").unwrap().to_owned();
+        assert_eq!(uuid::Uuid::parse_str(&id).unwrap().get_version_num(), 7, "{id}");
+        ids.push(id);
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 4);
+}
+
+/// Hits stand between what hyper answers, in any pieces: every request has its answer, in order.
+#[tokio::test(start_paused = true)]
+async fn answers_keep_the_order_of_their_requests() {
+    let gateway = start();
+    let other = "GET / HTTP/1.1\r\nhost: gateway\r\n\r\n";
+    for room in [ROOM, 64] {
+        for length in [1, 7, 100, 10_000] {
+            let mut client = gateway.connect(room, CancellationToken::new());
+            assert!(client.poll("hit").await.is(200));
+            let miss = format!("miss-{room}-{length}");
+            let requests = ["hit", "hit", &miss, "hit", "", "", "hit", "hit", &miss, "", "hit"];
+            let bytes = requests.map(|task| match task {
+                "" => other.to_owned(),
+                task => raw::poll(task),
+            });
+            let bytes = bytes.concat();
+            let (mut near, mut writer) = tokio::io::split(client.stream);
+            let writing = tokio::spawn(async move {
+                use tokio::io::AsyncWriteExt as _;
+                for piece in bytes.as_bytes().chunks(length) {
+                    writer.write_all(piece).await.unwrap();
+                    tokio::task::yield_now().await;
+                }
+                writer
+            });
+            let mut replies = raw::Raw::over(tokio::io::join(&mut near, tokio::io::sink()));
+            for task in requests {
+                let reply = replies.reply().await;
+                if task.is_empty() {
+                    assert!(reply.is(404), "{reply:?}");
+                } else {
+                    assert_eq!(reply.json()["data"]["task_id"], task);
+                }
+            }
+            writing.await.unwrap();
+        }
+    }
+}
+
+/// What a client does not take at once is not lost, nor mixed with what comes after.
+#[tokio::test(start_paused = true)]
+async fn a_slow_reader_gets_all_of_every_hit() {
+    let gateway = start();
+    let mut client = gateway.connect(100, CancellationToken::new());
+    assert!(client.poll("ended").await.is(200));
+    client.send(raw::poll("ended")).await.unwrap();
+    sleep(Duration::from_secs(20)).await;
+    // As much of the next request as fits.
+    client.send(&raw::poll("ended")[..60]).await.unwrap();
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!(client.reply().await.json()["data"]["task_id"], "ended");
+    client.send(&raw::poll("ended")[60..]).await.unwrap();
+    assert_eq!(client.reply().await.json()["data"]["task_id"], "ended");
+    // The beginning of a head has its time from when the answer before it was taken.
+    client.send(raw::poll("ended")).await.unwrap();
+    client.send("GET / HT").await.unwrap();
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!(client.reply().await.json()["data"]["task_id"], "ended");
+    let started = tokio::time::Instant::now();
+    assert!(client.reply().await.is(408));
+    assert_eq!(started.elapsed(), Duration::from_secs(10));
+    client.assert_ends().await;
+}
+
+/// Nobody holds a place among `limits.requests` for ever by taking no answer.
+#[tokio::test(start_paused = true)]
+async fn a_hit_that_nobody_takes_is_given_up() {
+    let gateway = start();
+    let mut client = gateway.connect(100, CancellationToken::new());
+    assert!(client.poll("ended").await.is(200));
+    client.send(raw::poll("ended")).await.unwrap();
+    sleep(Duration::from_secs(10)).await;
+    let in_flight = || gateway.metric("crun_gateway_requests_in_flight");
+    assert!((in_flight() - 1.0).abs() < f64::EPSILON, "{}", in_flight());
+    sleep(Duration::from_mins(16)).await;
+    assert!(in_flight().abs() < f64::EPSILON, "{}", in_flight());
+    let refused = gateway.metric("crun_gateway_refused_total{reason=\"request_timeout\"}");
+    assert!((refused - 1.0).abs() < f64::EPSILON, "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hit_at_a_stop_says_that_it_is_the_last_and_one_under_way_is_finished() {
+    let gateway = start();
+    let draining = CancellationToken::new();
+    let mut asks = gateway.connect(ROOM, draining.clone());
+    let mut reads = gateway.connect(100, draining.clone());
+    assert!(asks.poll("ended").await.is(200));
+    assert!(reads.poll("ended").await.is(200));
+    reads.send(raw::poll("ended")).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    draining.cancel();
+    let last = asks.poll("ended").await;
+    assert!(last.is(200) && last.says_close(), "{last:?}");
+    asks.assert_ends().await;
+    sleep(Duration::from_secs(30)).await;
+    assert_eq!(reads.reply().await.json()["data"]["task_id"], "ended");
+    reads.assert_ends().await;
+}
