@@ -1,5 +1,8 @@
 //! One client connection: its time-outs, its last request, its end. What it may ask is `guard`'s business.
 //!
+//! It rests until something is asked. A plain hit is answered as it rests; for anything else hyper is called in, and given
+//! up when all is answered: nothing of it is kept for connections that ask nothing, and every poll may be a hit again.
+//!
 //! hyper's own header time-out also counts idle time, so the two are told apart here: an I/O wrapper sees a request's first
 //! byte, the service its head's end, the response body's drop its end. And a connection ends with a FIN and its reads
 //! drained, since bytes that lie unread when a socket closes reset it, and the client loses the answer.
