@@ -9,10 +9,10 @@ use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use constant_time_eq::constant_time_eq;
 use http::HeaderValue;
 use ring::hmac;
 use secrecy::{ExposeSecret, SecretString};
-use subtle::ConstantTimeEq;
 
 /// The header that carries an API key, to us and upstream.
 pub const API_KEY_HEADER: &str = "x-api-key";
@@ -94,7 +94,7 @@ impl<'a> Borrow<dyn KeyText + 'a> for ApiKey {
 
 impl PartialEq for dyn KeyText + '_ {
     fn eq(&self, other: &Self) -> bool {
-        self.text().as_bytes().ct_eq(other.text().as_bytes()).into()
+        constant_time_eq(self.text().as_bytes(), other.text().as_bytes())
     }
 }
 
