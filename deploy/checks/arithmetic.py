@@ -57,6 +57,43 @@ def configuration(binary, text):
         return yaml.safe_load(checked.stdout)
 
 
+def selects(selector, labels):
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def reaches_store(objects, url, must):
+    """The policies let the gateway's pods, and nobody else, to the store that these manifests bring, if they bring one; and
+    what is there keeps within its memory."""
+    host, port = re.fullmatch(r"redis://([^:]+):(\d+)", url).groups()
+    stores = [o for o in objects if o["kind"] == "Deployment" and o["metadata"]["name"] == host]
+    policies = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy"]
+    out = [
+        rule
+        for policy in policies
+        if policy["podSelector"]["matchLabels"]["app.kubernetes.io/name"] == "crun-gateway"
+        for rule in policy.get("egress", [])
+        if any(str(named["port"]) == port for named in rule["ports"])
+    ]
+    must(len(out) == 1, "one policy lets the gateway out to the store")
+    for store in stores:
+        spec = store["spec"]
+        labels = spec["template"]["metadata"]["labels"]
+        (container,) = spec["template"]["spec"]["containers"]
+        must((spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"}), "two stores may overlap")
+        must(all(selects(to["podSelector"], labels) for to in out[0]["to"]), "the gateway may not go to the store")
+        (inwards,) = (p for p in policies if selects(p["podSelector"], labels))
+        ((rule,), egress) = inwards["ingress"], inwards.get("egress")
+        must(inwards["policyTypes"] == ["Ingress", "Egress"] and not egress, "the store may go somewhere")
+        names = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/name"] for peer in rule["from"]]
+        must(names == ["crun-gateway"], f"the store is open to {names}")
+        (service,) = (o["spec"] for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == host)
+        must(service["selector"].items() <= labels.items(), "the store's Service is of other pods")
+        must([str(p["port"]) for p in service["ports"]] == [port], f"the store's Service is not at {port}")
+        memory = re.search(r"--maxmemory (\d+)mb ", container["args"][0])[1]
+        allowed = quantity(container["resources"]["limits"]["memory"], SIZES)
+        must(2 * (int(memory) << 20) <= allowed, "the store's memory limit is less than twice what it may fill")
+
+
 def main(binary, files):
     faults = []
     for file in files:
@@ -70,8 +107,9 @@ def main(binary, files):
                 faults.append(f"{Path(file).name}: {what}")
 
         config = configuration(binary, one("ConfigMap")["data"]["config.yaml"])
-        deployment = one("Deployment")["spec"]
-        pod = deployment["template"]["spec"]
+        (workload,) = (o for o in objects if o["kind"] in ("Deployment", "StatefulSet") and o["metadata"]["name"] == "crun-gateway")
+        workload, kind = workload["spec"], workload["kind"]
+        pod = workload["template"]["spec"]
         (container,) = pod["containers"]
 
         # The stop.
@@ -123,7 +161,10 @@ def main(binary, files):
         must("env" not in container and "envFrom" not in container, "configuration and keys come from directories")
         (keys,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "keys")
         must(keys["optional"] is True, "the Secret is optional")
-        paths = [key["file"] for account in config["accounts"] or [] for key in account["keys"]]
+        shared = config["shared"]
+        credentials = [key for account in config["accounts"] or [] for key in account["keys"]]
+        credentials += [shared["password"]] if shared and shared["password"] else []
+        paths = [credential["file"] for credential in credentials]
         example = yaml.safe_load((ROOT / "deploy/example/secret.example.yaml").read_text())
         must(all(Path(path).name in example["stringData"] for path in paths), "the example Secret has the keys named")
         must(keys["secretName"] == example["metadata"]["name"], "the example Secret has the name that is mounted")
@@ -131,17 +172,34 @@ def main(binary, files):
         must(mounted == "/etc/crun-gateway/keys", "where the configurations look for keys")
 
         # Versions.
-        labels = deployment["template"]["metadata"]["labels"]
+        labels = workload["template"]["metadata"]["labels"]
         must(labels["app.kubernetes.io/version"] == VERSION, f"the label says another version than {VERSION}")
         image = container["image"]
         must(image == f"crun-gateway:{VERSION}" or "@sha256:" in image, f"image {image}")
-        must(deployment["selector"]["matchLabels"].keys() == {"app.kubernetes.io/name", "app.kubernetes.io/instance"},
+        must(workload["selector"]["matchLabels"].keys() == {"app.kubernetes.io/name", "app.kubernetes.io/instance"},
              "selectors name the two labels that never change")
 
-        # One replica: never two pods at once.
-        if Path(file).name != "base.yaml":
-            must((deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"}), "two pods may overlap")
-            must(not any(o["kind"] in ("PodDisruptionBudget", "HorizontalPodAutoscaler") for o in objects), "PDB or HPA")
+        # Never more pods at once than own a part of the budget.
+        disrupts = [o["spec"] for o in objects if o["kind"] == "PodDisruptionBudget"]
+        must(not any(o["kind"] == "HorizontalPodAutoscaler" for o in objects), "nothing but the configuration says how many")
+        if shared:
+            replicas, limit = shared["max_replicas"], config["budget"]["limit"]
+            must(kind == "StatefulSet", "a pod may run beside the one that it replaces")
+            must(workload["replicas"] == replicas, f"{workload['replicas']} replicas, of max_replicas {replicas}")
+            must(limit % replicas == 0, f"{replicas} slices of {limit} do not add up to it")
+            (disrupted,) = disrupts
+            must(disrupted["maxUnavailable"] == 1, "a drain takes more than one replica at once")
+            must(disrupted["unhealthyPodEvictionPolicy"] == "AlwaysAllow", "a replica that is not ready holds up a drain")
+            must(disrupted["selector"] == workload["selector"], "the PodDisruptionBudget is of other pods")
+            # Its start's second and window; readiness does not wait for them.
+            quiet = 2 + seconds(config["budget"]["margin"])
+            must(workload["minReadySeconds"] > quiet, "a roll-out goes on before the slice is lent again")
+            apart = {spread["topologyKey"] for spread in pod["topologySpreadConstraints"]}
+            must(apart == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}, "replicas are not spread")
+            reaches_store(objects, shared["url"], must)
+        elif Path(file).name != "base.yaml":
+            must((kind, workload["replicas"], workload["strategy"]) == ("Deployment", 1, {"type": "Recreate"}), "two pods may overlap")
+            must(not disrupts, "a PodDisruptionBudget of one pod keeps its node from being drained")
 
         if any(o["kind"] == "PodMonitor" for o in objects):
             (endpoint,) = one("PodMonitor")["spec"]["podMetricsEndpoints"]
@@ -152,7 +210,7 @@ def main(binary, files):
         print(fault, file=sys.stderr)
     if faults:
         sys.exit(1)
-    print(f"{len(files)} manifests add up: stop, memory, ports, versions, replicas, scrapes")
+    print(f"{len(files)} manifests add up: stop, memory, ports, versions, replicas, store, scrapes")
 
 
 if __name__ == "__main__":
