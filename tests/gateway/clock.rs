@@ -3,7 +3,7 @@
 //! `tests/clock/run` runs this: it needs libfaketime, under which the real binary runs and which reads from a file what to
 //! add to the wall clock, and to that alone.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use tokio::task::JoinSet;
@@ -11,13 +11,13 @@ use tokio::time::{Instant, sleep};
 
 use crate::harness::{Gateway, PATIENCE, Simulator, poll};
 
-/// The gateway's wall clock, which is ours plus what is told.
-struct Clock {
+/// A process's wall clock, which is ours plus what is told.
+pub struct Clock {
     offset: tempfile::NamedTempFile,
 }
 
 impl Clock {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let clock = Self {
             offset: tempfile::NamedTempFile::new().unwrap(),
         };
@@ -25,22 +25,31 @@ impl Clock {
         clock
     }
 
-    fn write(&self, seconds: i64) {
-        // Never half written: the gateway reads it whenever it asks for the time.
+    /// Sets it to ours plus so many seconds.
+    pub fn write(&self, seconds: i64) {
+        // Never half written: the process reads it whenever it asks for the time.
         let beside = self.offset.path().with_extension("new");
         std::fs::write(&beside, format!("{seconds:+}\n")).unwrap();
         std::fs::rename(beside, self.offset.path()).unwrap();
     }
 
+    /// What a process has to be started with to go by it.
+    pub fn env(&self) -> [(&'static str, String); 4] {
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        // The C library's allocator: libfaketime does not get started under jemalloc, which Redis brings.
+        let preloaded = format!("{} libc.so.6", text(&library()));
+        [
+            ("LD_PRELOAD", preloaded),
+            ("FAKETIME_TIMESTAMP_FILE", text(self.offset.path())),
+            ("FAKETIME_NO_CACHE", "1".to_owned()),
+            ("DONT_FAKE_MONOTONIC", "1".to_owned()),
+        ]
+    }
+
     async fn gateway(&self, upstream: &Simulator, config: &str) -> Gateway {
         let config = format!("{config}\nlog: {{ level: debug }}");
-        let library = library();
-        let env = [
-            ("LD_PRELOAD", library.to_str().unwrap()),
-            ("FAKETIME_TIMESTAMP_FILE", self.offset.path().to_str().unwrap()),
-            ("FAKETIME_NO_CACHE", "1"),
-            ("DONT_FAKE_MONOTONIC", "1"),
-        ];
+        let env = self.env();
+        let env = env.each_ref().map(|(name, value)| (*name, value.as_str()));
         Gateway::start_with_env(&upstream.url, &config, &env).await
     }
 
@@ -79,7 +88,7 @@ fn library() -> PathBuf {
         .expect("libfaketime is not here: tests/clock/run installs it")
 }
 
-const HOUR: i64 = 3600;
+pub const HOUR: i64 = 3600;
 
 #[tokio::test]
 #[ignore = "needs libfaketime: tests/clock/run"]

@@ -6,13 +6,14 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::Method;
 use nix::sys::signal::Signal;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::clock::{Clock, HOUR};
 use crate::harness::client::{bare, poll_request, try_request};
 use crate::harness::store::{Carries, Link, Store};
 use crate::harness::{Gateway, KEY, PATIENCE, Simulator, request};
@@ -81,7 +82,11 @@ async fn poll_for_ever(address: SocketAddr, client: String) {
 impl Replicas {
     /// So many replicas under full load.
     async fn start(replicas: usize) -> Self {
-        let store = Store::start().await;
+        Self::start_on(Store::start().await, replicas).await
+    }
+
+    /// The same, with this store.
+    async fn start_on(store: Store, replicas: usize) -> Self {
         let (mut urls, mut links) = (Vec::new(), Vec::new());
         for _ in 0..replicas {
             let link = Link::to(store.address).await;
@@ -379,6 +384,39 @@ async fn whatever_becomes_of_the_store_no_second_holds_more_than_the_limit() {
 #[tokio::test]
 async fn one_replica_that_is_cut_off_spends_its_slice_and_the_others_theirs() {
     one_link_suffers(&mut Replicas::start(3).await).await;
+}
+
+#[tokio::test]
+#[ignore = "needs libfaketime: tests/clock/run"]
+async fn the_clock_of_the_store_may_jump() {
+    let clock = Clock::new();
+    let store = Store::start_with_env(&clock.env()).await;
+    let mut cluster = Replicas::start_on(store, 3).await;
+    cluster.all_lend().await;
+    for (name, ahead) in [
+        ("an hour ahead", HOUR),
+        ("two hours back", -HOUR),
+        ("right again", 0),
+        ("a second ahead", 1),
+        ("two seconds back", -1),
+    ] {
+        cluster
+            .survive(name, async |cluster| {
+                clock.write(ahead);
+                cluster.stand("waiting", &[0, 1, 2]).await;
+            })
+            .await;
+        let told = cluster.store().command(&["TIME"]).unwrap();
+        // An array of two: seconds, microseconds.
+        let told: i64 = told.lines().nth(2).unwrap().parse().unwrap();
+        let ours = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        assert!(
+            (told - ours.as_secs().cast_signed() - ahead).abs() <= 1,
+            "{name}: {told}"
+        );
+    }
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
 }
 
 #[tokio::test]

@@ -38,6 +38,19 @@ impl Store {
         Self::launch(address, &[]).answers().await
     }
 
+    /// Starts it with these environment variables, too.
+    pub async fn start_with_env(env: &[(&str, String)]) -> Self {
+        let address = free_address();
+        let mut command = server(address.port());
+        command.envs(env.iter().map(|(name, value)| (name, value)));
+        let store = Self {
+            address,
+            child: spawn(&mut command),
+            _directory: None,
+        };
+        store.answers().await
+    }
+
     /// A copy of `primary`.
     pub async fn replica(primary: &Self) -> Self {
         let port = primary.address.port().to_string();
