@@ -5,9 +5,11 @@
 //! it is seen once, fault by fault. `cargo test --test gateway replicas -- --ignored` goes on for longer.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use crun_gateway::config::{self, StoreUrl};
 use http::Method;
 use nix::sys::signal::Signal;
 use tokio::task::JoinSet;
@@ -15,6 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::clock::{Clock, HOUR};
 use crate::harness::client::{bare, poll_request, try_request};
+use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::store::{Carries, Link, Store};
 use crate::harness::{Gateway, KEY, PATIENCE, Simulator, request};
 use crate::tls::Identity;
@@ -33,6 +36,7 @@ struct Replicas {
     gateways: Vec<Gateway>,
     clients: JoinSet<()>,
     silence: Arc<Mutex<Silence>>,
+    waits: Arc<Mutex<Waits>>,
 }
 
 /// How long nobody spends.
@@ -47,6 +51,42 @@ impl Silence {
     fn count_anew(&mut self) {
         self.since = Instant::now();
         self.longest = Duration::ZERO;
+    }
+}
+
+/// How long answers took: hits, and beside each a path that is none, which is told of without a look at account or store. So
+/// what the machine does to both is known.
+#[derive(Debug, Default)]
+struct Waits {
+    hits: Vec<Duration>,
+    others: Vec<Duration>,
+}
+
+impl Waits {
+    /// The 99th percentiles.
+    fn p99(&mut self) -> [Duration; 2] {
+        [&mut self.hits, &mut self.others].map(|waits| {
+            waits.sort_unstable();
+            waits[(waits.len() - 1) * 99 / 100]
+        })
+    }
+}
+
+/// One client that goes on asking for what is kept, one poll after the other.
+async fn poll_what_is_kept(address: SocketAddr, waits: Arc<Mutex<Waits>>) {
+    loop {
+        let asked = Instant::now();
+        let reply = try_request(address, poll_request(KEY, "ended.kept")).await;
+        let took = asked.elapsed();
+        let is_hit = reply.is_ok_and(|reply| reply.header("cache-status").unwrap().contains("; hit"));
+        let asked = Instant::now();
+        let reply = try_request(address, bare(Method::GET, "/nothing")).await;
+        if is_hit && reply.is_ok_and(|reply| reply.status == 404) {
+            let mut waits = waits.lock().unwrap();
+            waits.hits.push(took);
+            waits.others.push(asked.elapsed());
+        }
+        sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -115,11 +155,14 @@ impl Replicas {
             gateways: Vec::new(),
             clients: JoinSet::new(),
             silence,
+            waits: Arc::default(),
         };
         let listening = listen(started.upstream.address, Arc::clone(&started.silence));
         started.clients.spawn(listening);
         for replica in 0..started.urls.len() {
             let gateway = Gateway::start(&started.upstream.url, &started.config(replica)).await;
+            let keeping = poll_what_is_kept(gateway.address, Arc::clone(&started.waits));
+            started.clients.spawn(keeping);
             for client in 0..CLIENTS {
                 let client = format!("{replica}-{client}");
                 started.clients.spawn(poll_for_ever(gateway.address, client));
@@ -194,20 +237,29 @@ impl Replicas {
     }
 
     /// Does `fault`, whose last step is to end it, and waits until all replicas lend again. Somebody has to spend within 3.5 s
-    /// of its beginning, and of its end.
+    /// of its beginning, and of its end; and hits are nothing to the store.
     async fn survive(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
         let begun = Instant::now();
         self.silence.lock().unwrap().count_anew();
+        *self.waits.lock().unwrap() = Waits::default();
         fault(self).await;
         let ended = Instant::now();
         let mut gaps = [self.silence.lock().unwrap().longest; 2];
         self.silence.lock().unwrap().count_anew();
         self.all_lend().await;
         gaps[1] = self.silence.lock().unwrap().longest;
+        let mut waits = std::mem::take(&mut *self.waits.lock().unwrap());
+        assert!(waits.hits.len() >= 50, "{name}: {} hits", waits.hits.len());
+        let [hits, others] = waits.p99();
         eprintln!(
-            "{name}, {:?}: all lend {:?} after it; silent for {gaps:?}",
+            "{name}, {:?}: all lend {:?} after it; silent for {gaps:?}; p99 of {} hits {hits:?}, of others {others:?}",
             ended - begun,
-            ended.elapsed()
+            ended.elapsed(),
+            waits.hits.len(),
+        );
+        assert!(
+            hits <= others + Duration::from_millis(50),
+            "{name}: hits wait {hits:?}, and nothing else does longer than {others:?}"
         );
         assert!(
             gaps.iter().all(|gap| *gap <= 3 * SECOND + SECOND / 2),
@@ -386,6 +438,55 @@ async fn one_replica_that_is_cut_off_spends_its_slice_and_the_others_theirs() {
     one_link_suffers(&mut Replicas::start(3).await).await;
 }
 
+/// A gateway that shares its budget through the store there.
+fn sharing_through(store: SocketAddr) -> Paused {
+    let url = StoreUrl {
+        is_tls: false,
+        addresses: vec![(store.ip().to_string(), store.port())],
+        service: None,
+        db: 0,
+    };
+    let store = config::Store {
+        url,
+        prefix: "test:".to_owned(),
+        username: None,
+        password: None,
+        sentinel_password: None,
+        ca_file: None,
+        connect_timeout: SECOND,
+        timeout: SECOND / 5,
+    };
+    Paused::start(Behaviour::default(), |config| {
+        config.shared = Some(config::Shared {
+            max_replicas: NonZeroU32::new(3).unwrap(),
+            store: Some(store),
+        });
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_hit_waits_for_a_store_that_is_away() {
+    // Nobody listens there, or somebody who never says anything.
+    for is_silent in [false, true] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let gateway = sharing_through(listener.local_addr().unwrap());
+        let _listener = is_silent.then_some(listener);
+        let first = gateway.poll(KEY, "kept").await;
+        assert_eq!(first.status, 200, "the slice is spent: {first:?}");
+        // Some seconds, and so every moment of the calls that fail.
+        for step in 0..1000 {
+            sleep(Duration::from_micros(step * 17 % 9000)).await;
+            let asked = Instant::now();
+            let reply = gateway.poll(KEY, "kept").await;
+            assert!(reply.header("cache-status").unwrap().contains("; hit;"), "{reply:?}");
+            assert_eq!(asked.elapsed(), Duration::ZERO);
+        }
+        let alone = gateway.metric("crun_gateway_shared_standing{standing=\"alone\"}");
+        let in_time = gateway.metric("crun_gateway_shared_calls_total{result=\"in_time\"}");
+        assert!(alone > 0.5 && in_time < 0.5, "it is away");
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs libfaketime: tests/clock/run"]
 async fn the_clock_of_the_store_may_jump() {
@@ -478,22 +579,52 @@ async fn what_upstream_says_to_one_replica_pauses_the_other() {
     assert!(rate < 5.0, "{rate}/s");
 }
 
+/// A client of all replicas, which asks one that is ready each time, as a Service leads it, and takes no error.
+async fn poll_whoever_is_ready(ready: Arc<Mutex<Vec<SocketAddr>>>, client: usize, faults: Arc<Mutex<Vec<String>>>) {
+    for number in 0.. {
+        let address = {
+            let ready = ready.lock().unwrap();
+            ready[(client + number) % ready.len()]
+        };
+        let task = format!("ended.ready-{client}-{number}");
+        let reply = try_request(address, poll_request(KEY, &task)).await;
+        if !matches!(&reply, Ok(reply) if reply.status == 200 && reply.json()["data"]["task_id"] == task) {
+            faults.lock().unwrap().push(format!("{address}: {reply:?}"));
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
 #[tokio::test]
-async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget() {
+async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget_and_no_client_sees_it() {
     let mut cluster = Replicas::start(3).await;
     cluster.all_lend().await;
+    // From now on clients go where a Service would lead them.
+    cluster.clients.abort_all();
+    while cluster.clients.join_next().await.is_some() {}
+    let all: Vec<_> = cluster.gateways.iter().map(|gateway| gateway.address).collect();
+    let (ready, faults) = (Arc::new(Mutex::new(all)), Arc::default());
+    for client in 0..CLIENTS {
+        let polling = poll_whoever_is_ready(Arc::clone(&ready), client, Arc::clone(&faults));
+        cluster.clients.spawn(polling);
+    }
+    cluster.spend(14.0).await;
     for replica in 0..3 {
         let address = cluster.gateways[replica].address;
+        ready.lock().unwrap().retain(|other| *other != address);
         cluster.gateways[replica].terminate();
         let ended = cluster.gateways[replica].exit().await;
         assert_eq!(ended.code(), Some(0));
         let config = format!("listen: \"{address}\"\n{}", cluster.config(replica));
         cluster.gateways[replica] = Gateway::start(&cluster.upstream.url, &config).await;
+        ready.lock().unwrap().push(address);
         cluster.all_lend().await;
         cluster.assert_within_the_limit().await;
     }
     cluster.spend(14.0).await;
     cluster.assert_within_the_limit().await;
+    let faults: &Vec<String> = &faults.lock().unwrap();
+    assert!(faults.is_empty(), "{faults:#?}");
 }
 
 #[tokio::test]
