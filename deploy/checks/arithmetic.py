@@ -27,6 +27,8 @@ PROCESS = 32 << 20
 DISK = 64 << 20
 # Allocator and bookkeeping, on top of the bytes that the limits count.
 SLACK = 1.3
+# Budgets of a hundred thousand accounts in the shared store, at 300 bytes each, and the server itself.
+BUDGETS = 64 << 20
 # Between the end of `drain` and SIGKILL, in seconds.
 TO_SPARE = 5
 
@@ -61,10 +63,10 @@ def selects(selector, labels):
     return selector.get("matchLabels", {}).items() <= labels.items()
 
 
-def reaches_store(objects, url, must):
+def reaches_store(objects, shared, must):
     """The policies let the gateway's pods, and nobody else, to the store that these manifests bring, if they bring one; and
     what is there keeps within its memory."""
-    host, port = re.fullmatch(r"redis://([^:]+):(\d+)", url).groups()
+    host, port = re.fullmatch(r"redis://([^:]+):(\d+)", shared["url"]).groups()
     stores = [o for o in objects if o["kind"] == "Deployment" and o["metadata"]["name"] == host]
     policies = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy"]
     out = [
@@ -89,9 +91,11 @@ def reaches_store(objects, url, must):
         (service,) = (o["spec"] for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == host)
         must(service["selector"].items() <= labels.items(), "the store's Service is of other pods")
         must([str(p["port"]) for p in service["ports"]] == [port], f"the store's Service is not at {port}")
-        memory = re.search(r"--maxmemory (\d+)mb ", container["args"][0])[1]
+        filled = int(re.search(r"--maxmemory (\d+)mb ", container["args"][0])[1]) << 20
         allowed = quantity(container["resources"]["limits"]["memory"], SIZES)
-        must(2 * (int(memory) << 20) <= allowed, "the store's memory limit is less than twice what it may fill")
+        must(filled * 1.5 <= allowed, "the store's memory limit is less than half more than what it may fill")
+        answers = quantity(shared.get("max_bytes", 0), SIZES)
+        must(answers + BUDGETS <= filled, "where answers fill the store, budgets find no room")
 
 
 def main(binary, files):
@@ -196,7 +200,7 @@ def main(binary, files):
             must(workload["minReadySeconds"] > quiet, "a roll-out goes on before the slice is lent again")
             apart = {spread["topologyKey"] for spread in pod["topologySpreadConstraints"]}
             must(apart == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}, "replicas are not spread")
-            reaches_store(objects, shared["url"], must)
+            reaches_store(objects, shared, must)
         elif Path(file).name != "base.yaml":
             must((kind, workload["replicas"], workload["strategy"]) == ("Deployment", 1, {"type": "Recreate"}), "two pods may overlap")
             must(not disrupts, "a PodDisruptionBudget of one pod keeps its node from being drained")
