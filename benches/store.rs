@@ -41,6 +41,7 @@ const LATE: Duration = Duration::from_millis(10);
 struct Store {
     child: Child,
     client: Client,
+    _directory: tempfile::TempDir,
 }
 
 impl Drop for Store {
@@ -55,10 +56,17 @@ impl Store {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new(server);
         command.args(["--bind", "127.0.0.1", "--port", &port.to_string()]);
-        command.args(["--save", "", "--appendonly", "no", "--dir", "/tmp"]);
+        let directory = tempfile::tempdir().unwrap();
+        command
+            .args(["--save", "", "--appendonly", "no", "--dir"])
+            .arg(directory.path());
         let child = command.stdout(Stdio::null()).spawn().unwrap();
         let client = Client::open(("127.0.0.1", port)).unwrap();
-        let store = Self { child, client };
+        let store = Self {
+            child,
+            client,
+            _directory: directory,
+        };
         for _ in 0..1000 {
             if let Ok(mut connection) = store.client.get_connection()
                 && connection.check_connection()

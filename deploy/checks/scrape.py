@@ -129,6 +129,7 @@ class Store:
         for theirs, ours in {
             "--port 6379": f"--port {self.port}",
             "--bind '*'": "--bind 127.0.0.1",
+            "--dir /tmp": f"--dir {folder}",
             "/etc/valkey/store-password": str(self.password),
         }.items():
             assert script.count(theirs) == 1, f"{theirs} in {script}"

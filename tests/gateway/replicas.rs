@@ -615,9 +615,8 @@ async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget_and_no_
         cluster.gateways[replica].terminate();
         let ended = cluster.gateways[replica].exit().await;
         assert_eq!(ended.code(), Some(0));
-        let config = format!("listen: \"{address}\"\n{}", cluster.config(replica));
-        cluster.gateways[replica] = Gateway::start(&cluster.upstream.url, &config).await;
-        ready.lock().unwrap().push(address);
+        cluster.gateways[replica] = Gateway::start(&cluster.upstream.url, &cluster.config(replica)).await;
+        ready.lock().unwrap().push(cluster.gateways[replica].address);
         cluster.all_lend().await;
         cluster.assert_within_the_limit().await;
     }

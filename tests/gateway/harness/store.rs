@@ -18,14 +18,20 @@ use super::PATIENCE;
 pub struct Store {
     pub address: SocketAddr,
     child: Child,
-    /// What it writes into, if it does.
-    _directory: Option<tempfile::TempDir>,
+    /// What it writes into: a copy does, and whoever starts there would begin with that.
+    _directory: tempfile::TempDir,
 }
 
-/// A port that nobody else is given so soon.
+/// A port of which no connection is given the number: where a store was, the next one shall find its place free.
 fn free_address() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
+    loop {
+        let address = SocketAddr::from(([127, 0, 0, 1], rand::random_range(first / 2..first)));
+        if std::net::TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 impl Store {
@@ -35,7 +41,7 @@ impl Store {
 
     /// Starts it where another has been, with nothing in it.
     pub async fn start_at(address: SocketAddr) -> Self {
-        Self::launch(address, &[]).answers().await
+        Self::launch(address, &mut server(address.port())).answers().await
     }
 
     /// Starts it with these environment variables, too.
@@ -43,20 +49,15 @@ impl Store {
         let address = free_address();
         let mut command = server(address.port());
         command.envs(env.iter().map(|(name, value)| (name, value)));
-        let store = Self {
-            address,
-            child: spawn(&mut command),
-            _directory: None,
-        };
-        store.answers().await
+        Self::launch(address, &mut command).answers().await
     }
 
     /// A copy of `primary`.
     pub async fn replica(primary: &Self) -> Self {
-        let port = primary.address.port().to_string();
-        Self::launch(free_address(), &["--replicaof", "127.0.0.1", &port])
-            .answers()
-            .await
+        let (address, port) = (free_address(), primary.address.port().to_string());
+        let mut command = server(address.port());
+        command.args(["--replicaof", "127.0.0.1", &port]);
+        Self::launch(address, &mut command).answers().await
     }
 
     /// A sentinel that watches `primary` as the service `main`, and replaces it after half a second.
@@ -74,7 +75,7 @@ impl Store {
         let sentinel = Self {
             address,
             child,
-            _directory: Some(directory),
+            _directory: directory,
         };
         sentinel.answers().await
     }
@@ -85,12 +86,7 @@ impl Store {
         let port = address.port().to_string();
         let tls = ["--tls-port", &port, "--tls-cert-file", cert, "--tls-key-file", key];
         let more = ["--tls-auth-clients", "no", "--requirepass", password];
-        let child = spawn(server(0).args(tls).args(more));
-        let store = Self {
-            address,
-            child,
-            _directory: None,
-        };
+        let store = Self::launch(address, server(0).args(tls).args(more));
         let patience = Instant::now() + PATIENCE;
         while TcpStream::connect(address).await.is_err() {
             assert!(Instant::now() < patience, "redis-server does not listen");
@@ -99,11 +95,12 @@ impl Store {
         store
     }
 
-    fn launch(address: SocketAddr, options: &[&str]) -> Self {
+    fn launch(address: SocketAddr, command: &mut Command) -> Self {
+        let directory = tempfile::tempdir().unwrap();
         Self {
             address,
-            child: spawn(server(address.port()).args(options)),
-            _directory: None,
+            child: spawn(command.arg("--dir").arg(directory.path())),
+            _directory: directory,
         }
     }
 
@@ -155,7 +152,7 @@ impl Store {
 fn server(port: u16) -> Command {
     let mut command = Command::new("redis-server");
     command.args(["--bind", "127.0.0.1", "--port", &port.to_string()]);
-    command.args(["--save", "", "--appendonly", "no", "--dir", "/tmp"]);
+    command.args(["--save", "", "--appendonly", "no"]);
     command
 }
 
