@@ -1,5 +1,5 @@
-//! What one shared store carries: three replicas ask it for permits by the script that they share, at a rising number of
-//! accounts, each of which has more work at each replica than its budget allows.
+//! What one shared store carries: replicas ask it for permits by the script that they share, at a rising number of accounts,
+//! each of which has more work at each replica than its budget allows.
 //!
 //! `cargo bench --bench store` takes half a minute and needs `redis-server`; a name after `--` is another server's, e.g.
 //! `-- valkey-server`; `-- --quick` looks only whether it runs. Replicas are played by a thread each, which calls as
@@ -20,13 +20,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{park_timeout, spawn};
 use std::time::Duration;
 
-use redis::{Client, Connection, ConnectionLike as _, Script, ScriptInvocation};
+use redis::{Client, Connection, ConnectionLike as _, Script};
 use tokio::time::Instant;
 
 const LEND: &str = include_str!("../src/shared/lend.lua");
 const KEY: &str = "crun-gateway:budget";
 
-const REPLICAS: usize = 3;
 const LIMIT: usize = 15;
 const WINDOW: Duration = Duration::from_millis(1030);
 
@@ -101,14 +100,22 @@ struct Seen {
     permits: usize,
 }
 
+/// What is asked for, and by how many.
+#[derive(Clone, Copy)]
+struct Load {
+    replicas: usize,
+    accounts: usize,
+}
+
 /// One replica, until it is told to stop. What it sees before `from` counts for nothing.
-fn replica(mut connection: Connection, number: usize, accounts: usize, from: Instant, stop: &AtomicBool) -> Seen {
+fn replica(mut connection: Connection, number: usize, load: Load, from: Instant, stop: &AtomicBool) -> Seen {
+    let Load { replicas, accounts } = load;
     let script = Script::new(LEND);
     let mut seen = Seen::default();
     let (mut generation, mut time) = (String::new(), String::new());
     // When each account is asked for, by number; each replica begins elsewhere, as their clients would.
     let mut due = vec![Instant::now(); accounts];
-    let mut first = number * accounts / REPLICAS;
+    let mut first = number * accounts / replicas;
     while !stop.load(Ordering::Relaxed) {
         let now = Instant::now();
         let wanted = (0..accounts)
@@ -121,7 +128,9 @@ fn replica(mut connection: Connection, number: usize, accounts: usize, from: Ins
             continue;
         };
         first = (last + 1) % accounts;
-        let mut call = begin(&script, number, &generation, &time);
+        let mut call = script.key(KEY);
+        call.arg(format!("{number:016}")).arg(&generation).arg(&time).arg(1);
+        call.arg(LIMIT).arg(replicas).arg(WINDOW.as_micros().to_string());
         for account in &wanted {
             // As long as the name of an unlisted account.
             call.arg(format!("key:{account:064}"))
@@ -151,21 +160,15 @@ fn replica(mut connection: Connection, number: usize, accounts: usize, from: Ins
     seen
 }
 
-fn begin<'a>(script: &'a Script, number: usize, generation: &str, time: &str) -> ScriptInvocation<'a> {
-    let mut call = script.key(KEY);
-    call.arg(format!("{number:016}")).arg(generation).arg(time).arg(1);
-    call.arg(LIMIT).arg(REPLICAS).arg(WINDOW.as_micros().to_string());
-    call
-}
-
-fn row(server: &str, accounts: usize, each: Duration) {
+fn row(server: &str, load: Load, each: Duration) {
+    let Load { replicas, accounts } = load;
     let store = Store::start(server);
     let from = Instant::now() + each / 3;
     let stop = Arc::new(AtomicBool::new(false));
-    let replicas: Vec<_> = (0..REPLICAS)
+    let threads: Vec<_> = (0..replicas)
         .map(|number| {
             let (connection, stop) = (store.connect(), Arc::clone(&stop));
-            spawn(move || replica(connection, number, accounts, from, &stop))
+            spawn(move || replica(connection, number, load, from, &stop))
         })
         .collect();
     wait(from);
@@ -180,7 +183,7 @@ fn row(server: &str, accounts: usize, each: Duration) {
         .arg(0)
         .query(&mut store.connect())
         .unwrap();
-    let seen: Vec<_> = replicas.into_iter().map(|replica| replica.join().unwrap()).collect();
+    let seen: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
     let mut took: Vec<_> = seen.iter().flat_map(|seen| seen.took.iter().copied()).collect();
     took.sort_unstable();
     let calls = took.len() as f64;
@@ -190,7 +193,7 @@ fn row(server: &str, accounts: usize, each: Duration) {
     let seconds = each.as_secs_f64();
     let ms = |percent: usize| took[(took.len() - 1) * percent / 100].as_secs_f64() * 1e3;
     println!(
-        "| {accounts} | {:.0} | {:.2} | {:.2} | {:.2} % | {:.0} | {:.0} | {:.0} % | {:.0} % | {} |",
+        "| {replicas} | {accounts} | {:.0} | {:.2} | {:.2} | {:.2} % | {:.0} | {:.0} | {:.0} % | {:.0} % | {} |",
         calls / seconds,
         ms(50),
         ms(99),
@@ -221,17 +224,34 @@ fn main() {
     let is_quick = arguments.iter().any(|argument| argument == "--quick");
     let named = arguments.iter().find(|argument| !argument.starts_with('-'));
     let server = named.map_or("redis-server", String::as_str);
-    println!("{REPLICAS} replicas, {server}");
+    println!("{server}");
     println!(
-        "| accounts | calls a second | ms, median | p99 | over 10 ms | accounts asked for a second | permits a second | of the full pace | store's CPU | bytes an account |"
+        "| replicas | accounts | calls a second | ms, median | p99 | over 10 ms | accounts asked for a second | permits a \
+         second | of the full pace | store's CPU | bytes an account |"
     );
-    println!("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
-    let (all, each): (&[usize], _) = if is_quick {
-        (&[1, 100], Duration::from_millis(300))
+    println!("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
+    let (all, each): (&[_], _) = if is_quick {
+        (&[(3, 1), (3, 100)], Duration::from_millis(300))
     } else {
-        (&[1, 10, 100, 300, 1000, 3000, 10_000], Duration::from_secs(4))
+        (
+            &[
+                (3, 1),
+                (3, 100),
+                (3, 1000),
+                (3, 3000),
+                (3, 10_000),
+                (15, 100),
+                (15, 1000),
+                (15, 3000),
+            ],
+            Duration::from_secs(4),
+        )
     };
-    for accounts in all {
-        row(server, *accounts, each);
+    for (replicas, accounts) in all {
+        let load = Load {
+            replicas: *replicas,
+            accounts: *accounts,
+        };
+        row(server, load, each);
     }
 }
