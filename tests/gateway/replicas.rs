@@ -2,7 +2,8 @@
 //! slowed and restored. Upstream counts the arrivals of them all by the kernel's stamps.
 //!
 //! That no schedule of faults breaks the promise is played in simulated time, by the thousand (`src/shared/tests.rs`). Here
-//! it is seen once, fault by fault. `cargo test --test gateway replicas -- --ignored` goes on for longer.
+//! it is seen once, fault by fault; `cargo test --test gateway -- --ignored replicas::again` goes on for ten minutes. A reply
+//! of the store that takes 10 ms is none, so they need a machine that is not busy with other things.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
