@@ -35,6 +35,8 @@ struct Replicas {
     links: Vec<Link>,
     urls: Vec<String>,
     gateways: Vec<Gateway>,
+    /// One that is no replica, and is never asked for a task.
+    beside: Gateway,
     clients: JoinSet<()>,
     silence: Arc<Mutex<Silence>>,
     waits: Arc<Mutex<Waits>>,
@@ -55,8 +57,8 @@ impl Silence {
     }
 }
 
-/// How long answers took: hits, and beside each a path that is none, which is told of without a look at account or store. So
-/// what the machine does to both is known.
+/// How long answers took: hits, and beside each one of a gateway that knows of no store. So what the machine does to both is
+/// known.
 #[derive(Debug, Default)]
 struct Waits {
     hits: Vec<Duration>,
@@ -74,14 +76,14 @@ impl Waits {
 }
 
 /// One client that goes on asking for what is kept, one poll after the other.
-async fn poll_what_is_kept(address: SocketAddr, waits: Arc<Mutex<Waits>>) {
+async fn poll_what_is_kept(address: SocketAddr, beside: SocketAddr, waits: Arc<Mutex<Waits>>) {
     loop {
         let asked = Instant::now();
         let reply = try_request(address, poll_request(KEY, "ended.kept")).await;
         let took = asked.elapsed();
         let is_hit = reply.is_ok_and(|reply| reply.header("cache-status").unwrap().contains("; hit"));
         let asked = Instant::now();
-        let reply = try_request(address, bare(Method::GET, "/nothing")).await;
+        let reply = try_request(beside, bare(Method::GET, "/nothing")).await;
         if is_hit && reply.is_ok_and(|reply| reply.status == 404) {
             let mut waits = waits.lock().unwrap();
             waits.hits.push(took);
@@ -148,8 +150,10 @@ impl Replicas {
             since: Instant::now(),
             longest: Duration::ZERO,
         }));
+        let beside = Gateway::start(&upstream.url, "").await;
         let mut started = Self {
             upstream,
+            beside,
             store: None,
             links: Vec::new(),
             urls,
@@ -162,7 +166,7 @@ impl Replicas {
         started.clients.spawn(listening);
         for replica in 0..started.urls.len() {
             let gateway = Gateway::start(&started.upstream.url, &started.config(replica)).await;
-            let keeping = poll_what_is_kept(gateway.address, Arc::clone(&started.waits));
+            let keeping = poll_what_is_kept(gateway.address, started.beside.address, Arc::clone(&started.waits));
             started.clients.spawn(keeping);
             for client in 0..CLIENTS {
                 let client = format!("{replica}-{client}");
