@@ -6,12 +6,14 @@
 //!           answer  cache: fresh? ───────────────────────▶ hit
 //!                   flight: someone already fetching? ───▶ wait, collapsed
 //!           fly     the leader, a task that belongs to no client:
-//!                   cache again ─▶ budget: a turn ─▶ upstream: a connection ─▶ budget: a permit
-//!                   ─▶ upstream: send ─▶ task: read ─▶ stored, cache: keep ─▶ land
+//!                   cache again ─▶ shared: another replica's? ─▶ budget: a turn ─▶ shared: a claim
+//!                   ─▶ upstream: a connection ─▶ budget: a permit ─▶ upstream: send ─▶ task: read
+//!                   ─▶ stored, cache, shared: keep ─▶ land
 //! ```
 //! What follows from the attempt that a flight makes: `gateway::attempt`. While the breaker is open nobody flies:
 //! `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`. What upstream
-//! thinks of the key stands before it all: `gateway::clearance`. What outlives the process: `gateway::recall`.
+//! thinks of the key stands before it all: `gateway::clearance`. What outlives the process: `gateway::recall`. What other
+//! replicas have: `gateway::elsewhere`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s, and
 //! what the gateway tells of itself `gateway::status`'s.
@@ -22,6 +24,7 @@ mod asker;
 mod attempt;
 mod clearance;
 mod credential;
+mod elsewhere;
 mod hit;
 mod keys;
 mod max_age;
@@ -55,7 +58,7 @@ pub use crate::metrics::InFlight;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::otlp::Exporter;
 use crate::outcome::Served;
-use crate::shared::Shared;
+use crate::shared::{Answers, Shared};
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use crate::trace::{TraceContext, TraceId};
@@ -64,6 +67,7 @@ use accounts::{Account, Accounts};
 use asker::Asker;
 use attempt::{Attempt, outcome};
 use clearance::{is_in_vain, is_refused_key};
+use elsewhere::Way;
 pub use hit::{Hit, PlainPoll};
 use keys::Key;
 use recall::Recall;
@@ -96,6 +100,8 @@ pub struct Gateway {
     /// Answers that outlive the process; `None` unless configured.
     disk: Option<Disk>,
     recalls: Flights<(AccountId, TaskId), Recall>,
+    /// Answers and flights that replicas share.
+    elsewhere: Option<Answers>,
     upstream: Upstream,
     /// Where spans go, if they do.
     exporter: Option<Exporter>,
@@ -123,6 +129,8 @@ struct Progress {
 enum Phase {
     /// For its turn, or for its permit.
     Waiting,
+    /// Since this instant, for another replica's flight.
+    Elsewhere(Instant),
     /// Its turn came at this instant, and it has no connection yet.
     Connecting(Instant),
     /// Spent at this instant: it will be finished and kept, whoever waits.
@@ -186,6 +194,7 @@ impl Gateway {
             flights: Flights::default(),
             disk: disk::Settings::of(&config.cache).map(|settings| Disk::open(settings, metrics.disk.clone())),
             recalls: Flights::default(),
+            elsewhere: Answers::start(&config, &metrics)?,
             upstream,
             exporter: Exporter::start(&config.otlp, &metrics)?,
             strangers: (metrics.account(OTHER), metrics.client(OTHER, OTHER)),
@@ -429,7 +438,10 @@ impl Gateway {
         let on_trial = poll.asker.is_refused();
         let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
         let kept = match poll.trace.look_up(look) {
-            None if !on_trial => self.recall(poll).await,
+            None if !on_trial => match self.recall(poll).await {
+                None => self.look_grounded(poll, live).await,
+                kept => kept,
+            },
             kept => kept,
         };
         let snapshot = match kept.filter(|_| !on_trial) {
@@ -559,6 +571,30 @@ impl Gateway {
         tokio::spawn(async move { metrics.contain(work).await });
     }
 
+    /// Whether a flight need not fly: what it is to fetch is kept by now, here or by another replica, or nobody may.
+    async fn landed_already(
+        &self,
+        leader: &Leader<FlightKey, Progress>,
+        account: &Account,
+        task: &TaskId,
+        live: Duration,
+        trace: &mut FlightTrace,
+    ) -> Option<Landed> {
+        // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
+        let launched = Instant::now();
+        let is_fresh = |answer: &Arc<Answer>| answer.is_fresh(launched, live);
+        if let Some(answer) = self.cache.get(account.id, task, launched, live).filter(is_fresh) {
+            return Some(Landed::Kept(answer));
+        }
+        self.elsewhere.as_ref()?;
+        trace.step("shared store");
+        let looking = Box::pin(self.look_elsewhere(account, task, live));
+        match while_awaited(leader, account, self.upstream.breaker(), looking).await {
+            None => Some(Landed::Failed(self.unavailable())),
+            Some(answer) => answer.filter(is_fresh).map(Landed::Kept),
+        }
+    }
+
     /// The leader's way, from a place in the queue to an answer that is kept. Until its query is sent it gives up when
     /// nobody waits any more.
     async fn fly(
@@ -570,17 +606,17 @@ impl Gateway {
         live: Option<Duration>,
         mut trace: FlightTrace,
     ) {
-        // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let launched = Instant::now();
         if let Some(live) = live
-            && let Some(answer) = self.cache.get(account.id, &task, launched, live)
-            && answer.is_fresh(launched, live)
+            && let Some(landed) = self.landed_already(&leader, &account, &task, live, &mut trace).await
         {
-            return leader.land(Landed::Kept(answer).stage());
+            return leader.land(landed.stage());
         }
         let breaker = self.upstream.breaker();
         let standing = leader.stage().standing.clone();
         let (mut attempt, mut is_again) = (1, false);
+        // The claim on this flight: until it lands, other replicas wait for it.
+        let mut claim = None;
         loop {
             trace.step("wait for turn");
             let entry = if is_again { Entry::Again } else { Entry::InTurn };
@@ -592,6 +628,16 @@ impl Gateway {
             if is_in_vain(&account, &key, launched) {
                 return leader.land(Landed::InVain.stage());
             }
+            let claiming = self.claim(&leader, (&account, &task), live, turn, &mut claim);
+            let turn = match while_awaited(&leader, &account, breaker, claiming).await {
+                None => return self.give_up(leader),
+                Some(Way::Kept(answer)) => return leader.land(Landed::Kept(answer).stage()),
+                Some(Way::Back) => {
+                    is_again = true;
+                    continue;
+                }
+                Some(Way::On(turn)) => turn,
+            };
             leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             trace.step("connect");
             let mut connects = 1;

@@ -19,7 +19,7 @@ use prometheus::{
 use crate::outcome::{Outcome, Served};
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use elsewhere::Elsewhere;
-pub use shared::{SharedCall, SharedMetrics};
+pub use shared::{AnswerMetrics, SharedCall, SharedFlight, SharedMetrics, SharedRead, SharedWrite};
 
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
@@ -552,6 +552,14 @@ impl Metrics {
         standings: impl IntoIterator<Item = &'static str>,
     ) -> prometheus::Result<SharedMetrics> {
         SharedMetrics::new(&self.registry, max_replicas, standings)
+    }
+
+    /// The handles of a process that shares answers and flights: families that others do not have.
+    ///
+    /// # Errors
+    /// When it was asked for before.
+    pub fn answers(&self) -> prometheus::Result<AnswerMetrics> {
+        AnswerMetrics::new(&self.registry)
     }
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.

@@ -23,8 +23,11 @@
 //! 10. Told to stop, a process owns and lends nothing; it still asks for permits until it has drained.
 //!
 //! They were found by simulation, which is ported to `shared/tests`. Who gets an account's permits within the process is
-//! `budget`'s business.
+//! `budget`'s business. Answers and flights are shared on the way of `shared/answers.rs`, by calls and a connection of
+//! their own.
 
+mod answers;
+mod connect;
 mod lease;
 mod link;
 mod process;
@@ -41,6 +44,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
 use crate::metrics::{Metrics, SharedCall, SharedMetrics};
+pub use answers::{Answers, Away, Claim, Clock, Found, Label, Wanted, Whose};
 pub use lease::Standing;
 use link::{Exchanged, Link};
 pub use process::{Backed, Demand, Slot};
@@ -81,8 +85,7 @@ impl Shared {
         };
         let (limit, margin) = (config.budget.limit.get(), config.budget.margin);
         let terms = Terms {
-            // The second half of a version 7 is random.
-            who: uuid::Uuid::now_v7().simple().to_string().split_off(16),
+            who: random_name(),
             limit,
             replicas: shared.max_replicas.get(),
             window: Duration::from_secs(1) + margin,
@@ -228,6 +231,12 @@ impl Inner {
     fn process(&self) -> MutexGuard<'_, Process> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A name that no other start of a process has.
+fn random_name() -> String {
+    // The second half of a version 7 is random.
+    uuid::Uuid::now_v7().simple().to_string().split_off(16)
 }
 
 /// Makes the calls, for ever.

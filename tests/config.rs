@@ -318,7 +318,7 @@ fn fields_that_contradict_each_other_are_refused() {
 fn replicas_share_by_a_store_that_is_named_without_its_password() {
     accepts("shared: null");
     accepts("shared: { max_replicas: 3 }");
-    accepts("shared: { max_replicas: 15, url: 'rediss://valkey', password: { env: MUSIC } }");
+    accepts("shared: { max_replicas: 15, url: 'rediss://valkey', password: { env: MUSIC }, max_bytes: 0 }");
     refuses(
         "shared: { url: 'redis://valkey' }",
         "shared.max_replicas: is missing: write the highest number of processes that ever run at once",
@@ -341,6 +341,7 @@ fn replicas_share_by_a_store_that_is_named_without_its_password() {
     for (field, bad) in [
         ("prefix", "''"),
         ("prefix", "'{a}'"),
+        ("max_bytes", "17TiB"),
         ("password", "plain"),
         ("connect_timeout", "0s"),
         ("timeout", "2s"),

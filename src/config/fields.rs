@@ -286,7 +286,12 @@ impl Reader<'_> {
     }
 
     /// A size with its default in bytes; at most what this machine can address.
-    fn bytes<N: TryFrom<u64> + Default>(&mut self, name: &'static str, default: u64, range: RangeInclusive<u64>) -> N {
+    pub(super) fn bytes<N: TryFrom<u64> + Default>(
+        &mut self,
+        name: &'static str,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> N {
         let fits = |bytes| N::try_from(bytes).or_else(|_| wrong("is more than this machine can address", "lower it"));
         self.value(name, N::try_from(default).unwrap_or_default(), |value| {
             fits(values::size(value, &range)?)

@@ -113,10 +113,12 @@ fn shared_yaml(Shared { max_replicas, store }: &Shared) -> String {
     };
     let secret = |key: &Option<Key>| or_null(key.as_ref().map(key_yaml));
     format!(
-        "{head}{}\n  prefix: {}\n  username: {}\n  password: {}\n  sentinel_password: {}\n  ca_file: {}\n  \
+        "{head}{}\n  prefix: {}\n  max_bytes: {}\n  username: {}\n  password: {}\n  sentinel_password: {}\n  \
+         ca_file: {}\n  \
          connect_timeout: {}\n  timeout: {}",
         quoted(&store.url.to_string()),
         quoted(&store.prefix),
+        quoted(&written_size(store.max_bytes)),
         or_null(store.username.as_deref().map(quoted)),
         secret(&store.password),
         secret(&store.sentinel_password),

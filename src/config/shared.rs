@@ -1,4 +1,4 @@
-//! Replicas that share each account's budget: how many there may be, and the store through which they do.
+//! Replicas that share each account's budget, answers and flights: how many there may be, and the store through which they do.
 //!
 //! Credentials never stand in the URL, which is printed and logged, but in files or environment variables that
 //! configuration names.
@@ -7,6 +7,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytesize::{MIB, TIB};
 use serde_json::Value;
 
 use super::fields::ca_file;
@@ -30,6 +31,8 @@ pub struct Store {
     pub url: StoreUrl,
     /// What the names of its keys begin with.
     pub prefix: String,
+    /// The most memory, in bytes, that the store may use for one more answer to be kept there; 0 shares the budget alone.
+    pub max_bytes: u64,
     /// The name to log in with; the store's default user without one.
     pub username: Option<String>,
     /// The password.
@@ -98,6 +101,7 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Shared> {
     }
     let url = r.nullable("url", url);
     let prefix = r.value("prefix", "crun-gateway:".to_owned(), prefix);
+    let max_bytes = r.bytes("max_bytes", 256 * MIB, 0..=16 * TIB);
     let username = r.nullable("username", |value| values::text(value, "default").map(str::to_owned));
     let password = secret::optional(r, "password");
     let sentinel_password = secret::optional(r, "sentinel_password");
@@ -108,6 +112,7 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Shared> {
     let store = url.map(|url| Store {
         url,
         prefix,
+        max_bytes,
         username,
         password,
         sentinel_password,

@@ -39,7 +39,7 @@ impl Gateway {
         };
         let phase = late_by.map_or(phase, |_| Phase::Waiting);
         let detail = match phase {
-            Phase::Waiting => "budget",
+            Phase::Waiting | Phase::Elsewhere(_) => "budget",
             Phase::Connecting(_) => Error::NoConnection.detail(),
             Phase::Sent(_) => Error::UpstreamTimeout.detail(),
         };
@@ -51,7 +51,7 @@ impl Gateway {
             return Ok(forwarded(answer, was_stale, collapsed));
         }
         Err(match phase {
-            Phase::Waiting => self.budget_spent(&poll.asker.account, late_by),
+            Phase::Waiting | Phase::Elsewhere(_) => self.budget_spent(&poll.asker.account, late_by),
             Phase::Connecting(_) => Error::NoConnection,
             Phase::Sent(_) => Error::UpstreamTimeout,
         })

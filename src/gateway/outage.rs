@@ -44,7 +44,8 @@ impl Gateway {
         leader.land(Landed::Failed(self.unavailable()).stage());
     }
 
-    fn unavailable(&self) -> Error {
+    /// Why nobody flies while the breaker is open.
+    pub(super) fn unavailable(&self) -> Error {
         Error::UpstreamUnavailable {
             retry_after: self.upstream.breaker().until_probe(Instant::now()),
         }
@@ -83,7 +84,7 @@ impl Gateway {
         let detail = loop {
             let slow = match progress.borrow_and_update().phase {
                 Phase::Waiting => None,
-                Phase::Connecting(since) | Phase::Sent(since) => Some(since + SLOW_ATTEMPT),
+                Phase::Elsewhere(since) | Phase::Connecting(since) | Phase::Sent(since) => Some(since + SLOW_ATTEMPT),
             };
             tokio::select! {
                 biased;

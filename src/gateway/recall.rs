@@ -27,8 +27,9 @@ pub(super) enum Recall {
 }
 
 impl Gateway {
-    /// Has an ended task's answer, fetched with `key`, written to disk.
+    /// Has an answer, fetched with `key`, kept beyond this process: for other replicas, and an ended task's on disk.
     pub(super) fn remember(&self, account: &Account, key: &Key, task: &TaskId, answer: &Arc<Answer>) {
+        self.publish(account, key, task, answer);
         let Some(disk) = self.disk.as_ref().filter(|_| answer.has_ended()) else {
             return;
         };

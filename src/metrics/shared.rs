@@ -1,8 +1,9 @@
-//! What is counted of a budget that replicas share: how the store answers, who lends, and where this process stands.
+//! What is counted of what replicas share. Of the budget: how the store answers, who lends, and where this process stands;
+//! of answers and flights: what is read and written, and who asks for all.
 
 use std::time::Duration;
 
-use prometheus::{Histogram, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 use super::{histogram, opts, register};
 
@@ -114,5 +115,185 @@ impl SharedMetrics {
         if let Some(took) = took {
             self.call_duration.observe(took.as_secs_f64());
         }
+    }
+}
+
+/// A poll waits up to 40 ms for a reply, and a call up to 200 ms unless configured.
+const READ_BUCKETS: &[f64] = &[0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.1, 0.2];
+
+/// What became of an answer that the shared store was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SharedRead {
+    /// It can be served.
+    Hit,
+    /// It is older than it may be.
+    Stale,
+    /// There is none.
+    Miss,
+    /// Something that does not open: changed, cut short, another task's, or sealed with a key that the account has not.
+    Doubtful,
+    /// No reply in time, or the store was known to give none.
+    Away,
+}
+
+impl SharedRead {
+    const ALL: [Self; 5] = [Self::Hit, Self::Stale, Self::Miss, Self::Doubtful, Self::Away];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Stale => "stale",
+            Self::Miss => "miss",
+            Self::Doubtful => "doubtful",
+            Self::Away => "away",
+        }
+    }
+}
+
+/// What became of an answer for the shared store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SharedWrite {
+    /// It is there.
+    Stored,
+    /// Something newer was there.
+    Older,
+    /// The store uses as much memory as it may.
+    Full,
+    /// It is larger than what is shared.
+    TooLarge,
+    /// The store was away, or too slow for all that was to be written.
+    Dropped,
+}
+
+impl SharedWrite {
+    const ALL: [Self; 5] = [Self::Stored, Self::Older, Self::Full, Self::TooLarge, Self::Dropped];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Stored => "stored",
+            Self::Older => "older",
+            Self::Full => "full",
+            Self::TooLarge => "too_large",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
+/// Who asks upstream for what the store has not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SharedFlight {
+    /// This replica, for all.
+    Ours,
+    /// Another, and this one waits.
+    Theirs,
+    /// This replica, for itself: the store was away.
+    Alone,
+}
+
+impl SharedFlight {
+    const ALL: [Self; 3] = [Self::Ours, Self::Theirs, Self::Alone];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Ours => "ours",
+            Self::Theirs => "theirs",
+            Self::Alone => "alone",
+        }
+    }
+}
+
+/// The handles of a process that shares answers and flights.
+#[derive(Clone, Debug)]
+pub struct AnswerMetrics {
+    up: IntGauge,
+    reads: IntCounterVec,
+    read_duration: Histogram,
+    writes: IntCounterVec,
+    evictions: IntCounter,
+    flights: IntCounterVec,
+}
+
+impl AnswerMetrics {
+    pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let by = |name, help, label| register(registry, IntCounterVec::new(opts(name, help), &[label])?);
+        let metrics = Self {
+            up: register(
+                registry,
+                IntGauge::with_opts(opts(
+                    "shared_cache_up",
+                    "1 while answers and flights are shared with other replicas, else 0.",
+                ))?,
+            )?,
+            reads: by(
+                "shared_cache_reads_total",
+                "Answers that the shared store was asked for, by what came.",
+                "result",
+            )?,
+            read_duration: register(
+                registry,
+                Histogram::with_opts(histogram(
+                    "shared_cache_read_duration_seconds",
+                    "How long replies of the shared store to such questions took.",
+                    READ_BUCKETS,
+                ))?,
+            )?,
+            writes: by(
+                "shared_cache_writes_total",
+                "Answers for the shared store, by what became of them.",
+                "result",
+            )?,
+            evictions: register(
+                registry,
+                IntCounter::with_opts(opts(
+                    "shared_cache_evictions_total",
+                    "Answers that left the shared store to make room for this replica's.",
+                ))?,
+            )?,
+            flights: by(
+                "shared_flights_total",
+                "Answers that the shared store had not, by who asked upstream for them.",
+                "whose",
+            )?,
+        };
+        for read in SharedRead::ALL {
+            metrics.reads.with_label_values(&[read.label()]);
+        }
+        for write in SharedWrite::ALL {
+            metrics.writes.with_label_values(&[write.label()]);
+        }
+        for flight in SharedFlight::ALL {
+            metrics.flights.with_label_values(&[flight.label()]);
+        }
+        Ok(metrics)
+    }
+
+    /// Whether answers and flights are shared.
+    pub fn up(&self, is_up: bool) {
+        self.up.set(is_up.into());
+    }
+
+    /// Counts an answer that was asked for.
+    pub fn read(&self, result: SharedRead) {
+        self.reads.with_label_values(&[result.label()]).inc();
+    }
+
+    /// How long a reply took.
+    pub fn read_took(&self, took: Duration) {
+        self.read_duration.observe(took.as_secs_f64());
+    }
+
+    /// Counts an answer that was to be kept.
+    pub fn wrote(&self, result: SharedWrite) {
+        self.writes.with_label_values(&[result.label()]).inc();
+    }
+
+    /// Counts answers that made room.
+    pub fn evicted(&self, answers: u64) {
+        self.evictions.inc_by(answers);
+    }
+
+    /// Counts a flight.
+    pub fn flies(&self, whose: SharedFlight) {
+        self.flights.with_label_values(&[whose.label()]).inc();
     }
 }

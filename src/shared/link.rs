@@ -1,26 +1,20 @@
-//! The connection to the shared store: dialled over TCP or TLS, straight or by asking sentinels, and one call on it.
+//! The connection by which the budget is shared, and one call on it.
 //!
-//! redis-rs speaks the protocol, on a stream that is opened here: so the roots are the gateway's own, and TLS has one
-//! provider. What a lost connection or a late reply means is `shared::process`'s business; nothing is tried again here.
+//! What a lost connection or a late reply means is `shared::process`'s business; nothing is tried again here.
 
 use std::fmt;
 
-use anyhow::{Context as _, bail};
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, RedisConnectionInfo, Script, Value};
-use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
+use anyhow::Context as _;
+use redis::{Script, Value};
 use tokio::time::{Instant, timeout};
-use tokio_rustls::TlsConnector;
 
+use super::connect::{Connection, Dialer};
 use super::script::{self, Call, Reply, Terms};
-use crate::config::{Key, Store};
-use crate::dial;
+use crate::config::Store;
 
-/// The store, and how it is reached.
+/// The way to the one hash.
 pub(super) struct Link {
-    store: Store,
-    tls: Option<TlsConnector>,
+    dialer: Dialer,
     script: Script,
     /// The one hash.
     key: String,
@@ -28,22 +22,10 @@ pub(super) struct Link {
     connection: Option<Connection>,
 }
 
-/// Dropped, it is closed.
-struct Connection {
-    calls: MultiplexedConnection,
-    driver: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.driver.abort();
-    }
-}
-
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Link")
-            .field("url", &self.store.url)
+            .field("dialer", &self.dialer)
             .finish_non_exhaustive()
     }
 }
@@ -60,11 +42,8 @@ impl Link {
     /// # Errors
     /// When the extra roots cannot be read.
     pub(super) fn new(store: &Store, terms: Terms) -> anyhow::Result<Self> {
-        let tls = || dial::connector(store.ca_file.as_deref(), "shared", &[]);
-        let tls = store.url.is_tls.then(tls).transpose()?;
         Ok(Self {
-            store: store.clone(),
-            tls,
+            dialer: Dialer::new(store)?,
             script: script::script(),
             key: format!("{}budget", store.prefix),
             terms,
@@ -81,14 +60,12 @@ impl Link {
     pub(super) async fn exchange(&mut self, call: &Call) -> anyhow::Result<Exchanged> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => timeout(self.store.connect_timeout, self.connect())
-                .await
-                .context("not connected within shared.connect_timeout")??,
+            None => self.dialer.connect().await?,
         };
         let invocation = call.invoke(&self.script, &self.key, &self.terms);
         let sent = Instant::now();
         let calling = invocation.invoke_async::<Value>(&mut connection.calls);
-        let value = timeout(self.store.timeout, calling)
+        let value = timeout(self.dialer.timeout(), calling)
             .await
             .context("no reply within shared.timeout")??;
         let received = Instant::now();
@@ -96,77 +73,4 @@ impl Link {
         self.connection = Some(connection);
         Ok(Exchanged { sent, received, reply })
     }
-
-    async fn connect(&self) -> anyhow::Result<Connection> {
-        let url = &self.store.url;
-        let Some(service) = &url.service else {
-            let address = url.addresses.first().context("shared.url names no host")?;
-            return self.log_in(address, self.store.password.as_ref()).await;
-        };
-        let mut last = anyhow::anyhow!("shared.url names no sentinel");
-        for sentinel in &url.addresses {
-            match self.primary(sentinel, service).await {
-                Ok(connection) => return Ok(connection),
-                Err(error) => last = error.context(format!("sentinel {}:{}", sentinel.0, sentinel.1)),
-            }
-        }
-        Err(last)
-    }
-
-    /// The primary of `service`, as this sentinel knows it and as it knows itself.
-    async fn primary(&self, sentinel: &(String, u16), service: &str) -> anyhow::Result<Connection> {
-        let mut asked = self.open(sentinel, self.sentinel_login()).await?;
-        let mut query = redis::cmd("SENTINEL");
-        query.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
-        let address: Option<(String, u16)> = query.query_async(&mut asked.calls).await?;
-        let address = address.context("knows no such service")?;
-        let mut primary = self.log_in(&address, self.store.password.as_ref()).await?;
-        let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut primary.calls).await?;
-        match role.into_iter().next().map(redis::from_redis_value::<String>) {
-            Some(Ok(role)) if role == "master" => Ok(primary),
-            _ => bail!("{}:{} is no primary", address.0, address.1),
-        }
-    }
-
-    fn sentinel_login(&self) -> RedisConnectionInfo {
-        login(None, self.store.sentinel_password.as_ref())
-    }
-
-    async fn log_in(&self, address: &(String, u16), password: Option<&Key>) -> anyhow::Result<Connection> {
-        let login = login(self.store.username.as_deref(), password).set_db(self.store.url.db);
-        self.open(address, login).await
-    }
-
-    async fn open(&self, (host, port): &(String, u16), login: RedisConnectionInfo) -> anyhow::Result<Connection> {
-        let raw = TcpStream::connect((host.as_str(), *port)).await?;
-        raw.set_nodelay(true)?;
-        // Both time-outs are ours.
-        let settings = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None);
-        let (calls, driver) = match &self.tls {
-            None => {
-                let (calls, driver) = MultiplexedConnection::new_with_config(&login, raw, settings).await?;
-                (calls, tokio::spawn(driver))
-            }
-            Some(tls) => {
-                let name = ServerName::try_from(host.clone()).context("shared.url: host")?;
-                let stream = tls.connect(name, raw).await?;
-                let (calls, driver) = MultiplexedConnection::new_with_config(&login, stream, settings).await?;
-                (calls, tokio::spawn(driver))
-            }
-        };
-        Ok(Connection { calls, driver })
-    }
-}
-
-fn login(username: Option<&str>, password: Option<&Key>) -> RedisConnectionInfo {
-    let mut login = RedisConnectionInfo::default().set_skip_set_lib_name();
-    if let Some(username) = username {
-        login = login.set_username(username);
-    }
-    if let Some(password) = password {
-        login = login.set_password(password.key.expose());
-    }
-    login
 }

@@ -8,7 +8,7 @@
 )]
 
 mod cluster;
-mod real;
+pub(super) mod real;
 mod store;
 
 use proptest::prelude::*;

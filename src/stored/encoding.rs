@@ -49,6 +49,12 @@ impl Owner {
         Self(key.derive(b"crun-gateway account by key"))
     }
 
+    /// The same account where `context` is the same: what is sealed for it opens nowhere else.
+    #[must_use]
+    pub fn within(&self, context: &[u8]) -> Self {
+        Self(sha256(&[b"crun-gateway account within", &self.0, context]))
+    }
+
     /// Under what the answer about `task` is kept: 128 bits of a digest of account and task.
     pub fn place(&self, task: &TaskId) -> u128 {
         let digest = sha256(&[b"crun-gateway place", &self.0, task.as_str().as_bytes()]);
@@ -70,7 +76,7 @@ impl fmt::Debug for Owner {
 pub struct Moment {
     /// Ages count on this one.
     pub at: Instant,
-    /// Since 1970, on the wall clock.
+    /// Since 1970, on the wall clock: this machine's, or that of a store which replicas share.
     pub unix: Duration,
 }
 

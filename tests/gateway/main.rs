@@ -21,6 +21,7 @@
 //! - `replicas`: several of them share one budget, whatever becomes of the store
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
+//! - `sharing`: replicas share answers and flights, whatever becomes of the store
 //! - `spans`: what a collector is told of requests
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
 //! - `log`: a log that nobody reads holds up nobody
@@ -76,6 +77,7 @@ mod requests;
 mod restart;
 mod resting;
 mod secrets;
+mod sharing;
 mod spans;
 mod status;
 mod stop;

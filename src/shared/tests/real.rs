@@ -14,7 +14,7 @@ use super::*;
 const KEY: &str = "test:budget";
 
 /// A server that ends with the test.
-struct Server {
+pub(in crate::shared) struct Server {
     child: Child,
     socket: tempfile::TempDir,
 }
@@ -27,7 +27,7 @@ impl Drop for Server {
 }
 
 impl Server {
-    fn start() -> (Self, Connection) {
+    pub(in crate::shared) fn start() -> (Self, Connection) {
         let socket = tempfile::tempdir().unwrap();
         let path = socket.path().join("redis");
         let mut command = Command::new("redis-server");

@@ -1,0 +1,203 @@
+//! What other replicas have fetched, and the flights that are theirs.
+//!
+//! A flight looks in the shared store before it queues, and again when its turn has come: then it flies for all replicas,
+//! or, where another does, gives its turn back and waits for what that one keeps. While nobody may fly here, a poll that
+//! has nothing at all looks there, too. Whatever upstream says is published to all.
+//!
+//! Answers are sealed as on disk, bound to what the names of the store's keys begin with and to what stands beside them in
+//! the clear. So one that opens is this account's, this task's and as upstream gave it, and tells which key upstream
+//! accepted. How old it is, is counted on the store's clock, and judged by who asks. Whatever does not open is a miss, and makes
+//! room for what we fetch.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::accounts::Account;
+use super::keys::Key;
+use super::{FlightKey, Gateway, Phase, Poll, Progress};
+use crate::budget::Turn;
+use crate::flight::Leader;
+use crate::metrics::{SharedFlight, SharedRead};
+use crate::shared::{Answers, Away, Claim, Clock, Found, Label, Wanted, Whose};
+use crate::stored::{Answer, Moment, Owner};
+use crate::task::{Stage, TaskId};
+
+/// How a flight goes on whose turn has come.
+pub(super) enum Way {
+    /// To upstream.
+    On(Turn),
+    /// It need not: another replica has fetched this.
+    Kept(Arc<Answer>),
+    /// To the queue: another replica has flown, and brought nothing.
+    Back,
+}
+
+impl Gateway {
+    /// What other replicas have of a task, if it is newer than what memory has: fresh or stale; from then on memory has
+    /// it, too. `live` is how long live answers are fresh for whoever asks.
+    ///
+    /// Cancel safe.
+    pub(super) async fn look_elsewhere(&self, account: &Account, task: &TaskId, live: Duration) -> Option<Arc<Answer>> {
+        let store = self.elsewhere.as_ref()?;
+        let (read, answer) = match store
+            .look(place(store, account, task), self.wanted(account, task, live))
+            .await
+        {
+            Err(Away) => (SharedRead::Away, None),
+            Ok(None) => (SharedRead::Miss, None),
+            Ok(Some(found)) => match self.take_over(store, account, task, &found) {
+                None => (SharedRead::Doubtful, None),
+                Some(answer) if answer.is_fresh(Instant::now(), live) => (SharedRead::Hit, Some(answer)),
+                Some(answer) => (SharedRead::Stale, Some(answer)),
+            },
+        };
+        store.metrics().read(read);
+        answer
+    }
+
+    /// The same, for a poll of whose task memory has nothing, and for which nobody may fly.
+    pub(super) async fn look_grounded(&self, poll: &Poll<'_>, live: Duration) -> Option<Arc<Answer>> {
+        let account = &poll.asker.account;
+        self.elsewhere.as_ref()?;
+        if !self.upstream.breaker().is_open() && !account.credits.stands() {
+            return None;
+        }
+        let _looking = poll.trace.part("shared store");
+        self.look_elsewhere(account, &poll.task, live).await
+    }
+
+    /// Claims the flight for this replica, at its `turn`, or waits for the one that has. Where no answer may be shared
+    /// (no `live`), where there is no store, or it is away, the flight goes on by itself.
+    ///
+    /// Cancel safe.
+    pub(super) async fn claim(
+        &self,
+        leader: &Leader<FlightKey, Progress>,
+        (account, task): (&Account, &TaskId),
+        live: Option<Duration>,
+        turn: Turn,
+        claimed: &mut Option<Claim>,
+    ) -> Way {
+        let (Some(store), Some(live), None) = (self.elsewhere.as_ref(), live, claimed.as_ref()) else {
+            return Way::On(turn);
+        };
+        // On the heap: a flight has no need of it where there is no store.
+        Box::pin(self.claim_in(store, leader, (account, task), live, turn, claimed)).await
+    }
+
+    async fn claim_in(
+        &self,
+        store: &Answers,
+        leader: &Leader<FlightKey, Progress>,
+        (account, task): (&Account, &TaskId),
+        live: Duration,
+        turn: Turn,
+        claimed: &mut Option<Claim>,
+    ) -> Way {
+        let (place, wanted) = (place(store, account, task), self.wanted(account, task, live));
+        let (mut before, mut doubtful) = (None, None);
+        let whose = loop {
+            let insists = before.is_some();
+            let Ok((found, whose)) = store.claim(place, wanted, before, doubtful.as_ref()).await else {
+                store.metrics().flies(SharedFlight::Alone);
+                return Way::On(turn);
+            };
+            if let Some(found) = found {
+                match self.take_over(store, account, task, &found) {
+                    Some(answer) if answer.is_fresh(Instant::now(), live) => {
+                        store.metrics().read(SharedRead::Hit);
+                        return Way::Kept(answer);
+                    }
+                    Some(_) => {}
+                    None => {
+                        store.metrics().read(SharedRead::Doubtful);
+                        doubtful = Some(found);
+                    }
+                }
+            }
+            if insists || (doubtful.is_none() && !matches!(whose, Whose::Nobodys)) {
+                break whose;
+            }
+            before = Some(whose);
+        };
+        match whose {
+            Whose::Ours(claim) => {
+                store.metrics().flies(SharedFlight::Ours);
+                *claimed = Some(claim);
+                Way::On(turn)
+            }
+            Whose::Nobodys => Way::On(turn),
+            Whose::Theirs => {
+                store.metrics().flies(SharedFlight::Theirs);
+                drop(turn);
+                leader.update(|progress| progress.phase = Phase::Elsewhere(Instant::now()));
+                store.landing(place).await;
+                leader.update(|progress| progress.phase = Phase::Waiting);
+                let answer = self.look_elsewhere(account, task, live).await;
+                let fresh = answer.filter(|answer| answer.is_fresh(Instant::now(), live));
+                fresh.map_or(Way::Back, Way::Kept)
+            }
+        }
+    }
+
+    /// Lets other replicas have an answer fetched with `key`, if it may be kept.
+    pub(super) fn publish(&self, account: &Account, key: &Key, task: &TaskId, answer: &Arc<Answer>) {
+        let (Some(store), Some(keeping)) = (&self.elsewhere, answer.keeping) else {
+            return;
+        };
+        let owner = owner(store, account);
+        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), Arc::clone(answer));
+        store.publish(owner.place(&task), move |clock| {
+            let now = moment(clock);
+            let label = Label {
+                stage: answer.reading.stage.unwrap_or(Stage::NotFound) as u8,
+                live: answer.is_live(),
+                asked_ms: now.unix_ms(answer.asked),
+                received_ms: now.unix_ms(answer.received),
+            };
+            let sealed = seal.close(owner.within(label.text().as_bytes()), &task, &answer, now)?;
+            Some((label, sealed, keeping.keep.saturating_sub(answer.age(now.at))))
+        });
+    }
+
+    fn wanted(&self, account: &Account, task: &TaskId, live: Duration) -> Wanted {
+        let kept = self.cache.get(account.id, task, Instant::now(), live);
+        Wanted {
+            fresh: live,
+            after: kept.map(|kept| kept.asked),
+        }
+    }
+
+    /// Opens what was found, and keeps it; `None` on any doubt.
+    fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Arc<Answer>> {
+        let owner = owner(store, account).within(found.label());
+        let (now, config) = (moment(found.clock), self.config());
+        let (key, answer) = account.keys.iter().find_map(|key| {
+            let answer = key.seal.open(owner, task, found.sealed(), now, &config.cache)?;
+            Some((key, Arc::new(answer)))
+        })?;
+        key.heard(answer.asked);
+        self.cache.put(account.id, task, &answer, now.at);
+        if answer.has_ended() {
+            account.watch.ended(task);
+        } else if answer.is_live() {
+            account.watch.goes_on(task, now.at);
+        }
+        Some(answer)
+    }
+}
+
+/// The account, as whoever shares the keys that begin like `store`'s knows it.
+fn owner(store: &Answers, account: &Account) -> Owner {
+    account.owner.within(store.prefix().as_bytes())
+}
+
+fn place(store: &Answers, account: &Account, task: &TaskId) -> u128 {
+    owner(store, account).place(task)
+}
+
+fn moment(Clock { at, unix }: Clock) -> Moment {
+    Moment { at, unix }
+}
