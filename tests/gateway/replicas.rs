@@ -463,6 +463,7 @@ fn sharing_through(store: SocketAddr) -> Paused {
     let store = config::Store {
         url,
         prefix: "test:".to_owned(),
+        max_bytes: 1 << 28,
         username: None,
         password: None,
         sentinel_password: None,
