@@ -167,8 +167,8 @@ async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
         tokio::spawn(async move {
             let _place = place;
             let service = service_fn(move |request: Request<Incoming>| {
-                let admin = Arc::clone(&admin);
-                async move { Ok::<_, Infallible>(admin.answer(request.method(), request.uri().path()).await) }
+                let answer = admin.answer(request.method(), request.uri().path());
+                std::future::ready(Ok::<_, Infallible>(answer))
             });
             // A scraper that goes away is none of our business.
             let _ = http1::Builder::new()
@@ -187,7 +187,7 @@ const INDEX: &str = "crun-gateway, admin port\n\n\
     /status   what happens now, for people; /status.json for programs\n";
 
 impl Admin {
-    async fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
         if method != Method::GET && method != Method::HEAD {
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET and HEAD only\n");
             response
@@ -206,16 +206,16 @@ impl Admin {
             "/readyz" if self.health.is_ready() => text(StatusCode::OK, "ok\n"),
             "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "starting or stopping\n"),
             "/status" => self.page.response(),
-            "/status.json" => self.status().await,
+            "/status.json" => self.status(),
             _ => text(StatusCode::NOT_FOUND, INDEX),
         }
     }
 
-    async fn status(&self) -> Response<Full<Bytes>> {
+    fn status(&self) -> Response<Full<Bytes>> {
         let told = Told {
             live: self.health.is_live(),
             ready: self.health.is_ready(),
-            status: self.gateway.status().await,
+            status: self.gateway.status(),
         };
         match serde_json::to_vec(&told) {
             Ok(json) => {

@@ -4,7 +4,7 @@
 //! is called forward ([`Turn`]), opens a connection of its own, and only then gets its [`Permit`]. Upstream can be asked
 //! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
-//! One dispatcher task an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
+//! One dispatcher an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
 //! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time, and
 //! `budget/ring.rs` holds the instants at which requests were really written, which is what the promise is about: never
 //! more than `limit` of them in any sliding second. `budget/history.rs` and `budget/spending.rs` remember the
@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::account::Client;
@@ -31,7 +31,7 @@ use crate::metrics::AccountMetrics;
 use crate::shared::Lane;
 use admission::{PollId, Promised};
 use backoff::Backoff;
-use dispatcher::{Dispatcher, Message};
+use dispatcher::{Desk, Dispatcher, Message};
 use fair_queue::Flight;
 pub use history::SECONDS as HISTORY_SECONDS;
 use ring::{Ring, Stamp};
@@ -75,13 +75,13 @@ impl Pace {
     }
 }
 
-/// One account's budget. Cheap to clone; the dispatcher ends when the last clone and the last standing are gone.
+/// One account's budget. Cheap to clone; its task ends when the last clone and the last standing are gone.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    inbox: mpsc::UnboundedSender<Message>,
+    desk: Arc<Desk>,
     /// Flights that wait for a permit, called forward or not: the dispatcher's count.
     waiting: Arc<AtomicUsize>,
     next_flight: AtomicU64,
@@ -127,9 +127,8 @@ impl Budget {
     /// A budget with an empty queue; one that replicas share spends what comes by its `lane`.
     ///
     /// # Panics
-    /// Outside a tokio runtime: the dispatcher is spawned here.
+    /// Outside a tokio runtime: the dispatcher's task is spawned here.
     pub fn new(pace: Pace, max_queue: usize, lane: Option<Lane>, metrics: AccountMetrics) -> Self {
-        let (inbox, messages) = mpsc::unbounded_channel();
         let lane = lane.map(Arc::new);
         let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -139,12 +138,15 @@ impl Budget {
             Arc::clone(&waiting),
             lane.clone(),
             metrics.clone(),
-            messages,
         );
         let ring = dispatcher.ring();
-        tokio::spawn(dispatcher.run());
+        let desk = Arc::new(Desk::new(dispatcher));
+        tokio::spawn({
+            let desk = Arc::clone(&desk);
+            async move { desk.run().await }
+        });
         Self(Arc::new(Shared {
-            inbox,
+            desk,
             waiting,
             next_flight: AtomicU64::new(0),
             next_poll: AtomicU64::new(0),
@@ -231,14 +233,9 @@ impl Budget {
         self.0.ring.recent(now)
     }
 
-    /// Who waits, and who spends. `None` when the process is ending; where the runtime of the dispatcher stands still,
-    /// it takes as long.
-    ///
-    /// Cancel safe.
-    pub async fn shares(&self) -> Option<Shares> {
-        let (shares, shown) = oneshot::channel();
-        self.0.tell(Message::Show { shares });
-        shown.await.ok()
+    /// Who waits, and who spends.
+    pub fn shares(&self) -> Shares {
+        self.0.desk.shares()
     }
 
     /// When a poll that is turned away at `now` finds a place, if its turn would have come `late_by` too late. Each one that
@@ -255,8 +252,13 @@ impl Budget {
 
 impl Shared {
     fn tell(&self, message: Message) {
-        // The dispatcher lives as long as this sender does; only a runtime that shuts down ends it before.
-        let _ = self.inbox.send(message);
+        self.desk.tell(message);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.desk.close();
     }
 }
 
@@ -314,7 +316,7 @@ impl Standing {
     ///
     /// # Errors
     /// [`Shed`] when `max_queue` flights wait and this one has to give way: the youngest place of the client with most
-    /// places. Also when the process is ending.
+    /// places. Also when the dispatcher panics.
     pub async fn enter(&self, entry: Entry) -> Result<Turn, Shed> {
         let (call, called) = oneshot::channel();
         let flight = self.0.flight;
@@ -381,23 +383,25 @@ impl Drop for Turn {
 }
 
 impl Turn {
-    /// Waits for the permit. `None` when the process is ending.
+    /// Waits for the permit. `None` when the dispatcher panics.
     ///
     /// Cancel safe: dropping the future costs nothing but, at worst, one emission interval.
-    pub async fn permit(self, _connection: &impl Connected) -> Option<Permit> {
-        let (grant, granted) = oneshot::channel();
-        let held = &self.standing.0;
-        held.shared.tell(Message::Ready {
-            flight: held.flight,
-            since: Instant::now(),
-            grant,
-        });
-        let stamp = granted.await.ok()?;
-        held.shared
-            .metrics
-            .budget_wait
-            .observe(self.entered.elapsed().as_secs_f64());
-        Some(Permit(stamp))
+    pub fn permit<C: Connected>(self, _connection: &C) -> impl Future<Output = Option<Permit>> + use<C> {
+        async move {
+            let (grant, granted) = oneshot::channel();
+            let held = &self.standing.0;
+            held.shared.tell(Message::Ready {
+                flight: held.flight,
+                since: Instant::now(),
+                grant,
+            });
+            let stamp = granted.await.ok()?;
+            held.shared
+                .metrics
+                .budget_wait
+                .observe(self.entered.elapsed().as_secs_f64());
+            Some(Permit(stamp))
+        }
     }
 }
 

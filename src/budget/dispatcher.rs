@@ -1,4 +1,8 @@
-//! The task that paces one account: who is called forward, and when the next permit is due.
+//! What paces one account: who is called forward, and when the next permit is due.
+//!
+//! Whoever says something ([`Desk::tell`]) does what follows from it, there and then, under one lock: a flight that nobody
+//! stands before has its turn and its permit without a task to wait for. What falls due later is done by a task of the
+//! account's own ([`Desk::run`]), which sleeps until then.
 //!
 //! Permits follow the GCRA schedule of a governor quota with burst 1 (`Quota::per_second(15)` would let 29 through in one
 //! second). governor is asked with the instant at which the permit was *due*: where a flight with a connection was waiting
@@ -8,18 +12,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU32;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use governor::clock::Clock;
 use governor::middleware::NoOpMiddleware;
 use governor::nanos::Nanos;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::admission::{Admission, PollId};
@@ -82,8 +85,6 @@ pub(super) enum Message {
     Configured { max_queue: usize },
     #[cfg(test)]
     Panic,
-    /// Somebody wants to see who waits, and who spends.
-    Show { shares: oneshot::Sender<Shares> },
 }
 
 /// A flight called forward.
@@ -96,7 +97,7 @@ struct Called {
 }
 
 /// What the dispatcher waits for, beside messages: by default for nothing, since nobody could use a permit.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wake {
     pub(super) at: Option<Instant>,
     /// When a permit is written or dropped.
@@ -117,14 +118,87 @@ impl Wake {
             ..self
         }
     }
+
+    /// Whether somebody who waits for `other` would be woken too late for this.
+    fn is_missed_by(self, other: Self) -> bool {
+        let is_earlier = |at| other.at.is_none_or(|other| at < other);
+        self.at.is_some_and(is_earlier) || (self.when_changed && !other.when_changed)
+    }
 }
 
 type Limiter = RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>;
 
+/// Where an account's flights and its pacing task meet.
+#[derive(Debug)]
+pub(super) struct Desk {
+    dispatcher: Mutex<Dispatcher>,
+    /// The task has to look again: what it sleeps for is no longer the next thing due, or nothing is any more.
+    roused: Notify,
+    ring: Arc<Ring>,
+    lane: Option<Arc<Lane>>,
+}
+
+impl Desk {
+    pub(super) fn new(dispatcher: Dispatcher) -> Self {
+        Self {
+            roused: Notify::new(),
+            ring: dispatcher.ring(),
+            lane: dispatcher.lane.clone(),
+            dispatcher: Mutex::new(dispatcher),
+        }
+    }
+
+    /// Says something, and does what follows from it.
+    pub(super) fn tell(&self, message: Message) {
+        let mut dispatcher = lock(&self.dispatcher);
+        let slept_for = dispatcher.next;
+        dispatcher.contain(|dispatcher| {
+            dispatcher.take(message);
+            dispatcher.next = dispatcher.go_on(Instant::now(), false);
+        });
+        if dispatcher.next.is_missed_by(slept_for) {
+            self.roused.notify_one();
+        }
+    }
+
+    /// Who waits, and who spends.
+    pub(super) fn shares(&self) -> Shares {
+        lock(&self.dispatcher).shares(Instant::now())
+    }
+
+    /// No flight stands here any more, nor will: the task ends.
+    pub(super) fn close(&self) {
+        lock(&self.dispatcher).is_closed = true;
+        self.roused.notify_one();
+    }
+
+    /// Does what falls due, until the desk is closed.
+    pub(super) async fn run(&self) {
+        loop {
+            let Wake { at, when_changed } = {
+                let mut dispatcher = lock(&self.dispatcher);
+                if dispatcher.is_closed {
+                    // A pause may not be over yet.
+                    return dispatcher.metrics.paused.sub(i64::from(dispatcher.is_paused));
+                }
+                dispatcher.contain(|dispatcher| dispatcher.next = dispatcher.look(Instant::now()));
+                dispatcher.next
+            };
+            tokio::select! {
+                biased;
+                () = self.roused.notified() => {}
+                () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
+                () = self.ring.changed.notified(), if when_changed => {}
+                () = told(self.lane.as_deref()), if self.lane.is_some() => {}
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
 pub(super) struct Dispatcher {
     pace: Pace,
     max_queue: usize,
-    inbox: mpsc::UnboundedReceiver<Message>,
     queue: FairQueue,
     admission: Admission,
     /// How to call each flight that waits in the queue.
@@ -157,6 +231,9 @@ pub(super) struct Dispatcher {
     metrics: AccountMetrics,
     /// What the gauges show of this account: foreground and background.
     shown: (i64, i64),
+    /// What the task sleeps for.
+    next: Wake,
+    is_closed: bool,
 }
 
 impl Dispatcher {
@@ -166,14 +243,12 @@ impl Dispatcher {
         waiting: Arc<AtomicUsize>,
         lane: Option<Arc<Lane>>,
         metrics: AccountMetrics,
-        inbox: mpsc::UnboundedReceiver<Message>,
     ) -> Self {
         let clock = DueClock::new();
         let pace = lock(&backoff).pace();
         Self {
             pace,
             max_queue,
-            inbox,
             queue: FairQueue::default(),
             admission: Admission::default(),
             calls: HashMap::new(),
@@ -196,6 +271,8 @@ impl Dispatcher {
             waiting,
             metrics,
             shown: (0, 0),
+            next: Wake::default(),
+            is_closed: false,
         }
     }
 
@@ -204,35 +281,13 @@ impl Dispatcher {
         Arc::clone(&self.ring)
     }
 
-    /// Runs until the account's last handle is gone. A panic ends the wait of everybody who waits, and nothing else: what
-    /// was spent counts on, and whoever comes next is served.
-    pub(super) async fn run(mut self) {
-        while AssertUnwindSafe(self.serve()).catch_unwind().await.is_err() {
+    /// Does `work`. A panic ends the wait of everybody who waits, and nothing else: what was spent counts on, and whoever
+    /// comes next is served.
+    fn contain(&mut self, work: impl FnOnce(&mut Self)) {
+        if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {
             self.metrics.panics.inc();
             self.forget_all();
-        }
-        // Every flight is over by now, or its standing would hold the inbox open; a pause may not be.
-        self.metrics.paused.sub(i64::from(self.is_paused));
-    }
-
-    async fn serve(&mut self) {
-        loop {
-            let Wake { at, when_changed } = self.look(Instant::now());
-            let (ring, lane) = (Arc::clone(&self.ring), self.lane.clone());
-            tokio::select! {
-                // What is said by now may decide who gets the permit that is due.
-                biased;
-                message = self.inbox.recv() => {
-                    let Some(message) = message else { return };
-                    self.take(message);
-                    while let Ok(message) = self.inbox.try_recv() {
-                        self.take(message);
-                    }
-                }
-                () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
-                () = ring.changed.notified(), if when_changed => {}
-                () = told(lane.as_deref()), if lane.is_some() => {}
-            }
+            self.next = self.look(Instant::now());
         }
     }
 
@@ -248,11 +303,17 @@ impl Dispatcher {
 
     /// Does what is due at `now`.
     pub(super) fn look(&mut self, now: Instant) -> Wake {
+        self.go_on(now, true)
+    }
+
+    /// The same. Only the task calls more flights forward because connections open slowly: where it is the process that is
+    /// slow, so is the task.
+    fn go_on(&mut self, now: Instant, is_task: bool) -> Wake {
         if let Some(heard) = self.lane.as_deref().and_then(Lane::backed) {
             lock(&self.backoff).take_over(heard);
         }
         let pause_ends = self.watch_pause(now);
-        let wake = self.grant_due(now).or_at(pause_ends).or_at(self.judge(now));
+        let wake = self.grant_due(now, is_task).or_at(pause_ends).or_at(self.judge(now));
         self.want(now);
         self.show();
         wake
@@ -315,8 +376,6 @@ impl Dispatcher {
             Message::Configured { max_queue } => self.configure(max_queue),
             #[cfg(test)]
             Message::Panic => panic!("on purpose"),
-            // Nobody listens when whoever asked was out of patience.
-            Message::Show { shares } => drop(shares.send(self.shares(Instant::now()))),
         }
     }
 
@@ -398,17 +457,17 @@ impl Dispatcher {
     /// Calls flights forward while too few of those called have a connection. Of those that have none as many may be
     /// called as could have been served since the first of them was: so connections that open slowly are opened in
     /// parallel, and where they open at once nobody is called early. Gives when one more may come.
-    fn call_forward(&mut self, now: Instant) -> Option<Instant> {
+    fn call_forward(&mut self, now: Instant, is_task: bool) -> Option<Instant> {
         let limit = self.limit();
         let ahead = (limit / 8).clamp(READY_AHEAD, 64);
         let most = (limit + 1).clamp(4, 256);
         while self.ready < ahead && self.called.len() < most {
             let slowest = self.called.values().find(|called| called.grant.is_none());
             if let Some(Called { at, .. }) = slowest {
-                let extra = (self.called.len() - self.ready).saturating_sub(ahead - 1);
+                let extra = (self.called.len() + 1).saturating_sub(ahead);
                 let extra = u32::try_from(extra).unwrap_or(u32::MAX);
                 let may_come = *at + self.pace.interval().saturating_mul(extra);
-                if may_come > now {
+                if may_come > now || (extra > 0 && !is_task) {
                     return (self.queue.waiting() > 0).then_some(may_come);
                 }
             }
@@ -425,9 +484,9 @@ impl Dispatcher {
     }
 
     /// Grants every permit that is due.
-    fn grant_due(&mut self, now: Instant) -> Wake {
+    fn grant_due(&mut self, now: Instant, is_task: bool) -> Wake {
         loop {
-            let may_come = self.call_forward(now);
+            let may_come = self.call_forward(now, is_task);
             let wake = self.grant_next(now);
             if let Some(wake) = wake {
                 return wake.or_at(may_come);

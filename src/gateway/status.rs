@@ -6,9 +6,8 @@
 
 use std::time::Duration;
 
-use futures_util::future::join_all;
 use serde::Serialize;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::Gateway;
 use super::accounts::Account;
@@ -19,9 +18,6 @@ use crate::outcome::Served;
 
 /// Of the unlisted accounts, so many are told of.
 const MOST_UNLISTED: usize = 20;
-
-/// How long the budgets may take to say who waits: they are busy or stuck when they take longer, and the rest is told.
-const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Everything that the status page shows.
 #[derive(Debug, Serialize)]
@@ -152,19 +148,13 @@ struct OtherAccounts {
 }
 
 impl Gateway {
-    /// What the gateway is doing now. Who waits and who spends is asked of the budgets on their own runtime: where that
-    /// stands still it is left out.
-    ///
-    /// Cancel safe.
-    pub async fn status(&self) -> Status {
+    /// What the gateway is doing now.
+    pub fn status(&self) -> Status {
         let now = Instant::now();
         let breaker = self.upstream.breaker();
         let (mut accounts, budgets, other_accounts) = self.accounts_status(now);
-        let asked = budgets.iter().map(|budget| timeout(PATIENCE, budget.shares()));
-        for (account, shares) in accounts.iter_mut().zip(join_all(asked).await) {
-            if let Ok(Some(shares)) = shares {
-                account.tell(shares);
-            }
+        for (account, budget) in accounts.iter_mut().zip(budgets) {
+            account.tell(budget.shares());
         }
         Status {
             version: env!("CARGO_PKG_VERSION"),

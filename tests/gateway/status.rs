@@ -78,17 +78,17 @@ async fn the_queue_and_what_was_spent_are_told_by_client() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), patient));
     let polls = [queue(&gateway, GREEDY, KEY, 100), queue(&gateway, MODEST, KEY, 10)];
     after(0.5).await;
-    let status = gateway.status().await;
+    let status = gateway.status();
     let account = &status["accounts"][0];
     assert_eq!(
         (&account["name"], &account["listed"]),
         (&json!("other #1"), &json!(false))
     );
     assert_eq!(account["waiting"], 110, "{account:#}");
-    // Two have been called forward, one of each: they wait for their permits only.
+    // Two have been called forward, who came first: they wait for their permits only.
     let places = json!([
-        { "caller": "10.0.0.1", "has_token": false, "name": null, "flights": 99 },
-        { "caller": "10.0.0.2", "has_token": false, "name": null, "flights": 9 },
+        { "caller": "10.0.0.1", "has_token": false, "name": null, "flights": 98 },
+        { "caller": "10.0.0.2", "has_token": false, "name": null, "flights": 10 },
     ]);
     assert_eq!(account["queue"]["by_client"], places);
     assert_eq!(
@@ -99,7 +99,7 @@ async fn the_queue_and_what_was_spent_are_told_by_client() {
     for polls in polls {
         polls.join_all().await;
     }
-    let status = gateway.status().await;
+    let status = gateway.status();
     let account = &status["accounts"][0];
     assert_eq!(
         (&account["waiting"], &account["queue"]["clients"]),
@@ -121,7 +121,7 @@ async fn the_rate_used_is_told_second_by_second() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), patient));
     queue(&gateway, GREEDY, KEY, 60).join_all().await;
     after(1.0).await;
-    let status = gateway.status().await;
+    let status = gateway.status();
     let account = &status["accounts"][0];
     let seconds = queries(account);
     assert_eq!(seconds.len(), 180);
@@ -139,7 +139,7 @@ async fn the_rate_used_is_told_second_by_second() {
     }
     // Four minutes later nothing of it is left.
     after(240.0).await;
-    let status = gateway.status().await;
+    let status = gateway.status();
     assert_eq!(queries(&status["accounts"][0]), vec![0; 180]);
 }
 
@@ -164,7 +164,7 @@ async fn polls_are_told_by_how_they_were_answered() {
         gateway.poll(TOKEN, "a").await;
     }
     gateway.poll(LISTED_KEY, "goes-on").await;
-    let status = gateway.status().await;
+    let status = gateway.status();
     assert_eq!(
         (
             &status["accounts"][0]["live_tasks"],
@@ -174,7 +174,7 @@ async fn polls_are_told_by_how_they_were_answered() {
     );
     after(3.0).await;
     gateway.poll(LISTED_KEY, "goes-on").await;
-    let status = gateway.status().await;
+    let status = gateway.status();
     let account = &status["accounts"][0];
     assert_eq!((&account["name"], &account["listed"]), (&json!("music"), &json!(true)));
     for polls in [&account["polls"], &account["polls_total"]] {
@@ -204,7 +204,7 @@ async fn a_pause_and_the_lower_rate_after_it_are_told() {
         let account = accounts.iter().find(|account| account["name"] == name).unwrap();
         ["paused_seconds", "rate"].map(|field| account[field].as_f64().unwrap())
     };
-    let status = gateway.status().await;
+    let status = gateway.status();
     let [paused, rate] = seen(&status, "other #2");
     // The poll was turned away when it had its 429.
     assert!(paused > 59.0 && paused <= 60.0, "{paused}");
@@ -212,7 +212,7 @@ async fn a_pause_and_the_lower_rate_after_it_are_told() {
     let [paused, rate] = seen(&status, "other #1");
     assert!(paused.abs() < f64::EPSILON && rate > 14.5);
     after(60.0).await;
-    let [paused, rate] = seen(&gateway.status().await, "other #2");
+    let [paused, rate] = seen(&gateway.status(), "other #2");
     assert!(paused.abs() < f64::EPSILON && rate > 7.0 && rate < 8.0, "{rate}");
 }
 
@@ -228,7 +228,7 @@ async fn both_attempts_of_a_flight_are_charged_to_the_client_whose_turn_it_had()
     let gateway = Arc::new(Paused::start(behaviour, |_| {}));
     assert_eq!(gateway.poll_from(MODEST, KEY, "a").await.json()["code"], 200);
     assert_eq!(gateway.arrivals().len(), 2);
-    let status = gateway.status().await;
+    let status = gateway.status();
     let spent = json!([{ "caller": "10.0.0.2", "has_token": false, "name": null, "permits": 2 }]);
     assert_eq!(status["accounts"][0]["spent"]["by_client"], spent);
 }
@@ -241,7 +241,7 @@ async fn the_breaker_is_told() {
     };
     let start = Instant::now();
     let gateway = Arc::new(Paused::start(behaviour, |_| {}));
-    let breaker = async || gateway.status().await["upstream"].clone();
+    let breaker = async || gateway.status()["upstream"].clone();
     assert_eq!(breaker().await["breaker"], "closed");
     assert_eq!(breaker().await["host"], "upstream");
     after(11.0).await;
@@ -261,7 +261,7 @@ async fn the_breaker_is_told() {
         (&json!("closed"), &json!(0.0))
     );
     assert!(closed["p90_seconds"].as_f64().unwrap() > 0.05, "{closed:#}");
-    let status = gateway.status().await;
+    let status = gateway.status();
     let spent = &status["accounts"][0]["spent"];
     let [of_clients, of_probes] =
         [&spent["by_client"][0]["permits"], &spent["background"]].map(|permits| permits.as_u64().unwrap());
@@ -286,7 +286,7 @@ async fn no_key_is_told_even_if_a_client_makes_it_its_name() {
     }
     let markup = "<script>alert(1)</script>";
     assert_eq!(named(TOKEN, "d", markup).await.status, 200);
-    let status = gateway.status().await;
+    let status = gateway.status();
     let text = status.to_string();
     for secret in secrets {
         assert!(!text.contains(secret), "{status:#}");
@@ -310,7 +310,7 @@ async fn of_many_unlisted_accounts_the_busiest_are_told_and_the_rest_is_a_sum() 
         }
     }
     assert!(polls.join_all().await.iter().all(|status| *status == 200));
-    let status = gateway.status().await;
+    let status = gateway.status();
     let accounts = status["accounts"].as_array().unwrap();
     assert_eq!(accounts.len(), 21);
     assert_eq!(
@@ -348,7 +348,7 @@ async fn the_readme_names_every_field() {
     let polls = queue(&gateway, GREEDY, KEY, 20);
     after(2.0).await;
     let mut found = BTreeSet::new();
-    fields(&gateway.status().await, &mut found);
+    fields(&gateway.status(), &mut found);
     assert!(found.contains("flights") && found.contains("permits"), "{found:?}");
     let (_, readme) = include_str!("../../README.md").split_once("\n## Status\n").unwrap();
     let (section, _) = readme.split_once("\n## ").unwrap();
@@ -358,9 +358,9 @@ async fn the_readme_names_every_field() {
     drop(polls);
 }
 
-/// The budgets' tasks run on the main runtime; the status is asked on the admin port's.
+/// The status is asked on the admin port's runtime.
 #[test]
-fn where_the_main_runtime_stands_still_the_rest_is_told() {
+fn where_the_main_runtime_stands_still_all_is_told() {
     let stuck = Builder::new_current_thread().enable_all().build().unwrap();
     let gateway = {
         let _main = stuck.enter();
@@ -369,15 +369,13 @@ fn where_the_main_runtime_stands_still_the_rest_is_told() {
         let dial = crun_gateway::upstream::tcp(config.upstream.url.clone());
         Inside::new(config, dial, Arc::new(Metrics::new().unwrap())).unwrap()
     };
-    let admin = Builder::new_current_thread()
-        .enable_all()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    let status = serde_json::to_value(admin.block_on(gateway.status())).unwrap();
+    let status = serde_json::to_value(gateway.status()).unwrap();
     let account = &status["accounts"][0];
     assert_eq!((&account["name"], &account["waiting"]), (&json!("music"), &json!(0)));
-    assert_eq!((&account["queue"], &account["spent"]), (&Value::Null, &Value::Null));
+    assert!(
+        account["queue"].is_object() && account["spent"].is_object(),
+        "{account}"
+    );
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::super::backoff::Backoff;
@@ -133,10 +133,9 @@ pub(super) fn play(plans: &Plans) -> History {
         margin: MARGIN,
         not_before: start + hold(),
     };
-    let (_, inbox) = mpsc::unbounded_channel();
     let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
     let metrics = Metrics::new().unwrap().account("world");
-    let dispatcher = Dispatcher::new(1_000_000, Arc::clone(&backoff), Arc::default(), None, metrics, inbox);
+    let dispatcher = Dispatcher::new(1_000_000, Arc::clone(&backoff), Arc::default(), None, metrics);
     let mut world = World {
         plans,
         start,

@@ -199,8 +199,8 @@ impl Paused {
     }
 
     /// What `/status.json` tells of the gateway.
-    pub async fn status(&self) -> serde_json::Value {
-        serde_json::to_value(self.gateway.status().await).unwrap()
+    pub fn status(&self) -> serde_json::Value {
+        serde_json::to_value(self.gateway.status()).unwrap()
     }
 
     /// The value of one series, named as in `/metrics`.
