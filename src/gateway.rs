@@ -641,7 +641,7 @@ impl Gateway {
             leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             trace.step("connect");
             let mut connects = 1;
-            let ready = loop {
+            let mut ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
                 match while_awaited(&leader, &account, breaker, account.pool.connect(&task, attempt > 1)).await {
                     None => return self.give_up(leader),

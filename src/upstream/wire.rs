@@ -37,7 +37,7 @@ struct State {
 
 impl Wire {
     /// Puts the stamp under the bytes and, where it is spoken, TLS between.
-    pub(super) async fn attach(raw: Box<dyn Stream>, tls: Option<&Handshake>) -> io::Result<(impl Stream, Self)> {
+    pub(super) async fn attach(raw: Box<dyn Stream>, tls: Option<&Handshake>) -> io::Result<(Heard, Self)> {
         let wire = Self::default();
         let below = wire.clone();
         let stamped = InspectWriter::new(raw, move |_: &[u8]| below.wrote());
@@ -112,7 +112,7 @@ impl Wire {
 }
 
 /// A stream whose [`Wire`] notes what is read.
-struct Heard {
+pub(super) struct Heard {
     stream: Box<dyn Stream>,
     wire: Wire,
 }

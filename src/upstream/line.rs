@@ -1,0 +1,157 @@
+//! One HTTP/1.1 connection that whoever uses it drives: what it brings wakes nobody but the one who waits for it.
+//!
+//! A task of its own for each connection, as hyper has it usually, would be woken for every request to write it, for every
+//! answer to read it, and once more for its body; each time somebody else would have to be woken in turn. So nobody looks at
+//! a connection that is idle: that it has closed is seen when it is taken or swept.
+
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use http_body_util::Empty;
+use hyper::client::conn::http1::{Connection, SendRequest};
+use hyper_util::rt::TokioIo;
+
+use super::pool::Slot;
+use super::wire::{Heard, Wire};
+
+/// How often, at once, connection and exchange may go on because the other did: a head, the wish for its body, and the body.
+/// Beyond, others have their turn first.
+const MOST_TURNS: u32 = 32;
+
+/// What goes over a connection of ours.
+type Http = Connection<TokioIo<Heard>, Empty<Bytes>>;
+
+pub(super) struct Line {
+    pub(super) sender: SendRequest<Empty<Bytes>>,
+    pub(super) driver: Driver,
+    pub(super) wire: Wire,
+    /// Given back when all else is closed.
+    _slot: Slot,
+}
+
+impl Line {
+    pub(super) fn new(sender: SendRequest<Empty<Bytes>>, http: Http, wire: Wire, slot: Slot) -> Self {
+        let nudge = Arc::new(Nudge::default());
+        Self {
+            sender,
+            driver: Driver {
+                http,
+                is_over: false,
+                waker: Waker::from(Arc::clone(&nudge)),
+                nudge,
+            },
+            wire,
+            _slot: slot,
+        }
+    }
+
+    /// Does what the connection has to do by now; nobody is woken when there is more.
+    fn look(&mut self) {
+        self.driver.poll(&mut Context::from_waker(Waker::noop()));
+    }
+
+    /// Whether it has been closed, by either side.
+    pub(super) fn is_closed(&mut self) -> bool {
+        self.look();
+        self.driver.is_over || self.sender.is_closed()
+    }
+
+    /// Whether the next request may go.
+    pub(super) fn is_ready(&mut self) -> bool {
+        !self.is_closed() && self.sender.is_ready()
+    }
+
+    /// Waits until the next request may go. `false`: none may any more.
+    ///
+    /// Cancel safe.
+    pub(super) async fn ready(&mut self) -> bool {
+        let Self { sender, driver, .. } = self;
+        driver.run(sender.ready()).await.is_ok()
+    }
+}
+
+/// A connection's part in what goes over it.
+pub(super) struct Driver {
+    http: Http,
+    /// It must not be polled any more.
+    is_over: bool,
+    nudge: Arc<Nudge>,
+    /// The same.
+    waker: Waker,
+}
+
+impl Driver {
+    /// Goes on for as long as `exchange` takes.
+    ///
+    /// Cancel safe, as far as `exchange` is.
+    pub(super) async fn run<T>(&mut self, exchange: impl Future<Output = T>) -> T {
+        let mut exchange = pin!(exchange);
+        poll_fn(|cx| self.poll_both(exchange.as_mut(), cx)).await
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) {
+        // How it ends, whoever uses it learns from the exchange.
+        self.is_over = self.is_over || Pin::new(&mut self.http).poll(cx).is_ready();
+    }
+
+    /// Lets both go on for as long as one can because the other did.
+    fn poll_both<T>(&mut self, mut exchange: Pin<&mut impl Future<Output = T>>, cx: &mut Context<'_>) -> Poll<T> {
+        let nudge = Arc::clone(&self.nudge);
+        let waker = self.waker.clone();
+        let mut inner = Context::from_waker(&waker);
+        nudge.owner.register(cx.waker());
+        for _ in 0..MOST_TURNS {
+            nudge.begin();
+            if let Poll::Ready(done) = exchange.as_mut().poll(&mut inner) {
+                nudge.end();
+                return Poll::Ready(done);
+            }
+            self.poll(&mut inner);
+            if !nudge.end() {
+                return Poll::Pending;
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+/// Tells a driver at work from one that has to be woken.
+#[derive(Default)]
+struct Nudge {
+    is_at_work: AtomicBool,
+    is_nudged: AtomicBool,
+    owner: AtomicWaker,
+}
+
+impl Nudge {
+    fn begin(&self) {
+        self.is_nudged.store(false, Ordering::SeqCst);
+        self.is_at_work.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether there is more to do. 1. the driver is at work; 2. somebody nudges it, and so wakes nobody; 3. it ends: whatever
+    /// nudged it before is seen here, and whatever comes later wakes its owner.
+    fn end(&self) -> bool {
+        self.is_at_work.store(false, Ordering::SeqCst);
+        self.is_nudged.load(Ordering::SeqCst)
+    }
+}
+
+impl Wake for Nudge {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.is_nudged.store(true, Ordering::SeqCst);
+        if !self.is_at_work.load(Ordering::SeqCst) {
+            self.owner.wake();
+        }
+    }
+}

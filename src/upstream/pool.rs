@@ -1,0 +1,318 @@
+//! Who has which connection: each account's own, so that an answer out of step could never reach another account, and how
+//! many there may be of them and in all.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
+
+use super::Inner;
+use super::line::Line;
+use crate::budget::Connected;
+use crate::error::Error;
+use crate::task::TaskId;
+
+/// Connections idle for longer are closed by us: most servers close theirs after 60 s or more, and one that closes just as
+/// a request is written costs a second permit.
+const IDLE_LIFETIME: Duration = Duration::from_secs(30);
+
+/// How long a probe waits for its connection: an upstream that is back is found out soon, and so is one that is not.
+const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
+
+/// Every connection there is.
+#[derive(Default)]
+pub(super) struct Connections {
+    open: usize,
+    next_pool: u64,
+    pools: HashMap<u64, PoolState>,
+}
+
+#[derive(Default)]
+struct PoolState {
+    open: usize,
+    /// The one used last is at the back and is used next, so that the others grow old and go.
+    idle: VecDeque<Idle>,
+}
+
+struct Idle {
+    line: Box<Line>,
+    since: Instant,
+}
+
+impl Idle {
+    fn is_old(&self, now: Instant) -> bool {
+        self.since + IDLE_LIFETIME <= now
+    }
+}
+
+/// What came of asking for a connection.
+enum Admission {
+    Idle(Idle),
+    Open(Slot),
+    /// There is no place; this one has to be closed to make room.
+    Full(Option<Idle>),
+}
+
+/// The connections of one account. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Pool(Arc<PoolHandle>);
+
+#[derive(Debug)]
+struct PoolHandle {
+    upstream: Arc<Inner>,
+    id: u64,
+}
+
+impl Drop for PoolHandle {
+    fn drop(&mut self) {
+        let closed = self.upstream.connections().pools.remove(&self.id);
+        drop(closed);
+    }
+}
+
+impl Pool {
+    /// A new account's, empty. Dropping it closes its idle connections.
+    pub(super) fn new(upstream: Arc<Inner>) -> Self {
+        let id = upstream.connections().add_pool();
+        Self(Arc::new(PoolHandle { upstream, id }))
+    }
+
+    /// A connection of one's own, to ask for `task`: an idle one, else a new one; with `fresh`, always a new one. Waits
+    /// while the account or the process has as many as it may.
+    ///
+    /// Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::NoConnection`] when DNS, TCP or TLS fail or take longer than `upstream.connect_timeout` together.
+    pub async fn connect(&self, task: &TaskId, fresh: bool) -> Result<Ready, Error> {
+        let upstream = &self.0.upstream;
+        loop {
+            // From here on, so that no news of a free place is missed.
+            let freed = upstream.freed.notified();
+            let admission = upstream.connections().admit(upstream, self.0.id, fresh);
+            match admission {
+                Admission::Idle(Idle { mut line, since }) => {
+                    let is_young = since + IDLE_LIFETIME > Instant::now();
+                    if is_young && upstream.breaker.trusts(since) && line.is_ready() {
+                        return Ok(self.ready(line));
+                    }
+                }
+                Admission::Open(slot) => {
+                    // On the heap: it is large, and mostly there is one that is idle.
+                    let opening = Box::pin(upstream.breaker.watch(task, upstream.open_line(slot)));
+                    return Ok(self.ready(opening.await?));
+                }
+                Admission::Full(closed) => {
+                    drop(closed);
+                    freed.await;
+                }
+            }
+        }
+    }
+
+    /// A connection to probe upstream with, within 400 ms. One that takes longer is finished all the same, within
+    /// `upstream.connect_timeout`, and then idle: so an upstream that is slow to connect to is found out by the next probe.
+    ///
+    /// # Errors
+    /// [`Error::NoConnection`] when there is none by then.
+    pub async fn connect_to_probe(&self, task: &TaskId) -> Result<Ready, Error> {
+        let (pool, task) = (self.clone(), task.clone());
+        let patience = self.0.upstream.settings.connect_timeout;
+        let connecting = tokio::spawn(async move { timeout(patience, pool.connect(&task, false)).await });
+        match timeout(PROBE_CONNECT_TIMEOUT, connecting).await {
+            Ok(Ok(Ok(connected))) => connected,
+            Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Error::NoConnection),
+        }
+    }
+
+    pub(super) fn upstream(&self) -> &Arc<Inner> {
+        &self.0.upstream
+    }
+
+    fn ready(&self, line: Box<Line>) -> Ready {
+        Ready(Some(Held {
+            pool: self.clone(),
+            line,
+        }))
+    }
+}
+
+/// A connection and whose it is.
+pub(super) struct Held {
+    pub(super) pool: Pool,
+    pub(super) line: Box<Line>,
+}
+
+impl Held {
+    /// Makes it idle, if it can be used again.
+    pub(super) fn hand_back(self) {
+        let Self { pool, mut line } = self;
+        if line.is_closed() {
+            return;
+        }
+        let since = Instant::now();
+        let upstream = &pool.0.upstream;
+        let mut idle = Some(Idle { line, since });
+        if let Some(pool) = upstream.connections().pools.get_mut(&pool.0.id) {
+            pool.idle.extend(idle.take());
+        }
+        // A pool that is gone has no use for it: then it closes here.
+        drop(idle);
+        upstream.freed.notify_waiters();
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("pool", &self.pool).finish_non_exhaustive()
+    }
+}
+
+/// A connection that is open and belongs to one flight. Dropped unused, it is idle again.
+#[derive(Debug)]
+pub struct Ready(Option<Held>);
+
+impl Connected for Ready {}
+
+impl Ready {
+    /// Whether upstream has closed it since.
+    pub fn is_closed(&mut self) -> bool {
+        self.0.as_mut().is_none_or(|held| held.line.is_closed())
+    }
+
+    /// For the query.
+    pub(super) fn take(mut self) -> Option<Held> {
+        self.0.take()
+    }
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        if let Some(held) = self.0.take() {
+            held.hand_back();
+        }
+    }
+}
+
+/// A connection that has brought an answer. Dropped, it is closed: what came may not have been an answer to what was asked.
+#[derive(Debug)]
+pub struct Answered(pub(super) Held);
+
+impl Answered {
+    /// Keeps it for the next query.
+    pub fn reuse(self) {
+        let Self(mut held) = self;
+        if held.line.is_ready() {
+            return held.hand_back();
+        }
+        // Idle once nothing of the answer is left over; mostly nothing is.
+        tokio::spawn(async move {
+            if held.line.ready().await {
+                held.hand_back();
+            }
+        });
+    }
+}
+
+impl Inner {
+    /// A place for a connection that is no account's, as soon as one is free.
+    pub(super) async fn slot_of_nobody(self: &Arc<Self>) -> Slot {
+        loop {
+            let freed = self.freed.notified();
+            let slot = self.connections().slot_of_nobody(self);
+            match slot {
+                Ok(slot) => return slot,
+                Err(closed) => {
+                    drop(closed);
+                    freed.await;
+                }
+            }
+        }
+    }
+
+    /// Closes connections that have been idle for long, and those that upstream has closed.
+    pub(super) fn sweep(&self, now: Instant) {
+        // Closed when the lock is released.
+        let mut closed = VecDeque::new();
+        for pool in self.connections().pools.values_mut() {
+            let idle = std::mem::take(&mut pool.idle);
+            for mut idle in idle {
+                let goes = idle.is_old(now) || idle.line.is_closed();
+                let to = if goes { &mut closed } else { &mut pool.idle };
+                to.push_back(idle);
+            }
+        }
+    }
+}
+
+impl Connections {
+    fn add_pool(&mut self) -> u64 {
+        self.next_pool += 1;
+        self.pools.insert(self.next_pool, PoolState::default());
+        self.next_pool
+    }
+
+    fn admit(&mut self, upstream: &Arc<Inner>, pool_id: u64, fresh: bool) -> Admission {
+        let full = self.open >= upstream.most_connections;
+        let Some(pool) = self.pools.get_mut(&pool_id) else {
+            return Admission::Full(None);
+        };
+        if !fresh && let Some(idle) = pool.idle.pop_back() {
+            return Admission::Idle(idle);
+        }
+        if pool.open >= upstream.settings.connections {
+            return Admission::Full(pool.idle.pop_front());
+        }
+        // An account may always open one, or a full process would shut it out.
+        if full && pool.open > 0 {
+            return Admission::Full(self.longest_idle());
+        }
+        pool.open += 1;
+        Admission::Open(self.slot(upstream, Some(pool_id)))
+    }
+
+    /// A place, or what has to be closed to make room.
+    fn slot_of_nobody(&mut self, upstream: &Arc<Inner>) -> Result<Slot, Option<Idle>> {
+        if self.open >= upstream.most_connections {
+            return Err(self.longest_idle());
+        }
+        Ok(self.slot(upstream, None))
+    }
+
+    fn slot(&mut self, upstream: &Arc<Inner>, pool: Option<u64>) -> Slot {
+        self.open += 1;
+        upstream.metrics.upstream_connections.inc();
+        Slot {
+            upstream: Arc::clone(upstream),
+            pool,
+        }
+    }
+
+    fn longest_idle(&mut self) -> Option<Idle> {
+        let pools = self.pools.values_mut().filter(|pool| !pool.idle.is_empty());
+        let pool = pools.min_by_key(|pool| pool.idle.front().map(|idle| idle.since))?;
+        pool.idle.pop_front()
+    }
+}
+
+/// A connection's place among `upstream.connections` and `limits.upstream_connections`, from before it is opened until it
+/// has closed. Whoever drops it must not hold the lock of all connections.
+pub(super) struct Slot {
+    upstream: Arc<Inner>,
+    pool: Option<u64>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut connections = self.upstream.connections();
+        connections.open -= 1;
+        if let Some(pool) = self.pool.and_then(|pool| connections.pools.get_mut(&pool)) {
+            pool.open -= 1;
+        }
+        drop(connections);
+        self.upstream.metrics.upstream_connections.dec();
+        self.upstream.freed.notify_waiters();
+    }
+}
