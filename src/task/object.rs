@@ -4,6 +4,7 @@
 //! a recursion limit. A derived struct would not do: it also reads arrays, and it fails on any repeated member where
 //! here the reader decides.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -62,7 +63,8 @@ impl<'de, const N: usize> Visitor<'de> for Members<'_, N> {
         let mut members = [Member::default(); N];
         // Keys as raw text too: one that is no string in Rust (a lone surrogate) is no reason to refuse the object.
         while let Some(key) = map.next_key::<&'de RawValue>()? {
-            let position = self.0.iter().position(|name| spells(key.get(), name));
+            let key = spelled(key.get());
+            let position = self.0.iter().position(|name| Some(*name) == key.as_deref());
             if let Some(member) = position.and_then(|position| members.get_mut(position)) {
                 member.repeated = member.last.is_some();
                 member.last = Some(map.next_value::<&'de RawValue>()?.get());
@@ -74,12 +76,13 @@ impl<'de, const N: usize> Visitor<'de> for Members<'_, N> {
     }
 }
 
-/// Whether a key, as its JSON text, spells `name`.
-fn spells(key: &str, name: &str) -> bool {
-    if key.contains('\\') {
-        serde_json::from_str(key).is_ok_and(|key: String| key == name)
+/// What a key, given as its JSON text, spells; `None` when that is no string in Rust.
+fn spelled(key: &str) -> Option<Cow<'_, str>> {
+    let inside = key.strip_prefix('"')?.strip_suffix('"')?;
+    if inside.as_bytes().contains(&b'\\') {
+        serde_json::from_str(key).map(Cow::Owned).ok()
     } else {
-        key.trim_matches('"') == name
+        Some(Cow::Borrowed(inside))
     }
 }
 
