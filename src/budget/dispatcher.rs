@@ -339,6 +339,14 @@ impl Dispatcher {
             Message::Keep { flight } => self.queue.keep(flight),
             // Opened before all were sent away.
             Message::Enter { flight, .. } if !self.queue.has(flight) => {}
+            // Mostly nobody stands before it, and all that a queue does for one alone is not done.
+            Message::Enter {
+                flight,
+                is_again: false,
+                call,
+            } if self.called.is_empty() && self.max_queue > 0 && self.queue.passes(flight) => {
+                self.call(flight, call, Instant::now());
+            }
             Message::Enter { flight, is_again, call } => {
                 self.calls.insert(flight, call);
                 self.queue.enter(flight, is_again);
@@ -472,15 +480,22 @@ impl Dispatcher {
                 }
             }
             let flight = self.queue.pop()?;
-            // Nobody listens when the flight has just given up; its end is on the way.
-            if self.calls.remove(&flight).is_some_and(|call| call.send(()).is_ok()) {
-                self.next_call += 1;
-                let (at, grant) = (now, None);
-                self.called.insert(self.next_call, Called { flight, at, grant });
-                self.call_of.insert(flight, self.next_call);
+            if let Some(call) = self.calls.remove(&flight) {
+                self.call(flight, call, now);
             }
         }
         None
+    }
+
+    /// Calls a flight forward.
+    fn call(&mut self, flight: Flight, call: oneshot::Sender<()>, at: Instant) {
+        // Nobody listens when the flight has just given up; its end is on the way.
+        if call.send(()).is_ok() {
+            self.next_call += 1;
+            let grant = None;
+            self.called.insert(self.next_call, Called { flight, at, grant });
+            self.call_of.insert(flight, self.next_call);
+        }
     }
 
     /// Grants every permit that is due.

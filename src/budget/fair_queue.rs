@@ -209,6 +209,23 @@ impl FairQueue {
         self.rest(flight);
     }
 
+    /// Where nobody waits, a flight that would has its turn at once, as if it had entered: false, and nothing is done, where
+    /// somebody does, or it is nobody's.
+    pub(super) fn passes(&mut self, flight: Flight) -> bool {
+        if self.waiting > 0 {
+            return false;
+        }
+        let Some(standing) = self.flights.get_mut(&flight) else {
+            return false;
+        };
+        let Some(client) = standing.clients.keys().next() else {
+            return false;
+        };
+        standing.charged = Some(client.clone());
+        self.since_background = 0;
+        true
+    }
+
     /// The next flight in turn; it waits no longer, until it enters again.
     pub(super) fn pop(&mut self) -> Option<Flight> {
         let flight = self.next()?;
