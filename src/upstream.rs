@@ -281,7 +281,7 @@ impl Inner {
         task: &TaskId,
         traceparent: Option<HeaderValue>,
     ) -> Result<Request<Empty<Bytes>>, Error> {
-        let uri = Uri::try_from(format!("{TASK_INFO_PATH}?{}", task.to_query())).map_err(|_| Error::Internal)?;
+        let uri = Uri::try_from([TASK_INFO_PATH, "?", &task.to_query()].concat()).map_err(|_| Error::Internal)?;
         let mut request = Request::new(Empty::new());
         *request.uri_mut() = uri;
         let headers = request.headers_mut();

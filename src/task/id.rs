@@ -101,7 +101,11 @@ impl TaskId {
     /// The query string for upstream, `task_id=…`: unreserved characters as they are, all others escaped (a space is
     /// `%20`, which both form and URI decoders read).
     pub fn to_query(&self) -> String {
-        format!("{PARAMETER}={}", utf8_percent_encode(&self.0, ESCAPED))
+        let mut query = String::with_capacity(PARAMETER.len() + 1 + self.0.len());
+        query.push_str(PARAMETER);
+        query.push('=');
+        query.extend(utf8_percent_encode(&self.0, ESCAPED));
+        query
     }
 
     /// The id, decoded.

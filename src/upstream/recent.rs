@@ -7,6 +7,9 @@ use std::time::Duration;
 /// Answers that count: seven seconds' worth at 15 a second.
 const ANSWERS: usize = 100;
 
+/// Once there are as many, one in so many is looked at for what has changed.
+const SELDOM: usize = 10;
+
 /// The ninetieth percentile of how long the last answers took.
 #[derive(Debug)]
 pub(super) struct Recent {
@@ -40,6 +43,9 @@ impl Recent {
         let at = all.noted % ANSWERS;
         all.us[at] = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         all.noted += 1;
+        if all.noted > ANSWERS && !all.noted.is_multiple_of(SELDOM) {
+            return;
+        }
         let mut sorted = all.us;
         let sorted = &mut sorted[..all.noted.min(ANSWERS)];
         let nine_tenths = sorted.len() * 9 / 10;
