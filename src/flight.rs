@@ -1,14 +1,21 @@
 //! One fetch for everybody who asks the same at the same time.
 //!
-//! A flight belongs to no client: its leader is a task of its own, so a client that leaves hurts nobody, and each follower
-//! has its own deadline. Caches that fetch, like moka's `try_get_with`, will not do: their init future belongs to the first caller
+//! A flight belongs to no client. Whoever opened it carries its leader on while it waits, and when it leaves, for whatever
+//! reason, the leader goes on as a task of its own ([`Carried`]); so a client that leaves hurts nobody, and each follower has
+//! its own deadline. Caches that fetch, like moka's `try_get_with`, will not do: their init future belongs to the first caller
 //! (moka-rs/moka#240). It works for answers that may not be stored just as for those that may. What is fetched, and what
 //! the stages of it are, is the caller's business.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
+use std::fmt;
+use std::future::poll_fn;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
+use futures_util::future::BoxFuture;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 /// The flights under way, by key. Cheap to clone.
@@ -115,8 +122,49 @@ impl<K: Eq + Hash + Clone, S> Drop for Leader<K, S> {
     }
 }
 
+/// What a leader does, in the hands of whoever opened the flight: most wait until it lands, and then no task is made for it
+/// and nobody is woken by another. Dropped before it has landed, it goes on as a task of its own.
+pub struct Carried(Option<BoxFuture<'static, ()>>);
+
+impl Carried {
+    /// Nothing is done before it is carried on, or dropped.
+    pub fn new(work: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(Some(Box::pin(work)))
+    }
+
+    /// Carries it on for as long as this is polled.
+    ///
+    /// Cancel safe.
+    pub async fn on(&mut self) -> Infallible {
+        poll_fn(|cx| {
+            if self.0.as_mut().is_some_and(|work| work.as_mut().poll(cx).is_ready()) {
+                self.0 = None;
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        // Without a runtime the process is ending.
+        if let (Some(work), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn(work);
+        }
+    }
+}
+
+impl fmt::Debug for Carried {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Carried").field(&self.0.is_some()).finish()
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use tokio::sync::{mpsc, oneshot};
+
     use super::*;
 
     #[tokio::test]
@@ -158,5 +206,35 @@ mod tests {
             flights.join("key", || 0).1.is_none(),
             "its end leaves the successor alone"
         );
+    }
+
+    #[tokio::test]
+    async fn what_a_leader_does_goes_on_when_whoever_carries_it_has_left() {
+        for is_begun in [false, true] {
+            let (go, gone) = oneshot::channel();
+            let (landed, lands) = oneshot::channel();
+            let mut carried = Carried::new(async move {
+                gone.await.unwrap();
+                landed.send(()).unwrap();
+            });
+            if is_begun {
+                let waits = tokio::time::timeout(std::time::Duration::ZERO, carried.on());
+                assert!(waits.await.is_err());
+            }
+            drop(carried);
+            go.send(()).unwrap();
+            lands.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_has_landed_is_done_once() {
+        let (landed, mut lands) = mpsc::unbounded_channel();
+        let mut carried = Carried::new(async move { landed.send(()).unwrap() });
+        let waits = tokio::time::timeout(std::time::Duration::ZERO, carried.on());
+        assert!(waits.await.is_err());
+        drop(carried);
+        assert_eq!(lands.recv().await, Some(()));
+        assert_eq!(lands.recv().await, None);
     }
 }

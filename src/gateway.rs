@@ -5,7 +5,7 @@
 //! handle ─▶ poll    who asks, with a key that upstream accepts, for which task, until when
 //!           answer  cache: fresh? ───────────────────────▶ hit
 //!                   flight: someone already fetching? ───▶ wait, collapsed
-//!           fly     the leader, a task that belongs to no client:
+//!           fly     the leader, which outlives whoever opened the flight:
 //!                   cache again ─▶ shared: another replica's? ─▶ budget: a turn ─▶ shared: a claim
 //!                   ─▶ upstream: a connection ─▶ budget: a permit ─▶ upstream: send ─▶ task: read
 //!                   ─▶ stored, cache, shared: keep ─▶ land
@@ -37,11 +37,14 @@ mod status;
 mod tally;
 mod traced;
 
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
+use std::task;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::future::OptionFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use hyper::body::Incoming;
 use tokio::sync::watch;
@@ -53,7 +56,7 @@ use crate::cache::Cache;
 use crate::config::Config;
 use crate::disk::{self, Disk};
 use crate::error::Error;
-use crate::flight::{Flights, Leader};
+use crate::flight::{Carried, Flights, Leader};
 pub use crate::metrics::InFlight;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::otlp::Exporter;
@@ -486,13 +489,16 @@ impl Gateway {
             let standing = progress.borrow().standing.clone();
             let mut place = standing.join(client.clone(), asker.weight(), latest);
             let collapsed = leader.is_none();
-            if let (Some(leader), Some(trace)) = (leader, trace) {
-                self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace);
+            let mut carried = if let (Some(leader), Some(trace)) = (leader, trace) {
+                Some(self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace))
             } else {
                 poll.trace.joined(&progress.borrow());
-            }
+                None
+            };
             let landed = tokio::select! {
                 biased;
+                // First, so that its landing is seen at once.
+                Some(never) = OptionFuture::from(carried.as_mut().map(Carried::on)) => match never {},
                 landed = landing(progress.clone()) => Some(landed),
                 slow = self.snapshot_when_slow(poll, progress.clone()), if was_stale => return Ok(slow),
                 late_by = place.late() => {
@@ -550,8 +556,8 @@ impl Gateway {
             .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
     }
 
-    /// Sends the leader off, on nobody's behalf. `live` is how long live answers are fresh for this poll; without it, what
-    /// is kept will not do, however fresh.
+    /// Gets the leader ready to go, on nobody's behalf. `live` is how long live answers are fresh for this poll; without it,
+    /// what is kept will not do, however fresh.
     fn launch(
         self: &Arc<Self>,
         leader: Leader<FlightKey, Progress>,
@@ -559,10 +565,14 @@ impl Gateway {
         task: &TaskId,
         live: Option<Duration>,
         trace: FlightTrace,
-    ) {
-        let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
+    ) -> Carried {
+        let (gateway, account, metrics) = (Arc::clone(self), Arc::clone(&asker.account), Arc::clone(&self.metrics));
         let (key, task) = (Arc::clone(&asker.key), task.clone());
-        self.spawn(gateway.fly(leader, account, key, task, live, trace));
+        Carried::new(async move {
+            metrics
+                .contain(gateway.fly(leader, account, key, task, live, trace))
+                .await;
+        })
     }
 
     /// Runs `work` on nobody's behalf, and counts its panics.
@@ -726,13 +736,28 @@ async fn while_awaited<T>(
     breaker: &Breaker,
     future: impl Future<Output = T>,
 ) -> Option<T> {
+    let is_off = || breaker.is_open() || account.superseded.is_cancelled();
     tokio::select! {
         biased;
+        // What is there at once costs no place in anybody's list of those to wake.
+        () = until(is_off) => None,
+        value = future => Some(value),
         () = breaker.opened() => None,
         () = account.superseded.cancelled() => None,
-        value = future => Some(value),
         () = leader.deserted() => None,
     }
+}
+
+/// Ready when, on being polled for another reason, `is_so`.
+async fn until(is_so: impl Fn() -> bool) {
+    poll_fn(|_| {
+        if is_so() {
+            task::Poll::Ready(())
+        } else {
+            task::Poll::Pending
+        }
+    })
+    .await;
 }
 
 /// How a flight ends, for whoever waits.

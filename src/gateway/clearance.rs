@@ -65,7 +65,8 @@ impl Gateway {
         });
         if let (Some(leader), Some(trace)) = (leader, trace) {
             let asker = poll.asker.with(key);
-            self.launch(leader, &asker, &poll.task, None, trace);
+            // Nobody waits for it here.
+            drop(self.launch(leader, &asker, &poll.task, None, trace));
         }
         progress.borrow().standing.keep();
         // Somebody has to wait for it, or it would be given up.
