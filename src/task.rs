@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 pub use id::{TaskId, TaskIdError};
 pub use lifetime::{Timestamp, media_lifetime};
-use object::members;
+use object::{Member, members, nested};
 pub use retry_after::retry_after;
 
 /// What an answer of upstream's means.
@@ -157,7 +157,7 @@ pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
         (true, Some(envelope)) => envelope.code,
         (true, None) => return Reading::unreadable(),
     };
-    let task = || Task::read(envelope?.data?, asked);
+    let task = || Task::of(envelope?.data?.members()?, asked);
     match code {
         200 => match task() {
             Some(task) => Reading::of_task(task, code),
@@ -176,25 +176,51 @@ pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
     }
 }
 
-/// What every answer has in common. `data` stays unread text: of what it holds under an error nothing is asked.
+/// What every answer has in common.
 #[derive(Clone, Copy)]
 struct Envelope<'a> {
     code: i64,
-    data: Option<&'a str>,
+    data: Option<Data<'a>>,
 }
+
+/// What `data` holds: mostly it was read with all the rest. Else it is unread text, since of what it holds under an error
+/// nothing is asked.
+#[derive(Clone, Copy)]
+enum Data<'a> {
+    Read([Member<'a>; TASK.len()]),
+    Unread(&'a str),
+}
+
+impl<'a> Data<'a> {
+    fn members(self) -> Option<[Member<'a>; TASK.len()]> {
+        match self {
+            Self::Read(members) => Some(members),
+            Self::Unread(json) => members(json, TASK),
+        }
+    }
+}
+
+/// What is asked of a task.
+const TASK: &[&str; 5] = &["task_id", "status", "result", "complete_at", "create_at"];
 
 impl<'a> Envelope<'a> {
     fn read(body: &'a [u8]) -> Option<Self> {
         // The whole body is checked: a client that decodes it strictly would stumble over a bad byte anywhere.
         let text = str::from_utf8(body).ok()?;
         let json = text.strip_prefix('\u{feff}').unwrap_or(text);
+        if let Some(([code], task)) = nested(json, &["code"], "data", TASK) {
+            return Some(Self {
+                code: integer(code.only()?)?,
+                data: Some(Data::Read(task)),
+            });
+        }
         let [code, data] = members(json, &["code", "data"])?;
         if data.is_repeated() {
             return None;
         }
         Some(Self {
             code: integer(code.only()?)?,
-            data: data.only(),
+            data: data.only().map(Data::Unread),
         })
     }
 }
@@ -209,9 +235,8 @@ struct Task {
 }
 
 impl Task {
-    fn read(data: &str, asked: &TaskId) -> Option<Self> {
-        let [task_id, status, result, complete_at, create_at] =
-            members(data, &["task_id", "status", "result", "complete_at", "create_at"])?;
+    fn of(data: [Member<'_>; TASK.len()], asked: &TaskId) -> Option<Self> {
+        let [task_id, status, result, complete_at, create_at] = data;
         if string(task_id.only()?)? != asked.as_str() {
             return None;
         }

@@ -1,5 +1,5 @@
-//! A hit, from a request's bytes to its answer's, over a connection in memory: all that the gateway itself does, and
-//! nothing of the kernel's.
+//! A hit and a miss, from a request's bytes to its answer's, over a connection in memory: all that the gateway itself does,
+//! and nothing of the kernel's. A miss has the upstream's part in it, too: hyper's server in the same process.
 //!
 //! The client is a stream and no task: each read is one request, each write is checked against the bytes that the answer
 //! must end with.
@@ -139,10 +139,16 @@ fn upstream() -> Dial {
 
 /// Polls `of` tasks that have ended by turns, `times` polls in all.
 pub fn run(of: usize, times: usize) -> Duration {
-    runtime().block_on(hits(of, times))
+    runtime().block_on(polls(of, of, times))
 }
 
-async fn hits(tasks: usize, polls: usize) -> Duration {
+/// Polls `times` tasks, each for the first time.
+pub fn misses(_: usize, times: usize) -> Duration {
+    runtime().block_on(polls(times + 1, 1, times))
+}
+
+/// Polls `tasks` by turns, `before` polls that do not count and then `counted` that do.
+async fn polls(tasks: usize, before: usize, counted: usize) -> Duration {
     let key = Key {
         key: ApiKey::new(KEY).unwrap(),
         source: KeySource::Env("KEY".to_owned()),
@@ -168,11 +174,11 @@ async fn hits(tasks: usize, polls: usize) -> Duration {
             (request.into_bytes(), body(&id(task), BODY))
         })
         .collect();
-    let serve = async |polls: usize| {
+    let serve = async |next: usize, polls: usize| {
         let answered = Arc::new(AtomicUsize::new(0));
         let client = Client {
             requests: Arc::clone(&requests),
-            next: 0,
+            next,
             left: polls,
             is_awaiting: false,
             written: Vec::with_capacity(1 << 14),
@@ -183,9 +189,9 @@ async fn hits(tasks: usize, polls: usize) -> Duration {
         serve_connection(client, peer, Arc::clone(&gateway), &limits, CancellationToken::new()).await;
         assert_eq!(answered.load(Ordering::Relaxed), polls, "each is answered");
     };
-    // Every task once, and for the first the wait until permits are granted.
-    serve(tasks).await;
+    // For the first, the wait until permits are granted.
+    serve(0, before).await;
     let start = Instant::now();
-    serve(polls).await;
+    serve(before, counted).await;
     start.elapsed()
 }

@@ -52,6 +52,7 @@ fn cases() -> Vec<Case> {
         cases.extend(all.iter().map(case));
     };
     part("hit_path", hit_path::run, &[(1, 1, 200_000), (1000, 1, 200_000)]);
+    part("miss_path", hit_path::misses, &[(1, 1, 20_000)]);
     let sizes = [(2 << 10, 1, 20_000), (64 << 10, 1, 1000), (10 << 20, 1, 20)];
     part("classification", classification::run, &sizes);
     let waiters = [10, 100, 1000, 10_000, 100_000].map(|of| (of, of, 200_000 / of));

@@ -1,7 +1,7 @@
 //! The polls that wait, by when their turn has to come at the latest: who can no longer be served in time is told so at
 //! once, on arrival or when others overtake. The forecast itself is `fair_queue/forecast.rs`'s and the dispatcher's.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -17,7 +17,7 @@ pub(super) type PollId = (Instant, u64);
 
 #[derive(Debug, Default)]
 pub(super) struct Admission {
-    polls: HashMap<Flight, BTreeMap<PollId, oneshot::Sender<Duration>>>,
+    polls: BTreeMap<Flight, BTreeMap<PollId, oneshot::Sender<Duration>>>,
     /// No poll of a flight that waits needs its turn earlier.
     earliest: Option<Instant>,
     /// When a forecast may be made again.

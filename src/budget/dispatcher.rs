@@ -10,7 +10,7 @@
 //! queries are safe whatever limiter upstream runs. The quota is the full rate's and outlives every change of it: a lower
 //! rate is a longer wait on top. A quota that configuration changes takes over where the old one stands.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -202,11 +202,11 @@ pub(super) struct Dispatcher {
     queue: FairQueue,
     admission: Admission,
     /// How to call each flight that waits in the queue.
-    calls: HashMap<Flight, oneshot::Sender<()>>,
+    calls: BTreeMap<Flight, oneshot::Sender<()>>,
     /// In the order in which they were called forward.
     called: BTreeMap<u64, Called>,
     /// Where each of them stands in that order.
-    call_of: HashMap<Flight, u64>,
+    call_of: BTreeMap<Flight, u64>,
     next_call: u64,
     ready: usize,
     /// Since when there has always been a flight with a connection, while there is one.
@@ -251,9 +251,9 @@ impl Dispatcher {
             max_queue,
             queue: FairQueue::default(),
             admission: Admission::default(),
-            calls: HashMap::new(),
+            calls: BTreeMap::new(),
             called: BTreeMap::new(),
-            call_of: HashMap::new(),
+            call_of: BTreeMap::new(),
             next_call: 0,
             ready: 0,
             ready_since: pace.not_before,

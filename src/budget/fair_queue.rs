@@ -51,7 +51,7 @@ type Turn = u64;
 
 #[derive(Debug, Default)]
 pub(super) struct FairQueue {
-    flights: HashMap<Flight, Standing>,
+    flights: BTreeMap<Flight, Standing>,
     callers: HashMap<Caller, CallerQueue>,
     /// Callers with places, the one whose turn it is first.
     turns: BTreeMap<Turn, Caller>,

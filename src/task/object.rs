@@ -42,6 +42,47 @@ pub(super) fn members<'a, const N: usize>(json: &'a str, names: &[&str; N]) -> O
     Some(members)
 }
 
+/// The same, and of the object that the member called `inside` is, the members called `inner`, without reading that twice.
+/// `None`, too, where that member is no object, not there, or there more than once.
+pub(super) fn nested<'a, const N: usize, const M: usize>(
+    json: &'a str,
+    names: &[&str; N],
+    inside: &str,
+    inner: &[&str; M],
+) -> Option<([Member<'a>; N], [Member<'a>; M])> {
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    let (members, within) = deserializer.deserialize_map(Nested { names, inside, inner }).ok()?;
+    deserializer.end().ok()?;
+    Some((members, within?))
+}
+
+struct Nested<'n, const N: usize, const M: usize> {
+    names: &'n [&'n str; N],
+    inside: &'n str,
+    inner: &'n [&'n str; M],
+}
+
+impl<'de, const N: usize, const M: usize> Visitor<'de> for Nested<'_, N, M> {
+    type Value = ([Member<'de>; N], Option<[Member<'de>; M]>);
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut members, mut within) = ([Member::default(); N], None);
+        while let Some(key) = map.next_key::<&'de RawValue>()? {
+            let key = spelled(key.get());
+            if key.as_deref() != Some(self.inside) {
+                note(&mut members, self.names, key.as_deref(), &mut map)?;
+            } else if within.replace(map.next_value_seed(Members(self.inner))?).is_some() {
+                return Err(serde::de::Error::custom("repeated"));
+            }
+        }
+        Ok((members, within))
+    }
+}
+
 struct Members<'n, const N: usize>(&'n [&'n str; N]);
 
 impl<'de, const N: usize> DeserializeSeed<'de> for Members<'_, N> {
@@ -63,17 +104,27 @@ impl<'de, const N: usize> Visitor<'de> for Members<'_, N> {
         let mut members = [Member::default(); N];
         // Keys as raw text too: one that is no string in Rust (a lone surrogate) is no reason to refuse the object.
         while let Some(key) = map.next_key::<&'de RawValue>()? {
-            let key = spelled(key.get());
-            let position = self.0.iter().position(|name| Some(*name) == key.as_deref());
-            if let Some(member) = position.and_then(|position| members.get_mut(position)) {
-                member.repeated = member.last.is_some();
-                member.last = Some(map.next_value::<&'de RawValue>()?.get());
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
+            note(&mut members, self.0, spelled(key.get()).as_deref(), &mut map)?;
         }
         Ok(members)
     }
+}
+
+/// Notes the value that comes next, if its key is one of `names`.
+fn note<'de, A: MapAccess<'de>, const N: usize>(
+    members: &mut [Member<'de>; N],
+    names: &[&str; N],
+    key: Option<&str>,
+    map: &mut A,
+) -> Result<(), A::Error> {
+    let position = names.iter().position(|name| Some(*name) == key);
+    if let Some(member) = position.and_then(|position| members.get_mut(position)) {
+        member.repeated = member.last.is_some();
+        member.last = Some(map.next_value::<&'de RawValue>()?.get());
+    } else {
+        map.next_value::<IgnoredAny>()?;
+    }
+    Ok(())
 }
 
 /// What a key, given as its JSON text, spells; `None` when that is no string in Rust.
@@ -103,6 +154,33 @@ mod tests {
         .unwrap();
         assert_eq!(a.only(), Some("[ 1, {\"b\":2} ]"));
         assert_eq!(b.only(), Some("\"\\u0061\""));
+    }
+
+    #[test]
+    fn what_is_nested_is_read_as_it_is_alone() {
+        for json in [
+            r#"{"code":1,"data":{"a":[2],"b":{}},"x":3}"#,
+            r#"{"data":{"a":1,"a":2},"code":1,"code":2}"#,
+            r#"{"\u0064ata":{"\u0061":"\n"},"code":"x"}"#,
+            r#"{"data":{}}"#,
+        ] {
+            let [code, data] = members(json, &["code", "data"]).unwrap();
+            let inside = members(data.last().unwrap(), &["a", "b"]).unwrap();
+            let (read, within) = nested(json, &["code"], "data", &["a", "b"]).unwrap();
+            let said = |member: Member<'_>| (member.last().map(str::to_owned), member.is_repeated());
+            assert_eq!(read.map(said), [code].map(said), "{json}");
+            assert_eq!(within.map(said), inside.map(said), "{json}");
+        }
+        for json in [
+            r#"{"code":1}"#,
+            r#"{"code":1,"data":null}"#,
+            r#"{"code":1,"data":[1]}"#,
+            r#"{"code":1,"data":{},"data":{}}"#,
+            r#"{"code":1,"data":{"a":}}"#,
+            r#"{"code":1,"data":{}} x"#,
+        ] {
+            assert!(nested(json, &["code"], "data", &["a"]).is_none(), "{json}");
+        }
     }
 
     #[test]
