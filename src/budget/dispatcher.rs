@@ -152,9 +152,12 @@ impl Desk {
     pub(super) fn tell(&self, message: Message) {
         let mut dispatcher = lock(&self.dispatcher);
         let slept_for = dispatcher.next;
+        let is_of_pace = matches!(message, Message::BackedOff | Message::Configured { .. });
         dispatcher.contain(|dispatcher| {
             dispatcher.take(message);
-            dispatcher.next = dispatcher.go_on(Instant::now(), false);
+            if is_of_pace || !dispatcher.is_idle() {
+                dispatcher.next = dispatcher.go_on(Instant::now(), false);
+            }
         });
         if dispatcher.next.is_missed_by(slept_for) {
             self.roused.notify_one();
@@ -398,6 +401,14 @@ impl Dispatcher {
             background: self.queue.background(),
             spent: self.spending.spent(now),
         }
+    }
+
+    /// Whether nobody waits and everybody who looks at it knows: then nothing follows from a flight's coming and going.
+    fn is_idle(&self) -> bool {
+        self.waiting() == 0
+            && self.shown == (0, 0)
+            && self.next == Wake::default()
+            && self.wanted == Demand::default()
     }
 
     /// Flights that wait for a permit.
