@@ -149,6 +149,10 @@ fn demo(args: DemoArgs) -> anyhow::Result<ExitCode> {
     Ok(if kept { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// One multi-thread runtime, whatever the number of workers. One current-thread runtime per core, each with a listener of its
+/// own (`SO_REUSEPORT`), would gain nothing measurable: with one worker the two differ by half a percent of a request's
+/// instructions (`benches/README.md`); and what all cores share, the cache, flights and budgets, they would share all the
+/// same, while the kernel's choice of a listener leaves some cores idle and others with too many connections.
 fn runtime(worker_threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(worker_threads)
