@@ -405,10 +405,7 @@ impl Dispatcher {
 
     /// Whether nobody waits and everybody who looks at it knows: then nothing follows from a flight's coming and going.
     fn is_idle(&self) -> bool {
-        self.waiting() == 0
-            && self.shown == (0, 0)
-            && self.next == Wake::default()
-            && self.wanted == Demand::default()
+        self.waiting() == 0 && self.shown == (0, 0) && self.next == Wake::default() && self.wanted == Demand::default()
     }
 
     /// Flights that wait for a permit.
