@@ -141,6 +141,13 @@ impl AccountId {
         self.0.to_ne_bytes()
     }
 
+    /// 64 of the bits, drawn by a hash of their own.
+    pub fn half(self) -> u64 {
+        self.to_bytes()
+            .first_chunk()
+            .map_or(0, |half| u64::from_ne_bytes(*half))
+    }
+
     /// The id that these are.
     pub fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(u128::from_ne_bytes(bytes))

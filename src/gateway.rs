@@ -124,7 +124,7 @@ struct Progress {
     trace: Option<TraceContext>,
     phase: Phase,
     /// What upstream answered to the first attempt, while a second is under way.
-    last_error: Option<Arc<Answer>>,
+    last_error: Option<Answer>,
     landed: Option<Landed>,
 }
 
@@ -143,9 +143,9 @@ enum Phase {
 #[derive(Clone, Debug)]
 enum Landed {
     /// Another flight had just kept a fresh answer.
-    Kept(Arc<Answer>),
+    Kept(Answer),
     /// Upstream's answer to a query with this key.
-    Fetched(Arc<Answer>, Arc<Key>),
+    Fetched(Answer, Arc<Key>),
     /// Unspent: meanwhile upstream refused the key, or had no credits for the account.
     InVain,
     Failed(Error),
@@ -171,7 +171,7 @@ struct Poll<'t> {
 struct Answered {
     served: Served,
     cache: CacheStatus,
-    answer: Arc<Answer>,
+    answer: Answer,
 }
 
 impl Gateway {
@@ -449,7 +449,7 @@ impl Gateway {
         };
         let snapshot = match kept.filter(|_| !on_trial) {
             Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
-            stale => stale.map(|answer| answer.asked),
+            stale => stale.map(|answer| answer.asked()),
         };
         if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
             return Ok(answered);
@@ -519,8 +519,8 @@ impl Gateway {
                 {
                     continue;
                 }
-                Some(Landed::Fetched(answer, _)) if answer.reading.class.yields_to_snapshot() => {
-                    let detail = outcome(answer.reading.class).label();
+                Some(Landed::Fetched(answer, _)) if answer.class().yields_to_snapshot() => {
+                    let detail = outcome(answer.class()).label();
                     Ok(self
                         .stand_in(poll, detail)
                         .unwrap_or_else(|| forwarded(answer, was_stale, collapsed)))
@@ -592,7 +592,7 @@ impl Gateway {
     ) -> Option<Landed> {
         // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let launched = Instant::now();
-        let is_fresh = |answer: &Arc<Answer>| answer.is_fresh(launched, live);
+        let is_fresh = |answer: &Answer| answer.is_fresh(launched, live);
         if let Some(answer) = self.cache.get(account.id, task, launched, live).filter(is_fresh) {
             return Some(Landed::Kept(answer));
         }
@@ -685,7 +685,7 @@ impl Gateway {
                 .ask(&account, &key, &task, Attempt::new(attempt, &trace), ready, permit)
                 .await
             {
-                Ok(answer) if answer.reading.class == Class::RateLimited && attempt < MOST_ATTEMPTS => {
+                Ok(answer) if answer.class() == Class::RateLimited && attempt < MOST_ATTEMPTS => {
                     leader.update(|progress| {
                         progress.phase = Phase::Waiting;
                         progress.last_error = Some(answer);
@@ -769,7 +769,7 @@ async fn landing(mut progress: watch::Receiver<Progress>) -> Landed {
     }
 }
 
-fn hit(answer: Arc<Answer>) -> Answered {
+fn hit(answer: Answer) -> Answered {
     Answered {
         served: Served::Hit,
         cache: CacheStatus::Hit(None),
@@ -778,7 +778,7 @@ fn hit(answer: Arc<Answer>) -> Answered {
 }
 
 /// `live` is the freshness lifetime of live answers at `now`.
-fn stand_in(answer: Arc<Answer>, detail: &'static str, now: Instant, live: Duration) -> Answered {
+fn stand_in(answer: Answer, detail: &'static str, now: Instant, live: Duration) -> Answered {
     let served = if answer.is_fresh(now, live) {
         Served::Hit
     } else {
@@ -791,7 +791,7 @@ fn stand_in(answer: Arc<Answer>, detail: &'static str, now: Instant, live: Durat
     }
 }
 
-fn forwarded(answer: Arc<Answer>, was_stale: bool, collapsed: bool) -> Answered {
+fn forwarded(answer: Answer, was_stale: bool, collapsed: bool) -> Answered {
     let served = if collapsed { Served::Collapsed } else { Served::Miss };
     Answered {
         served,

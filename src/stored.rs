@@ -5,10 +5,11 @@
 //! brings it along. Ages are taken from the monotonic clock; `complete_at` and the like are compared with the wall clock.
 //! How an answer looks outside this process is `stored/encoding.rs`'s business.
 
+mod block;
 mod encoding;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,26 +17,28 @@ use http::{HeaderValue, StatusCode};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
+use crate::account::AccountId;
 use crate::config;
-use crate::task::{Class, Reading, Stage, media_lifetime};
+use crate::task::{Class, Reading, Stage, TaskId, Timestamp, media_lifetime};
+pub use block::Block;
 pub use encoding::{Moment, Owner, Seal};
 
 /// How long a success without media is kept like a live answer, from first sight: the media may land after the flip.
 const SETTLING: Duration = Duration::from_mins(10);
 
-/// An answer of upstream's: its bytes as they came, and what they mean.
+/// An answer of upstream's as it came: its bytes, and what they mean.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Draft {
     /// The HTTP status.
     pub status: StatusCode,
     /// The Content-Type, if there was one.
-    pub content_type: Option<Arc<HeaderValue>>,
+    pub content_type: Option<HeaderValue>,
     /// The Retry-After, if there was one; of errors only, which are never kept.
-    pub retry_after: Option<Box<HeaderValue>>,
+    pub retry_after: Option<HeaderValue>,
     /// The body, byte for byte.
     pub body: Bytes,
     /// What they mean.
-    pub reading: Meaning,
+    pub reading: Reading,
     /// When the attempt began.
     pub asked: Instant,
     /// When the last byte was there: ages count from here.
@@ -43,40 +46,74 @@ pub struct Answer {
     /// For how long it is kept; `None` is not at all.
     pub keeping: Option<Keeping>,
     /// The share of `limits.body_bytes` of an answer that is not kept, until the last client has it.
-    pub room: Option<Box<OwnedSemaphorePermit>>,
-    /// Whether it was read since the cache last looked for what nobody reads.
-    read: AtomicBool,
-    /// Where it stands among its account's answers, once the cache has it.
-    place: AtomicU64,
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
-/// A Content-Type as it is kept with an answer: the usual one is there once, for all of them.
-pub fn content_type(value: &[u8]) -> Option<Arc<HeaderValue>> {
-    static JSON: LazyLock<Arc<HeaderValue>> = LazyLock::new(|| Arc::new(HeaderValue::from_static("application/json")));
-    if **JSON == *value {
-        return Some(Arc::clone(&JSON));
-    }
-    HeaderValue::from_bytes(value).ok().map(Arc::new)
-}
-
-/// Of a [`Reading`], what still matters once it is known for how long the answer is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Meaning {
-    /// What it means.
-    pub class: Class,
-    /// How far the task has come.
-    pub stage: Option<Stage>,
-    /// The code that decides.
-    pub effective_code: Option<i64>,
-}
-
-impl From<Reading> for Meaning {
-    fn from(reading: Reading) -> Self {
+impl Draft {
+    /// An answer that is not kept.
+    pub fn new(status: StatusCode, body: Bytes, reading: Reading, asked: Instant, received: Instant) -> Self {
         Self {
-            class: reading.class,
-            stage: reading.stage,
-            effective_code: reading.effective_code,
+            status,
+            content_type: None,
+            retry_after: None,
+            body,
+            reading,
+            asked,
+            received,
+            keeping: None,
+            room: None,
         }
+    }
+
+    /// The answer to `account`'s question about `task`.
+    pub fn of(self, account: AccountId, task: &TaskId) -> Answer {
+        self.answer(account, task.as_str())
+    }
+
+    /// An answer that is remembered beside the cache, whoever asks for what.
+    pub fn of_nobody(self) -> Answer {
+        self.answer(AccountId::from_bytes([0; 16]), "")
+    }
+
+    fn answer(self, account: AccountId, task: &str) -> Answer {
+        let is_kept = self.keeping.is_some();
+        let block = Block::new(&self, if is_kept { &self.body } else { &[] }, account, task);
+        let beside = (!is_kept || self.retry_after.is_some()).then(|| {
+            Arc::new(Beside {
+                body: (!is_kept).then_some(self.body),
+                retry_after: self.retry_after,
+                _room: self.room,
+            })
+        });
+        Answer { block, beside }
+    }
+
+    /// The code that decides, as an HTTP-like number: the HTTP status when there is none in range.
+    fn code(&self) -> u16 {
+        let code = self.reading.effective_code.and_then(|code| u16::try_from(code).ok());
+        code.unwrap_or(self.status.as_u16())
+    }
+}
+
+/// An answer of upstream's. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    block: Block,
+    /// What the cache does not keep.
+    beside: Option<Arc<Beside>>,
+}
+
+#[derive(Debug)]
+struct Beside {
+    /// The body of an answer that is not kept: as it came, without a copy.
+    body: Option<Bytes>,
+    retry_after: Option<HeaderValue>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl From<Block> for Answer {
+    fn from(block: Block) -> Self {
+        Self { block, beside: None }
     }
 }
 
@@ -94,11 +131,6 @@ pub struct Keeping {
 }
 
 impl Keeping {
-    /// The freshness lifetime, where that of live answers is `live`.
-    pub fn lifetime(&self, live: Duration) -> Duration {
-        if self.live { live } else { self.keep }
-    }
-
     /// For `lifetime` and no longer: what is remembered beside the cache.
     pub fn briefly(lifetime: Duration) -> Self {
         Self {
@@ -118,7 +150,7 @@ impl Keeping {
         unix_now: u64,
         cache: &config::Cache,
     ) -> Option<Self> {
-        let settling_since = before.and_then(|before| before.keeping?.settling_since);
+        let settling_since = before.and_then(|before| before.keeping()?.settling_since);
         Self::since(reading, settling_since, now, unix_now, cache)
     }
 
@@ -173,112 +205,157 @@ impl Keeping {
 }
 
 impl Answer {
-    /// An answer that nobody has read yet.
-    pub fn new(
-        status: StatusCode,
-        body: Bytes,
-        reading: impl Into<Meaning>,
-        asked: Instant,
-        received: Instant,
-    ) -> Self {
-        Self {
-            status,
-            content_type: None,
-            retry_after: None,
-            body,
-            reading: reading.into(),
-            asked,
-            received,
-            keeping: None,
-            room: None,
-            read: AtomicBool::new(false),
-            place: AtomicU64::new(0),
+    /// What the cache keeps of it.
+    pub fn block(&self) -> &Block {
+        &self.block
+    }
+
+    /// The same once more, to be kept otherwise; its room is not.
+    pub fn draft(&self) -> Draft {
+        let reading = Reading {
+            class: self.class(),
+            stage: self.block.stage(),
+            effective_code: Some(self.code().into()),
+            complete_at: Timestamp::Absent,
+            create_at: Timestamp::Absent,
+        };
+        let body = Bytes::copy_from_slice(self.body());
+        Draft {
+            content_type: self.content_type().map(Cow::into_owned),
+            retry_after: self.retry_after().cloned(),
+            keeping: self.keeping(),
+            ..Draft::new(self.status(), body, reading, self.asked(), self.received())
         }
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.block.status()
+    }
+
+    /// The Content-Type, if there was one.
+    pub fn content_type(&self) -> Option<Cow<'static, HeaderValue>> {
+        self.block.content_type()
+    }
+
+    /// The Retry-After, if there was one; of errors only, which are never kept.
+    pub fn retry_after(&self) -> Option<&HeaderValue> {
+        self.beside.as_ref()?.retry_after.as_ref()
+    }
+
+    /// The body, byte for byte.
+    pub fn body(&self) -> &[u8] {
+        let beside = self.beside.as_ref().and_then(|beside| beside.body.as_deref());
+        beside.unwrap_or_else(|| self.block.body())
+    }
+
+    /// How far the task has come, if it says.
+    pub fn stage(&self) -> Option<Stage> {
+        self.block.stage()
+    }
+
+    /// What it means.
+    pub fn class(&self) -> Class {
+        self.block.class()
+    }
+
+    /// When the attempt began.
+    pub fn asked(&self) -> Instant {
+        self.block.asked()
+    }
+
+    /// When the last byte was there, to the microsecond: ages count from here.
+    pub fn received(&self) -> Instant {
+        self.block.received()
+    }
+
+    /// For how long it is kept; `None` is not at all.
+    pub fn keeping(&self) -> Option<Keeping> {
+        self.block.keeping()
+    }
+
+    /// Whether it is kept at all.
+    pub fn is_stored(&self) -> bool {
+        !self.block.keep().is_zero()
+    }
+
+    /// When it is kept no longer.
+    pub fn kept_until(&self) -> Instant {
+        self.received() + self.block.keep()
     }
 
     /// How old it is at `now`.
     pub fn age(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.received)
+        now.saturating_duration_since(self.received())
     }
 
     /// Whether it is within its freshness lifetime at `now`; `live` is that of live answers.
     pub fn is_fresh(&self, now: Instant, live: Duration) -> bool {
-        self.keeping
-            .is_some_and(|keeping| self.age(now) < keeping.lifetime(live))
+        self.age(now) < self.lifetime(live)
     }
 
     /// Whether it tells that the task goes on.
     pub fn is_live(&self) -> bool {
-        self.keeping.is_some_and(|keeping| keeping.live)
+        self.block.is_live()
     }
 
     /// Whether it is still kept at `now`.
     pub fn is_kept(&self, now: Instant) -> bool {
-        self.keeping.is_some_and(|keeping| self.age(now) < keeping.keep)
+        self.age(now) < self.block.keep()
     }
 
     /// Whether it tells that the task has ended.
     pub fn has_ended(&self) -> bool {
-        self.keeping.is_some_and(|keeping| keeping.ended)
+        self.block.has_ended()
     }
 
     /// Whether it may stand in for an error: a task's state, however stale, that is no older than `max_stale`. An ended
     /// task's, while kept, always may.
     pub fn may_stand_in(&self, now: Instant, max_stale: Duration) -> bool {
-        self.reading.class != Class::NotFound && self.is_kept(now) && (self.has_ended() || self.age(now) <= max_stale)
+        self.class() != Class::NotFound && self.is_kept(now) && (self.has_ended() || self.age(now) <= max_stale)
     }
 
-    /// What is left of the freshness lifetime at `now`, in whole seconds; 0 or less once stale (RFC 9211 `ttl`). `live` is
-    /// the lifetime of live answers.
+    /// What is left of the freshness lifetime at `now`, in whole seconds; 0 or less once stale (RFC 9211 `ttl`), and 0 of
+    /// what is not kept. `live` is the lifetime of live answers.
     pub fn ttl(&self, now: Instant, live: Duration) -> i64 {
         let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-        self.keeping
-            .map_or(0, |keeping| seconds(keeping.lifetime(live)) - seconds(self.age(now)))
+        if self.is_stored() {
+            seconds(self.lifetime(live)) - seconds(self.age(now))
+        } else {
+            0
+        }
     }
 
     /// Whether it should take the place of `kept`: a state only moves forward, and of two answers that tell of the same
     /// stage the one that was asked for later is newer.
     pub fn replaces(&self, kept: &Self) -> bool {
-        let order = |answer: &Self| (answer.reading.stage.unwrap_or(Stage::NotFound), answer.asked);
+        let order = |answer: &Self| (answer.block.stage().unwrap_or(Stage::NotFound), answer.asked());
         order(self) >= order(kept)
     }
 
     /// The code that decides, as an HTTP-like number: the HTTP status when there is none in range.
     pub fn code(&self) -> u16 {
-        let code = self.reading.effective_code.and_then(|code| u16::try_from(code).ok());
-        code.unwrap_or(self.status.as_u16())
+        self.block.code()
     }
 
     /// Notes that it was read.
     pub fn note_read(&self) {
-        // Most reads find it set: a load that all cores share costs nothing, a store would.
-        if !self.read.load(Ordering::Relaxed) {
-            self.read.store(true, Ordering::Relaxed);
-        }
+        self.block.note_read();
     }
 
-    /// Where it stands among its account's answers: the cache's own note.
-    pub fn place(&self) -> u64 {
-        self.place.load(Ordering::Relaxed)
-    }
-
-    /// Notes where it stands.
-    pub fn set_place(&self, place: u64) {
-        self.place.store(place, Ordering::Relaxed);
-    }
-
-    /// Whether it was read since this was last asked.
-    pub fn take_read(&self) -> bool {
-        self.read.swap(false, Ordering::Relaxed)
+    /// The freshness lifetime, where that of live answers is `live`.
+    fn lifetime(&self, live: Duration) -> Duration {
+        if self.is_live() { live } else { self.block.keep() }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
 
     use super::*;
-    use crate::task::Timestamp;
 
     const UNIX_NOW: u64 = 1_800_000_000;
     /// The freshness lifetime of live answers.
@@ -297,11 +374,16 @@ mod tests {
         }
     }
 
-    fn answer(stage: Stage, before: Option<&Answer>, now: Instant) -> Answer {
+    fn draft(stage: Stage, before: Option<&Answer>, now: Instant) -> Draft {
         let reading = reading(stage);
-        let mut answer = Answer::new(StatusCode::OK, Bytes::new(), reading, now, now);
-        answer.keeping = Keeping::of(&reading, before, now, UNIX_NOW, &SETTINGS);
-        answer
+        Draft {
+            keeping: Keeping::of(&reading, before, now, UNIX_NOW, &SETTINGS),
+            ..Draft::new(StatusCode::OK, Bytes::new(), reading, now, now)
+        }
+    }
+
+    fn answer(stage: Stage, before: Option<&Answer>, now: Instant) -> Answer {
+        draft(stage, before, now).of_nobody()
     }
 
     fn of(reading: &Reading, cache: &config::Cache) -> Option<Keeping> {
@@ -385,7 +467,7 @@ mod tests {
         assert!(!answer(Stage::Settling, Some(&kept), just_before).has_ended());
         kept = answer(Stage::Settling, Some(&kept), first_seen + minutes(10));
         assert!(kept.has_ended());
-        assert_eq!(kept.keeping.unwrap().keep, SETTINGS.terminal);
+        assert_eq!(kept.keeping().unwrap().keep, SETTINGS.terminal);
         kept = answer(Stage::Settling, Some(&kept), first_seen + minutes(11));
         assert!(kept.has_ended(), "it does not settle twice");
     }
@@ -433,46 +515,51 @@ mod tests {
     #[test]
     fn what_is_not_kept_is_neither_fresh_nor_a_stand_in() {
         let now = Instant::now();
-        let mut answer = answer(Stage::Running, None, now);
-        answer.keeping = None;
+        let draft = Draft {
+            keeping: None,
+            ..draft(Stage::Running, None, now)
+        };
+        let answer = draft.of_nobody();
         assert!(!answer.is_fresh(now, LIVE) && !answer.is_kept(now) && !answer.may_stand_in(now, DAY));
         assert_eq!(answer.ttl(now, LIVE), 0);
     }
 
     #[test]
     fn the_code_that_decides_is_the_effective_one() {
-        let mut answer = answer(Stage::Running, None, Instant::now());
-        answer.reading.effective_code = Some(429);
-        assert_eq!(answer.code(), 429);
+        let code = |effective_code| {
+            let mut draft = draft(Stage::Running, None, Instant::now());
+            draft.reading.effective_code = effective_code;
+            draft.of_nobody().code()
+        };
+        assert_eq!(code(Some(429)), 429);
         for out_of_range in [None, Some(-1), Some(70_000)] {
-            answer.reading.effective_code = out_of_range;
-            assert_eq!(answer.code(), 200);
+            assert_eq!(code(out_of_range), 200);
         }
     }
 
     #[test]
     fn a_read_is_noted_once() {
         let answer = answer(Stage::Running, None, Instant::now());
-        assert!(!answer.take_read(), "nobody has read it yet");
+        assert!(!answer.block().take_read(), "nobody has read it yet");
         answer.note_read();
-        assert!(answer.take_read());
-        assert!(!answer.take_read());
+        assert!(answer.block().take_read());
+        assert!(!answer.block().take_read());
     }
 
     proptest! {
         #[test]
         fn the_time_to_live_is_what_is_left(lifetime in 0..100_000_u64, age in 0..200_000_u64) {
             let received = Instant::now();
-            let mut answer = answer(Stage::Running, None, received);
-            answer.keeping = answer.keeping.map(|keeping| Keeping {
-                keep: Duration::from_millis(lifetime),
-                live: false,
-                ..keeping
-            });
+            let draft = Draft {
+                keeping: Some(Keeping::briefly(Duration::from_millis(lifetime))),
+                ..draft(Stage::Ended, None, received)
+            };
+            let answer = draft.of_nobody();
             let now = received + Duration::from_millis(age);
             let seconds = |ms: u64| i64::try_from(ms / 1000).unwrap();
             let ttl = answer.ttl(now, LIVE);
-            prop_assert_eq!(ttl, seconds(lifetime) - seconds(age));
+            let left = if lifetime == 0 { 0 } else { seconds(lifetime) - seconds(age) };
+            prop_assert_eq!(ttl, left);
             let tells_freshness = if answer.is_fresh(now, LIVE) { ttl >= 0 } else { ttl <= 0 };
             prop_assert!(tells_freshness);
         }

@@ -38,7 +38,6 @@ use crate::dial::{self, Handshake};
 pub use crate::dial::{Dial, Dialing, Stream, tcp};
 use crate::error::Error;
 use crate::metrics::Metrics;
-use crate::stored::content_type;
 use crate::task::TaskId;
 use crate::trace::TRACEPARENT;
 pub use breaker::{Breaker, Probe};
@@ -165,7 +164,7 @@ pub struct Fetched {
     /// The HTTP status.
     pub status: StatusCode,
     /// The Content-Type, if there was one.
-    pub content_type: Option<Arc<HeaderValue>>,
+    pub content_type: Option<HeaderValue>,
     /// The Retry-After, if there was one.
     pub retry_after: Option<HeaderValue>,
     /// The body, byte for byte.
@@ -258,7 +257,8 @@ impl Ready {
         Ok(Fetched {
             status: head.status,
             // A copy of its own: hyper's is a slice of the connection's read buffer, which would be kept with it.
-            content_type: (head.headers.get(CONTENT_TYPE)).and_then(|value| content_type(value.as_bytes())),
+            content_type: (head.headers.get(CONTENT_TYPE))
+                .and_then(|value| HeaderValue::from_bytes(value.as_bytes()).ok()),
             retry_after: head.headers.get(RETRY_AFTER).cloned(),
             body,
             asked,

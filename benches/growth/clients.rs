@@ -140,7 +140,7 @@ impl Client {
             (load.kind, 0)
         };
         let request = format!(
-            "GET /api/v1/client/job/TaskInfo?task_id={kind}-{task:08x}-2f17-43d4-8514-000000000 HTTP/1.1\r\nhost: gateway\r\n\
+            "GET /api/v1/client/job/TaskInfo?task_id={kind}-{task:08x}-2f17-43d4-8514-0000000 HTTP/1.1\r\nhost: gateway\r\n\
              x-api-key: ak_{account:032x}\r\n\r\n"
         );
         let asked = Instant::now();

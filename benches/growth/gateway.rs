@@ -23,7 +23,7 @@ impl Gateway {
             "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nworker_threads: 1\n\
              upstream: {{ url: \"http://{upstream}\", connections: 64 }}\n\
              budget: {{ limit: 1000000, max_queue: 100000 }}\ncache: {{ max_bytes: 6GiB }}\n\
-             limits: {{ requests: 20000 }}"
+             max_accounts: 20000\nlimits: {{ requests: 20000 }}"
         )
         .unwrap();
         let (process, address) = start(&["--config", config.path().to_str().unwrap()], " listen=");

@@ -97,7 +97,7 @@ impl Asker {
     }
 
     /// Upstream's refusal, if it refuses every key that the asker may use and said so at `start` or later.
-    pub(super) fn refused_since(&self, start: Instant) -> Option<Arc<Answer>> {
+    pub(super) fn refused_since(&self, start: Instant) -> Option<Answer> {
         let mut refusals = self.keys().iter().filter_map(|key| key.refusal.since(start));
         self.is_refused().then(|| refusals.next())?
     }
@@ -112,7 +112,7 @@ impl Asker {
     ///
     /// # Errors
     /// Upstream's refusal, while it is remembered of all of them.
-    pub(super) fn admit(&mut self, now: Instant) -> Result<(), Arc<Answer>> {
+    pub(super) fn admit(&mut self, now: Instant) -> Result<(), Answer> {
         let key = self.fit_key();
         if !key.is_refused() {
             if !Arc::ptr_eq(key, &self.key) {

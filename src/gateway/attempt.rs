@@ -1,7 +1,6 @@
 //! One attempt, and all that follows from it: what is kept, counted and logged, and what is learnt of upstream and the
 //! account. Flights and probes make the same ones.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
@@ -14,7 +13,7 @@ use super::{Gateway, MOST_ATTEMPTS};
 use crate::budget::Permit;
 use crate::error::Error;
 use crate::outcome::Outcome;
-use crate::stored::{Answer, Keeping};
+use crate::stored::{Answer, Draft, Keeping};
 use crate::task::{self, Class, TaskId};
 use crate::upstream::{Failed, Fetched, Ready};
 
@@ -42,7 +41,7 @@ impl Gateway {
         attempt: Attempt<'_>,
         ready: Ready,
         permit: Permit,
-    ) -> Result<Arc<Answer>, Failed> {
+    ) -> Result<Answer, Failed> {
         let sent = Instant::now();
         let is_told = self.config.load().upstream.traceparent;
         let query = attempt.trace.query(attempt.number);
@@ -54,7 +53,7 @@ impl Gateway {
             Ok(fetched) => {
                 let answer = self.keep(account, task, fetched);
                 self.remember(account, key, task, &answer);
-                let outcome = outcome(answer.reading.class);
+                let outcome = outcome(answer.class());
                 account.metrics.attempted(outcome, took);
                 query.answered(&answer, outcome);
                 log_attempt(account, task, &attempt, outcome.label(), Some(&answer), took);
@@ -88,7 +87,7 @@ impl Gateway {
     }
 
     /// Reads an answer, and keeps it if it may be kept.
-    fn keep(&self, account: &Account, task: &TaskId, fetched: Fetched) -> Arc<Answer> {
+    fn keep(&self, account: &Account, task: &TaskId, fetched: Fetched) -> Answer {
         let Fetched {
             status,
             content_type,
@@ -107,18 +106,20 @@ impl Gateway {
         let before = self.cache.snapshot(account.id, task, received);
         let keeping = Keeping::of(
             &reading,
-            before.as_deref(),
+            before.as_ref(),
             received,
             unix_now(),
             &self.config.load().cache,
         );
-        let mut answer = Answer::new(status, body, reading, asked, received);
-        answer.content_type = content_type;
-        answer.retry_after = retry_after.map(Box::new);
-        answer.keeping = keeping;
-        // What is kept counts against the cache.
-        answer.room = room.filter(|_| keeping.is_none()).map(Box::new);
-        let answer = Arc::new(answer);
+        let draft = Draft {
+            content_type,
+            retry_after,
+            keeping,
+            // What is kept counts against the cache.
+            room: room.filter(|_| keeping.is_none()),
+            ..Draft::new(status, body, reading, asked, received)
+        };
+        let answer = draft.of(account.id, task);
         self.cache.put(account.id, task, &answer, received);
         // A late `running` says nothing about a task that is known to have ended.
         if answer.has_ended() {
@@ -142,7 +143,7 @@ fn pause(account: &Account, answer: &Answer) {
 
 /// How long upstream wants to be left alone.
 pub(super) fn retry_after(answer: &Answer) -> Option<Duration> {
-    let value = answer.retry_after.as_ref()?.to_str().ok()?;
+    let value = answer.retry_after()?.to_str().ok()?;
     task::retry_after(value, SystemTime::now())
 }
 
@@ -160,7 +161,7 @@ fn log_attempt(
         trace_id = %attempt.trace.id(),
         attempt = attempt.number,
         outcome,
-        status = answer.map(|answer| answer.status.as_u16()),
+        status = answer.map(|answer| answer.status().as_u16()),
         code = answer.map(Answer::code),
         took_s = took.as_secs_f64(),
         "upstream asked"

@@ -109,26 +109,26 @@ pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
     let (label, place, code) = (&*account.label, account.place(key), answer.code());
     match code {
         401 | 403 => {
-            key.heard(answer.asked);
+            key.heard(answer.asked());
             if key.refusal.set(answer, retry_after(answer)) {
                 tracing::warn!(account = label, key = place, code, "upstream refuses this key");
             }
         }
         402 => {
             // It has looked at the key, or it would not know whose credits are missing.
-            key.heard(answer.asked);
+            key.heard(answer.asked());
             if account.credits.set(answer, retry_after(answer)) {
                 tracing::warn!(account = label, "upstream says that this account has no credits");
             }
         }
         // Whatever stands before the API may say that, without having looked at the key.
-        _ if answer.reading.class.yields_to_snapshot() => {}
+        _ if answer.class().yields_to_snapshot() => {}
         _ => {
-            key.heard(answer.asked);
-            if key.refusal.clear(answer.asked) {
+            key.heard(answer.asked());
+            if key.refusal.clear(answer.asked()) {
                 tracing::info!(account = label, key = place, "upstream accepts this key again");
             }
-            if account.credits.clear(answer.asked) {
+            if account.credits.clear(answer.asked()) {
                 tracing::info!(account = label, "upstream says nothing of missing credits any more");
             }
         }
@@ -140,7 +140,7 @@ pub(super) fn is_refused_key(answer: &Answer) -> bool {
     matches!(answer.code(), 401 | 403)
 }
 
-fn remembered(answer: Arc<Answer>, detail: &'static str) -> Answered {
+fn remembered(answer: Answer, detail: &'static str) -> Answered {
     Answered {
         served: Served::Hit,
         cache: CacheStatus::Hit(Some(detail)),

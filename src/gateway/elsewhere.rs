@@ -29,7 +29,7 @@ pub(super) enum Way {
     /// To upstream.
     On(Turn),
     /// It need not: another replica has fetched this.
-    Kept(Arc<Answer>),
+    Kept(Answer),
     /// To the queue: another replica has flown, and brought nothing.
     Back,
 }
@@ -39,7 +39,7 @@ impl Gateway {
     /// it, too. `live` is how long live answers are fresh for whoever asks.
     ///
     /// Cancel safe.
-    pub(super) async fn look_elsewhere(&self, account: &Account, task: &TaskId, live: Duration) -> Option<Arc<Answer>> {
+    pub(super) async fn look_elsewhere(&self, account: &Account, task: &TaskId, live: Duration) -> Option<Answer> {
         let store = self.elsewhere.as_ref()?;
         let (read, answer) = match store
             .look(place(store, account, task), self.wanted(account, task, live))
@@ -58,7 +58,7 @@ impl Gateway {
     }
 
     /// The same, for a poll of whose task memory has nothing, and for which nobody may fly.
-    pub(super) async fn look_grounded(&self, poll: &Poll<'_>, live: Duration) -> Option<Arc<Answer>> {
+    pub(super) async fn look_grounded(&self, poll: &Poll<'_>, live: Duration) -> Option<Answer> {
         let account = &poll.asker.account;
         self.elsewhere.as_ref()?;
         if !self.upstream.breaker().is_open() && !account.credits.stands() {
@@ -143,19 +143,19 @@ impl Gateway {
     }
 
     /// Lets other replicas have an answer fetched with `key`, if it may be kept.
-    pub(super) fn publish(&self, account: &Account, key: &Key, task: &TaskId, answer: &Arc<Answer>) {
-        let (Some(store), Some(keeping)) = (&self.elsewhere, answer.keeping) else {
+    pub(super) fn publish(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
+        let (Some(store), Some(keeping)) = (&self.elsewhere, answer.keeping()) else {
             return;
         };
         let owner = owner(store, account);
-        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), Arc::clone(answer));
+        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), answer.clone());
         store.publish(owner.place(&task), move |clock| {
             let now = moment(clock);
             let label = Label {
-                stage: answer.reading.stage.unwrap_or(Stage::NotFound) as u8,
+                stage: answer.stage().unwrap_or(Stage::NotFound) as u8,
                 live: answer.is_live(),
-                asked_ms: now.unix_ms(answer.asked),
-                received_ms: now.unix_ms(answer.received),
+                asked_ms: now.unix_ms(answer.asked()),
+                received_ms: now.unix_ms(answer.received()),
             };
             let sealed = seal.close(owner.within(label.text().as_bytes()), &task, &answer, now)?;
             Some((label, sealed, keeping.keep.saturating_sub(answer.age(now.at))))
@@ -166,19 +166,19 @@ impl Gateway {
         let kept = self.cache.get(account.id, task, Instant::now(), live);
         Wanted {
             fresh: live,
-            after: kept.map(|kept| kept.asked),
+            after: kept.as_ref().map(Answer::asked),
         }
     }
 
     /// Opens what was found, and keeps it; `None` on any doubt.
-    fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Arc<Answer>> {
+    fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Answer> {
         let owner = owner(store, account).within(found.label());
         let (now, config) = (moment(found.clock), self.config());
         let (key, answer) = account.keys.iter().find_map(|key| {
-            let answer = key.seal.open(owner, task, found.sealed(), now, &config.cache)?;
-            Some((key, Arc::new(answer)))
+            let draft = key.seal.open(owner, task, found.sealed(), now, &config.cache)?;
+            Some((key, draft.of(account.id, task)))
         })?;
-        key.heard(answer.asked);
+        key.heard(answer.asked());
         self.cache.put(account.id, task, &answer, now.at);
         if answer.has_ended() {
             account.watch.ended(task);

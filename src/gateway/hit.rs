@@ -7,7 +7,6 @@
 //! not fresh; and every poll while hits are logged or their spans kept. Both ways give the same answer, byte for byte
 //! (`tests/gateway/hits.rs`).
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -37,7 +36,7 @@ pub struct Hit {
     /// The status line and all headers.
     pub head: Vec<u8>,
     /// Of which the body is sent.
-    pub answer: Arc<Answer>,
+    pub answer: Answer,
     _in_flight: InFlight,
 }
 

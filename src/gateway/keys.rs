@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::HeaderValue;
 use prometheus::IntGauge;
 use tokio::time::Instant;
 
 use crate::account::ApiKey;
-use crate::stored::{Answer, Keeping, Seal, content_type};
+use crate::stored::{Answer, Keeping, Seal};
 
 /// How long a refusal is remembered. Clients poll every 2 to 5 s, so a key that is accepted again, or an account that has
 /// credits again, is without answers for hardly longer than one interval, and what is refused costs a query in 5 s, 1.4 %
@@ -115,7 +116,7 @@ struct Word {
 
 #[derive(Debug)]
 struct Remembered {
-    answer: Arc<Answer>,
+    answer: Answer,
     until: Instant,
 }
 
@@ -135,7 +136,7 @@ impl Refusal {
 
     /// The refusal, while it is remembered at `now`. `None` lets the one who asked go and ask upstream: the refusal is
     /// then remembered for a while longer, for all others.
-    pub(super) fn recall(&self, now: Instant) -> Option<Arc<Answer>> {
+    pub(super) fn recall(&self, now: Instant) -> Option<Answer> {
         if !self.stands() {
             return None;
         }
@@ -145,29 +146,29 @@ impl Refusal {
             remembered.until = now + REMEMBERED;
             return None;
         }
-        Some(Arc::clone(&remembered.answer))
+        Some(remembered.answer.clone())
     }
 
     /// The refusal, if it came at `start` or later.
-    pub(super) fn since(&self, start: Instant) -> Option<Arc<Answer>> {
+    pub(super) fn since(&self, start: Instant) -> Option<Answer> {
         if !self.stands() {
             return None;
         }
-        let answer = Arc::clone(&self.word().refused.as_ref()?.answer);
-        (answer.received >= start).then_some(answer)
+        let answer = self.word().refused.as_ref()?.answer.clone();
+        (answer.received() >= start).then_some(answer)
     }
 
     /// Upstream refused, and wants to be left alone for `retry_after`. True when it had not before.
     pub(super) fn set(&self, answer: &Answer, retry_after: Option<Duration>) -> bool {
         let keep = retry_after.map_or(REMEMBERED, |asked| asked.clamp(REMEMBERED, LONGEST_REMEMBERED));
         let mut word = self.word();
-        let last = word.refused.as_ref().map(|refused| refused.answer.asked);
-        if last.max(word.otherwise).is_some_and(|last| last > answer.asked) {
+        let last = word.refused.as_ref().map(|refused| refused.answer.asked());
+        if last.max(word.otherwise).is_some_and(|last| last > answer.asked()) {
             return false;
         }
         let before = word.refused.replace(Remembered {
-            answer: Arc::new(remembered(answer, keep)),
-            until: answer.received + keep,
+            answer: remembered(answer, keep),
+            until: answer.received() + keep,
         });
         self.stands.store(true, Ordering::Relaxed);
         if before.is_none() {
@@ -183,7 +184,7 @@ impl Refusal {
         let is_over = word
             .refused
             .as_ref()
-            .is_some_and(|refused| refused.answer.asked <= asked);
+            .is_some_and(|refused| refused.answer.asked() <= asked);
         if is_over {
             word.refused = None;
             self.stands.store(false, Ordering::Relaxed);
@@ -209,21 +210,17 @@ impl Drop for Refusal {
 /// What is remembered of an answer: not its room, which belongs to bodies in flight, nor a body beyond all measure, in
 /// whose place goes an envelope that says the same.
 fn remembered(answer: &Answer, keep: Duration) -> Answer {
-    let is_small = answer.body.len() <= LARGEST_BODY;
-    let (body, content_type) = if is_small {
-        (answer.body.clone(), answer.content_type.clone())
-    } else {
+    let mut draft = answer.draft();
+    draft.keeping = Some(Keeping::briefly(keep));
+    if draft.body.len() > LARGEST_BODY {
         let code = answer.code();
         let envelope = format!(
             r#"{{"code":{code},"message":"crun-gateway: upstream answered code {code} a moment ago","data":null}}"#
         );
-        (Bytes::from(envelope), content_type(b"application/json"))
-    };
-    let mut copy = Answer::new(answer.status, body, answer.reading, answer.asked, answer.received);
-    copy.content_type = content_type;
-    copy.retry_after.clone_from(&answer.retry_after);
-    copy.keeping = Some(Keeping::briefly(keep));
-    copy
+        draft.body = Bytes::from(envelope);
+        draft.content_type = Some(HeaderValue::from_static("application/json"));
+    }
+    draft.of_nobody()
 }
 
 #[cfg(test)]
@@ -231,6 +228,7 @@ mod tests {
     use http::StatusCode;
 
     use super::*;
+    use crate::stored::Draft;
     use crate::task::{self, TaskId};
 
     const BODY: &[u8] = br#"{"code":401,"message":"Unauthorized","data":null}"#;
@@ -244,7 +242,7 @@ mod tests {
         let task = TaskId::from_query(Some("task_id=a")).unwrap();
         let reading = task::read(401, body, &task);
         let body = Bytes::from_static(body);
-        Answer::new(StatusCode::UNAUTHORIZED, body, reading, asked, received)
+        Draft::new(StatusCode::UNAUTHORIZED, body, reading, asked, received).of_nobody()
     }
 
     fn gauge() -> IntGauge {
@@ -257,7 +255,7 @@ mod tests {
         assert!(refusal.recall(start).is_none() && !refusal.stands());
         assert!(refusal.set(&refused(BODY, start, start), None));
         let last = start + REMEMBERED - Duration::from_nanos(1);
-        assert_eq!(refusal.recall(last).unwrap().body, BODY);
+        assert_eq!(refusal.recall(last).unwrap().body(), BODY);
         assert!(refusal.recall(start + seconds(5)).is_none(), "one asks again");
         assert!(refusal.recall(start + seconds(5)).is_some(), "and no other");
         assert!(refusal.recall(start + seconds(9)).is_some());
@@ -321,10 +319,10 @@ mod tests {
         let (start, refusal) = (Instant::now(), Refusal::new(gauge()));
         refusal.set(&refused(&HUGE, start, start), None);
         let answer = refusal.recall(start).unwrap();
-        assert!(answer.body.starts_with(br#"{"code":401,"#), "{answer:?}");
-        assert_eq!(answer.status, 401);
+        assert!(answer.body().starts_with(br#"{"code":401,"#), "{answer:?}");
+        assert_eq!(answer.status(), 401);
         refusal.set(&refused(&HUGE[1..], start, start), None);
-        assert_eq!(refusal.recall(start).unwrap().body.len(), LARGEST_BODY);
+        assert_eq!(refusal.recall(start).unwrap().body().len(), LARGEST_BODY);
     }
 
     #[test]

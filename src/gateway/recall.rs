@@ -23,20 +23,20 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub(super) enum Recall {
     UnderWay,
-    Done(Option<Arc<Answer>>),
+    Done(Option<Answer>),
 }
 
 impl Gateway {
     /// Has an answer, fetched with `key`, kept beyond this process: for other replicas, and an ended task's on disk.
-    pub(super) fn remember(&self, account: &Account, key: &Key, task: &TaskId, answer: &Arc<Answer>) {
+    pub(super) fn remember(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
         self.publish(account, key, task, answer);
         let Some(disk) = self.disk.as_ref().filter(|_| answer.has_ended()) else {
             return;
         };
         let (owner, now) = (account.owner, now());
-        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), Arc::clone(answer));
-        let said_ms = now.unix_ms(answer.received);
-        disk.put(owner.place(&task), said_ms, answer.body.len(), move || {
+        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), answer.clone());
+        let said_ms = now.unix_ms(answer.received());
+        disk.put(owner.place(&task), said_ms, answer.body().len(), move || {
             seal.close(owner, &task, &answer, now)
         });
     }
@@ -44,7 +44,7 @@ impl Gateway {
     /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
     ///
     /// Cancel safe: reading goes on, for whoever else waits.
-    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Option<Arc<Answer>> {
+    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Option<Answer> {
         let (disk, account) = (self.disk.as_ref()?, &poll.asker.account);
         let place = account.owner.place(&poll.task);
         if !disk.may_hold(place) {
@@ -70,7 +70,7 @@ impl Gateway {
         }
     }
 
-    async fn read(&self, account: &Arc<Account>, task: &TaskId, place: u128) -> Option<Arc<Answer>> {
+    async fn read(&self, account: &Arc<Account>, task: &TaskId, place: u128) -> Option<Answer> {
         let disk = self.disk.as_ref()?;
         let config = self.config();
         let patience = PATIENCE.min(config.budget.max_wait / 4);
@@ -78,13 +78,13 @@ impl Gateway {
         let opened = disk.get(place, patience, move |sealed| {
             let now = now();
             account.keys.iter().find_map(|key| {
-                let answer = key.seal.open(account.owner, &asked, sealed, now, &config.cache)?;
-                let ended = answer.has_ended();
-                ended.then(|| (account.id, Arc::clone(key), Arc::new(answer)))
+                let draft = key.seal.open(account.owner, &asked, sealed, now, &config.cache)?;
+                let answer = draft.of(account.id, &asked);
+                answer.has_ended().then(|| (account.id, Arc::clone(key), answer))
             })
         });
         let (account, key, answer) = opened.await?;
-        key.heard(answer.asked);
+        key.heard(answer.asked());
         self.cache.put(account, task, &answer, Instant::now());
         Some(answer)
     }

@@ -2,7 +2,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -44,7 +43,7 @@ const USUAL_HEAD: usize = 384;
 #[derive(Debug)]
 pub enum Body {
     /// An answer's bytes, until they are taken.
-    Answer(Option<Arc<Answer>>),
+    Answer(Option<Answer>),
     /// Bytes that are there.
     Whole(Full<Bytes>),
     /// Upstream's, as they come; its span ends with them.
@@ -69,7 +68,7 @@ impl HttpBody for Body {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Answer(answer) => answer.as_ref().is_none_or(|answer| answer.body.is_empty()),
+            Self::Answer(answer) => answer.as_ref().is_none_or(|answer| answer.body().is_empty()),
             Self::Whole(body) => body.is_end_stream(),
             Self::Streamed(body, _) => body.is_end_stream(),
         }
@@ -78,7 +77,7 @@ impl HttpBody for Body {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Answer(answer) => {
-                let bytes = answer.as_ref().map_or(0, |answer| answer.body.len());
+                let bytes = answer.as_ref().map_or(0, |answer| answer.body().len());
                 SizeHint::with_exact(bytes as u64)
             }
             Self::Whole(body) => body.size_hint(),
@@ -95,7 +94,7 @@ pub enum Data {
     /// What is left of an answer's: the cache keeps no counter of its own beside each body for those who send it.
     Of {
         /// Whose bytes.
-        answer: Arc<Answer>,
+        answer: Answer,
         /// So many are sent.
         at: usize,
     },
@@ -109,7 +108,7 @@ impl Buf for Data {
     fn chunk(&self) -> &[u8] {
         match self {
             Self::Bytes(bytes) => bytes,
-            Self::Of { answer, at } => answer.body.get(*at..).unwrap_or_default(),
+            Self::Of { answer, at } => answer.body().get(*at..).unwrap_or_default(),
         }
     }
 
@@ -141,9 +140,9 @@ impl CacheStatus {
             Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
             Self::Forwarded { was_stale, collapsed } => {
                 let fwd = if was_stale { "stale" } else { "uri-miss" };
-                let status = answer.status.as_u16();
+                let status = answer.status().as_u16();
                 let collapsed = if collapsed { "; collapsed" } else { "" };
-                let stored = if answer.keeping.is_some() {
+                let stored = if answer.is_stored() {
                     format!("; stored; ttl={ttl}")
                 } else {
                     String::new()
@@ -169,10 +168,10 @@ fn each_field(
     live: Duration,
     mut field: impl FnMut(HeaderName, Value<'_>),
 ) {
-    if let Some(content_type) = &answer.content_type {
-        field(CONTENT_TYPE, Value::Is(content_type));
+    if let Some(content_type) = answer.content_type() {
+        field(CONTENT_TYPE, Value::Is(&content_type));
     }
-    if let Some(retry_after) = &answer.retry_after {
+    if let Some(retry_after) = answer.retry_after() {
         field(RETRY_AFTER, Value::Is(retry_after));
     }
     field(CACHE_STATUS, Value::Says(&cache.value(answer, answer.ttl(now, live))));
@@ -182,9 +181,9 @@ fn each_field(
 }
 
 /// Upstream's answer as the client gets it: its bytes and status, and [the headers that go with it](each_field).
-pub(super) fn answer(answer: Arc<Answer>, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
+pub(super) fn answer(answer: Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
     let mut response = Response::new(Body::Answer(None));
-    *response.status_mut() = answer.status;
+    *response.status_mut() = answer.status();
     let headers = response.headers_mut();
     headers.reserve(USUAL_HEADERS);
     each_field(&answer, cache, now, live, |name, value| {
@@ -210,8 +209,13 @@ pub(super) fn head(answer: &Answer, cache: CacheStatus, now: Instant, live: Dura
         }
         head.extend_from_slice(b"\r\n");
     };
-    let reason = answer.status.canonical_reason().unwrap_or("<none>");
-    add(&[b"HTTP/1.1 ", answer.status.as_str().as_bytes(), b" ", reason.as_bytes()]);
+    let reason = answer.status().canonical_reason().unwrap_or("<none>");
+    add(&[
+        b"HTTP/1.1 ",
+        answer.status().as_str().as_bytes(),
+        b" ",
+        reason.as_bytes(),
+    ]);
     each_field(answer, cache, now, live, |name, value| {
         let value = match value {
             Value::Is(value) => value.as_bytes(),
@@ -223,7 +227,7 @@ pub(super) fn head(answer: &Answer, cache: CacheStatus, now: Instant, live: Dura
     with_request_id(sent, unix, |id| add(&[b"x-request-id: ", id]));
     add(&[
         b"content-length: ",
-        itoa::Buffer::new().format(answer.body.len()).as_bytes(),
+        itoa::Buffer::new().format(answer.body().len()).as_bytes(),
     ]);
     with_date(unix, |date| add(&[b"date: ", date.as_bytes()]));
     add(&[]);

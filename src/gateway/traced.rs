@@ -251,7 +251,7 @@ pub(super) struct Query {
 
 impl Query {
     pub(super) fn answered(&self, answer: &Answer, outcome: Outcome) {
-        said(&self.span, answer.status);
+        said(&self.span, answer.status());
         self.span.say(CODE, answer.code());
         self.span.say(OUTCOME, outcome.label());
     }

@@ -233,7 +233,7 @@ struct Sending {
 impl Sending {
     fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Hit { head, answer, .. } = &self.hit;
-        let body = &*answer.body;
+        let body = answer.body();
         while self.sent < head.len() + body.len() {
             let (of_head, of_body) = (self.sent.min(head.len()), self.sent.saturating_sub(head.len()));
             let slices = [IoSlice::new(&head[of_head..]), IoSlice::new(&body[of_body..])];

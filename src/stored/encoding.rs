@@ -14,7 +14,7 @@ use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::digest;
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -22,7 +22,7 @@ use secrecy::{ExposeSecret as _, SecretBox};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{Answer, Keeping};
+use super::{Answer, Draft, Keeping};
 use crate::account::ApiKey;
 use crate::config;
 use crate::task::{self, TaskId};
@@ -121,16 +121,13 @@ impl Seal {
 
     /// The answer as it may be kept outside; `None` for one that is not kept at all, or whose Content-Type is no text.
     pub fn close(&self, owner: Owner, task: &TaskId, answer: &Answer, now: Moment) -> Option<Vec<u8>> {
-        let keeping = answer.keeping?;
-        let content_type = answer
-            .content_type
-            .as_ref()
-            .map(|value| value.to_str().map(str::to_owned));
+        let keeping = answer.keeping()?;
+        let content_type = answer.content_type().map(|value| value.to_str().map(str::to_owned));
         let head = serde_json::to_vec(&Head {
-            status: answer.status.as_u16(),
+            status: answer.status().as_u16(),
             content_type: content_type.transpose().ok()?,
-            asked: now.unix_ms(answer.asked),
-            received: now.unix_ms(answer.received),
+            asked: now.unix_ms(answer.asked()),
+            received: now.unix_ms(answer.received()),
             keep: ms(keeping.keep),
             settling_since: keeping.settling_since.map(|since| now.unix_ms(since)),
         })
@@ -138,12 +135,12 @@ impl Seal {
         // By chance: the same twice in 2^32 answers of one key has odds of one in 2^33, and 15 a second take nine years.
         let mut nonce = [0; NONCE_LEN];
         SystemRandom::new().fill(&mut nonce).ok()?;
-        let mut sealed = Vec::with_capacity(1 + NONCE_LEN + 4 + head.len() + answer.body.len() + 16);
+        let mut sealed = Vec::with_capacity(1 + NONCE_LEN + 4 + head.len() + answer.body().len() + 16);
         sealed.push(VERSION);
         sealed.extend(nonce);
         sealed.extend(u32::try_from(head.len()).ok()?.to_be_bytes());
         sealed.extend(head);
-        sealed.extend(&answer.body);
+        sealed.extend(answer.body());
         let (_, plain) = sealed.split_at_mut(1 + NONCE_LEN);
         let nonce = Nonce::assume_unique_for_key(nonce);
         let tag = self
@@ -161,7 +158,7 @@ impl Seal {
         sealed: &[u8],
         now: Moment,
         cache: &config::Cache,
-    ) -> Option<Answer> {
+    ) -> Option<Draft> {
         let (&VERSION, rest) = sealed.split_first()? else {
             return None;
         };
@@ -192,7 +189,7 @@ impl fmt::Debug for Seal {
 }
 
 impl Head {
-    fn answer(self, body: Bytes, task: &TaskId, now: Moment, cache: &config::Cache) -> Option<Answer> {
+    fn answer(self, body: Bytes, task: &TaskId, now: Moment, cache: &config::Cache) -> Option<Draft> {
         let (asked, received) = (now.then(self.asked)?, now.then(self.received)?);
         let settling_since = match self.settling_since {
             Some(since) => Some(now.then(since)?),
@@ -202,12 +199,16 @@ impl Head {
         let mut keeping = Keeping::since(&reading, settling_since, received, self.received / 1000, cache)?;
         keeping.keep = keeping.keep.min(Duration::from_millis(self.keep));
         let status = StatusCode::from_u16(self.status).ok()?;
-        let mut answer = Answer::new(status, body, reading, asked, received);
-        if let Some(kept) = &self.content_type {
-            answer.content_type = Some(super::content_type(kept.as_bytes())?);
-        }
-        answer.keeping = Some(keeping);
-        answer.is_kept(now.at).then_some(answer)
+        let content_type = match self.content_type {
+            Some(kept) => Some(HeaderValue::try_from(kept).ok()?),
+            None => None,
+        };
+        let is_kept = now.at.saturating_duration_since(received) < keeping.keep;
+        is_kept.then_some(Draft {
+            content_type,
+            keeping: Some(keeping),
+            ..Draft::new(status, body, reading, asked, received)
+        })
     }
 }
 

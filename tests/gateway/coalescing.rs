@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::client::{poll_request, try_request};
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::process::PATIENCE;
-use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
+use crate::harness::{Gateway, KEY, Raw, Reply, Simulator, poll, raw, scripted};
 
 /// Polls `task` from `clients` clients at once.
 async fn poll_at_once(gateway: &Gateway, task: &'static str, clients: usize) -> Vec<Reply> {
@@ -106,6 +108,51 @@ async fn ten_thousand_concurrent_polls_make_one_upstream_call_and_nobody_waits_l
     }
 }
 
+/// The same over as many connections as there are polls; how soon they are answered, `benches/growth` tells.
+#[tokio::test]
+async fn ten_thousand_polls_over_as_many_connections_make_one_upstream_call() {
+    const POLLS: usize = 10_000;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", upstream.local_addr().unwrap());
+    let config = format!(
+        "upstream: {{ url: \"{url}\", timeout: 60s }}\nbudget: {{ max_wait: 60s, max_queue: {POLLS} }}\n\
+         limits: {{ requests: 12000, connections: 12000, request_timeout: 120s }}"
+    );
+    let gateway = Gateway::start(&url, &config).await;
+    let mut clients = Vec::new();
+    for _ in 0..POLLS {
+        let mut client = Raw::connect(gateway.address).await;
+        client.send(raw::poll("a")).await.unwrap();
+        clients.push(client);
+    }
+    let (stream, _) = timeout(PATIENCE, upstream.accept()).await.unwrap().unwrap();
+    let mut upstream_connection = Raw::over(stream);
+    assert!(upstream_connection.head().await.is_some());
+    let waiting = async {
+        while (gateway.metric("crun_gateway_requests_in_flight").await - POLLS as f64).abs() > f64::EPSILON {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.expect("all polls wait");
+    // Nobody is to be served from what is kept: upstream would be asked for it again.
+    let body = br#"{"code":200,"message":"success","data":{"task_id":"a","status":"running","result":null}}"#;
+    let answer = scripted::response("200 OK", "Content-Type: application/json\r\n", body);
+    upstream_connection.send(answer).await.unwrap();
+    let mut collapsed = 0;
+    for client in &mut clients {
+        let reply = client.reply().await;
+        assert!(reply.is(200) && reply.body == body, "{reply:?}");
+        collapsed += usize::from(reply.header("cache-status").unwrap().contains("collapsed"));
+    }
+    assert_eq!(collapsed, POLLS - 1, "one led, the others followed");
+    let queries = "crun_gateway_upstream_requests_total{account=\"other\",outcome=\"live\"}";
+    assert!((gateway.metric(queries).await - 1.0).abs() < f64::EPSILON);
+    let more = timeout(Duration::from_millis(1), upstream_connection.head()).await;
+    assert!(more.is_err(), "nothing more is asked on its connection");
+}
+
 #[tokio::test]
 async fn a_running_task_that_upstream_says_not_to_store_makes_one_upstream_call_all_the_same() {
     let upstream = Simulator::start(&["--latency", "1s"]).await;
@@ -130,7 +177,7 @@ async fn the_first_leaves(task: &'static str, status: &str) {
     // The first client's connection is closed as soon as its query is on the way: nobody but it has led the flight.
     timeout(PATIENCE, async {
         while upstream.queries().await == 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            sleep(Duration::from_millis(10)).await;
         }
     })
     .await

@@ -239,7 +239,7 @@ async fn what_is_on_disk_is_served_while_upstream_is_away() {
     poll(gateway.address, "ended.song").await;
     stop(gateway).await;
     let url = upstream.url.clone();
-    upstream.kill().await;
+    let _port = upstream.gone().await;
     let gateway = Gateway::start(&url, &config).await;
     for task in 0..6 {
         assert_ne!(poll(gateway.address, &format!("ended.other-{task}")).await.status, 200);

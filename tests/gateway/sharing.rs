@@ -170,6 +170,10 @@ async fn when_the_replica_that_asks_is_killed_another_asks_and_everybody_is_answ
             .shows(replica, "crun_gateway_shared_flights_total{whose=\"theirs\"}", 1.0)
             .await;
     }
+    // It has claimed the flight; that it has asked, upstream knows.
+    while replicas.upstream.queries().await == 0 {
+        sleep(SECOND / 100).await;
+    }
     let killed = Instant::now();
     replicas.gateways.remove(0).kill().await;
     drop(first);
@@ -417,7 +421,7 @@ async fn a_poll_that_may_not_fly_is_answered_by_what_another_replica_has() {
     replicas.poll(0, "running.b").await;
     replicas.wrote(0, 2).await;
     let upstream = std::mem::replace(&mut replicas.upstream, Simulator::start(&[]).await);
-    upstream.kill().await;
+    let _port = upstream.gone().await;
     // Enough of them open the breaker.
     let open = "crun_gateway_upstream_breaker_open";
     let patience = Instant::now() + PATIENCE;
@@ -527,7 +531,7 @@ async fn whatever_becomes_of_the_store_polls_are_answered_and_nobody_waits_for_i
 async fn a_store_that_comes_and_goes_costs_a_poll_that_may_not_fly_fifty_milliseconds() {
     let mut replicas = Replicas::start(1, &["--latency", "1ms"], "").await;
     let upstream = std::mem::replace(&mut replicas.upstream, Simulator::start(&[]).await);
-    upstream.kill().await;
+    let _port = upstream.gone().await;
     let address = replicas.gateways[0].address;
     let open = "crun_gateway_upstream_breaker_open";
     while replicas.gateways[0].metric(open).await < 0.5 {

@@ -40,21 +40,22 @@ fn body(task: &str, status: &str, media: &str, more: &str) -> String {
 }
 
 /// What is kept of an answer that took a second and was received `age` ago.
-fn answer(id: &str, body: &str, now: Moment, age: Duration) -> Answer {
+fn draft(id: &str, body: &str, now: Moment, age: Duration) -> Draft {
     let reading = task::read(200, body.as_bytes(), &task(id));
     let received = now.at.checked_sub(age).unwrap();
     let asked = received.checked_sub(Duration::from_secs(1)).unwrap();
-    let mut answer = Answer::new(StatusCode::OK, Bytes::from(body.to_owned()), reading, asked, received);
-    answer.content_type = crate::stored::content_type(b"application/json");
-    answer.keeping = Keeping::of(
-        &reading,
-        None,
-        received,
-        now.unix.saturating_sub(age).as_secs(),
-        &SETTINGS,
-    );
-    assert!(answer.keeping.is_some(), "{body}");
-    answer
+    let unix_received = now.unix.saturating_sub(age).as_secs();
+    let draft = Draft {
+        content_type: Some(HeaderValue::from_static("application/json")),
+        keeping: Keeping::of(&reading, None, received, unix_received, &SETTINGS),
+        ..Draft::new(StatusCode::OK, Bytes::from(body.to_owned()), reading, asked, received)
+    };
+    assert!(draft.keeping.is_some(), "{body}");
+    draft
+}
+
+fn answer(id: &str, body: &str, now: Moment, age: Duration) -> Answer {
+    draft(id, body, now, age).of_nobody()
 }
 
 fn ended(id: &str, now: Moment, age: Duration) -> Answer {
@@ -62,7 +63,7 @@ fn ended(id: &str, now: Moment, age: Duration) -> Answer {
 }
 
 /// Seals `answer` about task `a` of the account `music`, and opens it `after` that.
-fn reopened(answer: &Answer, now: Moment, after: Duration, cache: &config::Cache) -> Option<Answer> {
+fn reopened(answer: &Answer, now: Moment, after: Duration, cache: &config::Cache) -> Option<Draft> {
     let (seal, owner) = (Seal::of(&key("k")), Owner::listed("music"));
     let sealed = seal.close(owner, &task("a"), answer, now)?;
     seal.open(owner, &task("a"), &sealed, later(now, after), cache)
@@ -72,15 +73,15 @@ fn reopened(answer: &Answer, now: Moment, after: Duration, cache: &config::Cache
 fn a_live_answer_brings_no_lifetime_and_a_settling_one_its_first_sight() {
     let now = now();
     let running = answer("a", &body("a", "running", "", ""), now, Duration::from_secs(3));
-    let opened = reopened(&running, now, Duration::ZERO, &SETTINGS).unwrap();
+    let opened = reopened(&running, now, Duration::ZERO, &SETTINGS).unwrap().of_nobody();
     assert!(opened.is_live() && !opened.has_ended());
-    assert_eq!(opened.keeping.unwrap().keep, SETTINGS.max_stale);
+    assert_eq!(opened.keeping().unwrap().keep, SETTINGS.max_stale);
 
     let settling = answer("a", &body("a", "success", "", ""), now, Duration::from_mins(9));
-    let opened = reopened(&settling, now, Duration::ZERO, &SETTINGS).unwrap();
+    let opened = reopened(&settling, now, Duration::ZERO, &SETTINGS).unwrap().of_nobody();
     assert!(opened.is_live());
     let next = later(now, Duration::from_mins(1));
-    let reading = task::read(200, &opened.body, &task("a"));
+    let reading = task::read(200, opened.body(), &task("a"));
     let again = Keeping::of(&reading, Some(&opened), next.at, next.unix.as_secs(), &SETTINGS);
     assert!(again.unwrap().ended, "ten minutes from first sight, whoever saw it");
 }
@@ -121,7 +122,7 @@ fn a_clock_that_is_a_little_behind_the_writers_makes_an_answer_new_and_far_behin
         };
         seal.open(owner, &task("a"), &sealed, now, &SETTINGS)
     };
-    assert_eq!(behind(MOST_AHEAD).unwrap().age(now.at), Duration::ZERO);
+    assert_eq!(behind(MOST_AHEAD).unwrap().of_nobody().age(now.at), Duration::ZERO);
     assert!(behind(MOST_AHEAD + Duration::from_millis(1)).is_none());
 }
 
@@ -139,11 +140,11 @@ fn each_key_of_an_account_opens_what_it_sealed_and_nothing_else() {
 #[test]
 fn what_is_not_kept_is_not_sealed() {
     let now = now();
-    let mut answer = ended("a", now, Duration::ZERO);
-    answer.keeping = None;
+    let mut draft = ended("a", now, Duration::ZERO).draft();
+    draft.keeping = None;
     assert!(
         Seal::of(&key("k"))
-            .close(Owner::listed("music"), &task("a"), &answer, now)
+            .close(Owner::listed("music"), &task("a"), &draft.of_nobody(), now)
             .is_none()
     );
 }
@@ -180,13 +181,14 @@ proptest! {
     #[test]
     fn what_is_sealed_opens_as_it_was(more in ".{0,300}", age_ms in 0..500_000_000_u64, after_ms in 0..50_000_000_u64) {
         let (now, age, after) = (now(), Duration::from_millis(age_ms), Duration::from_millis(after_ms));
-        let before = answer("a", &body("a", "failed", "", &more), now, age);
-        let opened = reopened(&before, now, after, &SETTINGS).unwrap();
+        let before = draft("a", &body("a", "failed", "", &more), now, age);
+        let sealed = answer("a", &body("a", "failed", "", &more), now, age);
+        let opened = reopened(&sealed, now, after, &SETTINGS).unwrap();
         prop_assert_eq!(&opened.body, &before.body);
         prop_assert_eq!(opened.status, before.status);
         prop_assert_eq!(&opened.content_type, &before.content_type);
         prop_assert_eq!(opened.reading, before.reading);
-        prop_assert_eq!(opened.age(now.at + after), age + after);
+        prop_assert_eq!(now.at + after - opened.received, age + after);
         prop_assert_eq!(opened.received - opened.asked, before.received - before.asked);
         prop_assert_eq!(opened.keeping, before.keeping);
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
@@ -301,6 +302,15 @@ impl Simulator {
     pub async fn kill(mut self) -> String {
         self.child.kill().await.unwrap();
         self.address.to_string()
+    }
+
+    /// Ends it at once, for good: as long as what this gives is there, nobody listens where it was, nor is given its port.
+    pub async fn gone(mut self) -> Socket {
+        self.child.kill().await.unwrap();
+        let port = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        port.set_reuse_address(true).unwrap();
+        port.bind(&self.address.into()).unwrap();
+        port
     }
 
     /// Sends a signal.
