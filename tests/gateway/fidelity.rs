@@ -6,10 +6,8 @@ use std::time::Duration;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
-use crate::harness::client::poll_request;
-use crate::harness::paused::{Behaviour, Paused, running, success};
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, KEY, Reply, Scripted, Simulator, poll, poll_as};
+use crate::harness::{Gateway, Scripted, Simulator, poll, poll_as};
 
 /// The id that a fixture tells of, or one that upstream may not know.
 fn task_of(fixture: &[u8]) -> String {
@@ -238,48 +236,4 @@ async fn a_body_that_cannot_be_had_is_a_bounded_and_honest_error() {
         let next = format!("ended.after-{task}");
         assert_eq!(poll(gateway.address, &next).await.status, 200, "after {task}");
     }
-}
-
-/// Most hits are looked up by what stands in the request; where something has to be decoded first, by a longer way.
-#[tokio::test(start_paused = true)]
-async fn a_hit_is_the_same_however_it_is_asked_for() {
-    let behaviour = Behaviour {
-        answer: |_, task| {
-            if task == "goes-on" {
-                running(task)
-            } else {
-                success(task)
-            }
-        },
-        ..Behaviour::default()
-    };
-    let gateway = Paused::start(behaviour, |_| {});
-    let shown = |reply: Reply| {
-        let mut headers: Vec<_> = reply.headers.into_iter().collect();
-        headers.retain(|(name, _)| {
-            name.as_ref()
-                .is_none_or(|name| name != "x-request-id" && name != "date")
-        });
-        (reply.status, headers, reply.body)
-    };
-    for task in ["ended", "goes-on"] {
-        assert_eq!(gateway.poll(KEY, task).await.status, 200);
-        let plain = shown(gateway.poll(KEY, task).await);
-        let (status, headers, _) = &plain;
-        assert_eq!(*status, 200);
-        assert!(
-            format!("{headers:?}").contains("crun-gateway; hit; ttl="),
-            "{headers:?}"
-        );
-        for spelled in [format!("{task}&other=1"), task.replace('e', "%65")] {
-            assert_eq!(
-                shown(gateway.ask(poll_request(KEY, &spelled)).await),
-                plain,
-                "{spelled}"
-            );
-        }
-    }
-    let hits = gateway.metric("crun_gateway_upstream_calls_saved_total{account=\"other\",how=\"hit\"}");
-    assert!((hits - 6.0).abs() < f64::EPSILON, "{hits}");
-    assert_eq!(gateway.queries().len(), 2);
 }
