@@ -11,9 +11,14 @@
     clippy::print_stdout,
     reason = "a bench that cannot go on shall fail, and what it finds is its output"
 )]
+#![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 #![allow(clippy::cast_precision_loss, reason = "the counts of a run are small")]
 
-use std::net::TcpListener;
+#[path = "growth/process.rs"]
+mod process;
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +45,7 @@ const LATE: Duration = Duration::from_millis(10);
 struct Store {
     child: Child,
     client: Client,
+    address: SocketAddr,
     _directory: tempfile::TempDir,
 }
 
@@ -52,7 +58,8 @@ impl Drop for Store {
 
 impl Store {
     fn start(server: &str) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let port = address.port();
         let mut command = Command::new(server);
         command.args(["--bind", "127.0.0.1", "--port", &port.to_string()]);
         let directory = tempfile::tempdir().unwrap();
@@ -64,6 +71,7 @@ impl Store {
         let store = Self {
             child,
             client,
+            address,
             _directory: directory,
         };
         for _ in 0..1000 {
@@ -206,6 +214,92 @@ fn row(server: &str, load: Load, each: Duration) {
     );
 }
 
+/// What an answer takes of the store's memory: a gateway fetches so many and shares them.
+fn answers(server: &str, answers: usize) {
+    let store = Store::start(server);
+    let (_upstream, upstream) = process::start(
+        &[
+            "upstream",
+            "--listen",
+            "127.0.0.1:0",
+            "--limit",
+            "1000000",
+            "--latency",
+            "0ms",
+        ],
+        " on http://",
+    );
+    let mut config = tempfile::NamedTempFile::new().unwrap();
+    writeln!(
+        config,
+        "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nupstream: {{ url: \"http://{upstream}\" }}\n\
+         budget: {{ limit: 1000000 }}\nshared: {{ url: \"redis://{}\", max_replicas: 1, max_bytes: \"16GiB\" }}",
+        store.address
+    )
+    .unwrap();
+    let (_gateway, gateway) = process::start(&["--config", config.path().to_str().unwrap()], " listen=");
+    let mut connection = store.connect();
+    let kept = |connection: &mut Connection| -> usize {
+        let keys: Vec<String> = redis::cmd("KEYS")
+            .arg("crun-gateway:answer:*")
+            .query(connection)
+            .unwrap();
+        keys.len()
+    };
+    let used = |connection: &mut Connection| -> usize {
+        let text: String = redis::cmd("INFO").arg("memory").query(connection).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap();
+        line.trim().parse().unwrap()
+    };
+    let size = poll(gateway, answers..answers + 1);
+    let before = used(&mut connection);
+    let threads = [0, 1, 2, 3].map(|part| spawn(move || poll(gateway, part * answers / 4..(part + 1) * answers / 4)));
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    // They are written behind.
+    for _ in 0..1000 {
+        if kept(&mut connection) > answers {
+            break;
+        }
+        park_timeout(Duration::from_millis(10));
+    }
+    assert_eq!(kept(&mut connection), answers + 1, "each is shared");
+    let each = (used(&mut connection) - before) / answers;
+    println!("\n{answers} answers of {size} bytes: {each} bytes of the store's memory each");
+}
+
+/// Polls tasks that have ended, one after the other; gives the size of an answer's body, in bytes.
+fn poll(gateway: SocketAddr, tasks: std::ops::Range<usize>) -> usize {
+    let mut stream = TcpStream::connect(gateway).unwrap();
+    stream.set_nodelay(true).unwrap();
+    let mut size = 0;
+    for task in tasks {
+        write!(
+            stream,
+            "GET /api/v1/client/job/TaskInfo?task_id=big-624.{task:06} HTTP/1.1\r\nhost: a\r\nx-api-key: k\r\n\r\n"
+        )
+        .unwrap();
+        let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
+        loop {
+            let read = stream.read(&mut piece).unwrap();
+            assert!(read > 0, "an answer");
+            answer.extend_from_slice(&piece[..read]);
+            let text = String::from_utf8_lossy(&answer);
+            let Some((head, body)) = text.split_once("\r\n\r\n") else {
+                continue;
+            };
+            assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            size = length.unwrap().parse().unwrap();
+            if body.len() == size {
+                break;
+            }
+        }
+    }
+    size
+}
+
 fn wait(until: Instant) {
     while let Some(left) = until
         .checked_duration_since(Instant::now())
@@ -254,4 +348,5 @@ fn main() {
         };
         row(server, load, each);
     }
+    answers(server, if is_quick { 100 } else { 10_000 });
 }
