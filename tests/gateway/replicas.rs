@@ -59,8 +59,10 @@ impl Silence {
 
 /// How long answers took: hits, and beside each one of a gateway that knows of no store. So what the machine does to both is
 /// known.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Waits {
+    /// Replicas that have what is asked for.
+    begun: usize,
     hits: Vec<Duration>,
     others: Vec<Duration>,
 }
@@ -77,6 +79,7 @@ impl Waits {
 
 /// One client that goes on asking for what is kept, one poll after the other.
 async fn poll_what_is_kept(address: SocketAddr, beside: SocketAddr, waits: Arc<Mutex<Waits>>) {
+    let mut is_kept = false;
     loop {
         let asked = Instant::now();
         let reply = try_request(address, poll_request(KEY, "ended.kept")).await;
@@ -86,6 +89,7 @@ async fn poll_what_is_kept(address: SocketAddr, beside: SocketAddr, waits: Arc<M
         let reply = try_request(beside, bare(Method::GET, "/nothing")).await;
         if is_hit && reply.is_ok_and(|reply| reply.status == 404) {
             let mut waits = waits.lock().unwrap();
+            waits.begun += usize::from(!std::mem::replace(&mut is_kept, true));
             waits.hits.push(took);
             waits.others.push(asked.elapsed());
         }
@@ -245,16 +249,22 @@ impl Replicas {
     /// Does `fault`, whose last step is to end it, and waits until all replicas lend again. Somebody has to spend within 3.5 s
     /// of its beginning, and of its end; and hits are nothing to the store.
     async fn survive(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
+        let patience = Instant::now() + PATIENCE;
+        while self.waits.lock().unwrap().begun < self.gateways.len() {
+            assert!(Instant::now() < patience, "{name}: what is kept is not");
+            sleep(SECOND / 20).await;
+        }
         let begun = Instant::now();
         self.silence.lock().unwrap().count_anew();
-        *self.waits.lock().unwrap() = Waits::default();
+        self.waits.lock().unwrap().hits.clear();
+        self.waits.lock().unwrap().others.clear();
         fault(self).await;
         let ended = Instant::now();
         let mut gaps = [self.silence.lock().unwrap().longest; 2];
         self.silence.lock().unwrap().count_anew();
         self.all_lend().await;
         gaps[1] = self.silence.lock().unwrap().longest;
-        let mut waits = std::mem::take(&mut *self.waits.lock().unwrap());
+        let mut waits = self.waits.lock().unwrap().clone();
         assert!(waits.hits.len() >= 50, "{name}: {} hits", waits.hits.len());
         let [hits, others] = waits.p99();
         eprintln!(
