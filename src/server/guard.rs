@@ -159,7 +159,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
             if let Some(sending) = &mut self.sending {
                 ready!(sending.0.poll(&mut self.stream, cx))?;
                 self.sending = None;
-                self.look_at_held(cx, hit)?;
+                self.answer_held(cx, hit)?;
                 continue;
             }
             if self.checked > 0 || self.refusal.get().is_some() {
@@ -173,30 +173,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
             if came.is_empty() {
                 return Poll::Ready(Ok(false));
             }
-            let answered = if self.held.is_empty() {
-                self.answer(came, cx, hit)?
+            if self.held.is_empty() {
+                let answered = self.answer(came, cx, hit)?;
+                self.held.extend_from_slice(&came[answered..]);
+                self.check_rest();
             } else {
-                0
-            };
-            self.held.extend_from_slice(&came[answered..]);
-            self.look_at_held(cx, hit)?;
+                self.held.extend_from_slice(came);
+                self.answer_held(cx, hit)?;
+            }
         }
     }
 
     /// Answers the hits that what is held begins with, and checks the rest.
-    fn look_at_held(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>) -> io::Result<()> {
-        if self.held.is_empty() || self.sending.is_some() {
-            return Ok(());
-        }
+    fn answer_held(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>) -> io::Result<()> {
         let held = mem::take(&mut self.held);
         let answered = self.answer(&held, cx, hit);
         self.held = held;
         self.held.advance(answered?);
+        self.check_rest();
+        Ok(())
+    }
+
+    /// Checks what is held, once no hit before it is on its way any more.
+    fn check_rest(&mut self) {
         if !self.held.is_empty() && self.sending.is_none() {
             self.phases.heard();
             self.check_held();
         }
-        Ok(())
     }
 
     /// Answers the hits that `bytes` begin with, as far as the client takes the answers. Gives how many bytes those were.

@@ -1,3 +1,4 @@
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -547,6 +548,30 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec
         }
     }
     (through, false)
+}
+
+#[test]
+fn what_could_be_a_hit_is_looked_up_once() {
+    let poll = b"GET /api/v1/client/job/TaskInfo?task_id=a HTTP/1.1\r\nHost: x\r\nx-api-key: k\r\n\r\n";
+    for behind in [&b""[..], poll, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"] {
+        let bytes = [poll, behind].concat();
+        let lengths = [bytes.len()];
+        let pieces = Pieces {
+            bytes: &bytes,
+            lengths: lengths.iter().cycle(),
+        };
+        let stream = tokio::io::join(pieces, tokio::io::sink());
+        let mut guard = Guard::new(stream, Phases::new(&LIMITS), most(), Refusal::default());
+        let looked_up = Cell::new(0);
+        let miss = |poll: PlainPoll<'_>| {
+            assert_eq!((poll.key, poll.query), ("k", "task_id=a"));
+            looked_up.set(looked_up.get() + 1);
+            None
+        };
+        let request = guard.poll_request(&mut Context::from_waker(Waker::noop()), &miss);
+        assert!(matches!(request, Poll::Ready(Ok(true))));
+        assert_eq!(looked_up.get(), 1);
+    }
 }
 
 thread_local! {
