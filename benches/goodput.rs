@@ -13,6 +13,8 @@
 #![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 #![allow(clippy::cast_precision_loss, reason = "the counts of a run are small")]
 
+#[path = "growth/ask.rs"]
+mod ask;
 #[path = "growth/process.rs"]
 mod process;
 
@@ -24,11 +26,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use ask::ask;
 use process::start;
 
 const CLIENTS: usize = 50;
@@ -39,25 +41,6 @@ const LEAST: f64 = 14.3;
 /// Before the count begins: the silence at start is over, and everybody waits in line.
 const WARM_UP: Duration = Duration::from_secs(5);
 
-/// Asks for `path`; gives the status and the body of the answer.
-async fn ask(stream: &mut TcpStream, path: &str) -> (String, Vec<u8>) {
-    let request = format!("GET {path} HTTP/1.1\r\nhost: gateway\r\nx-api-key: ak_bench\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut buffer = Vec::new();
-    loop {
-        assert_ne!(stream.read_buf(&mut buffer).await.unwrap(), 0, "closed");
-        let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else {
-            continue;
-        };
-        let head = str::from_utf8(&buffer[..end]).unwrap().to_ascii_lowercase();
-        let length = head.split_once("content-length: ").unwrap().1;
-        let length: usize = length.lines().next().unwrap().parse().unwrap();
-        if buffer.len() == end + 4 + length {
-            return (head[..12].to_owned(), buffer.split_off(end + 4));
-        }
-    }
-}
-
 /// Asks for one task after another.
 async fn poll(address: SocketAddr, client: usize, answered: Arc<AtomicUsize>, is_over: Arc<AtomicBool>) {
     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -65,8 +48,7 @@ async fn poll(address: SocketAddr, client: usize, answered: Arc<AtomicUsize>, is
     let mut task = 0;
     while !is_over.load(Ordering::Relaxed) {
         let path = format!("/api/v1/client/job/TaskInfo?task_id=ended.{client}.{task}");
-        let (status, _) = ask(&mut stream, &path).await;
-        assert_eq!(status, "http/1.1 200");
+        ask(&mut stream, &path).await;
         answered.fetch_add(1, Ordering::Relaxed);
         task += 1;
     }
@@ -104,7 +86,7 @@ async fn bench(counted: Duration) -> ExitCode {
     is_over.store(true, Ordering::Relaxed);
     clients.join_all().await;
     let mut stream = TcpStream::connect(upstream).await.unwrap();
-    let (_, stats) = ask(&mut stream, "/__stats").await;
+    let stats = ask(&mut stream, "/__stats").await;
     let stats: Value = serde_json::from_slice(&stats).unwrap();
     let number = |name: &str| stats[name].as_u64().unwrap();
     let (limited, highest) = (

@@ -14,18 +14,22 @@
 #![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 #![allow(clippy::cast_precision_loss, reason = "the counts of a run are small")]
 
+#[path = "growth/ask.rs"]
+mod ask;
 #[path = "growth/process.rs"]
 mod process;
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::Write as _;
+use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{park_timeout, spawn};
 use std::time::Duration;
 
+use ask::ask;
 use redis::{Client, Connection, ConnectionLike as _, Script};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 const LEND: &str = include_str!("../src/shared/lend.lua");
@@ -271,33 +275,17 @@ fn answers(server: &str, answers: usize) {
 
 /// Polls tasks that have ended, one after the other; gives the size of an answer's body, in bytes.
 fn poll(gateway: SocketAddr, tasks: std::ops::Range<usize>) -> usize {
-    let mut stream = TcpStream::connect(gateway).unwrap();
-    stream.set_nodelay(true).unwrap();
-    let mut size = 0;
-    for task in tasks {
-        write!(
-            stream,
-            "GET /api/v1/client/job/TaskInfo?task_id=big-624.{task:06} HTTP/1.1\r\nhost: a\r\nx-api-key: k\r\n\r\n"
-        )
-        .unwrap();
-        let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
-        loop {
-            let read = stream.read(&mut piece).unwrap();
-            assert!(read > 0, "an answer");
-            answer.extend_from_slice(&piece[..read]);
-            let text = String::from_utf8_lossy(&answer);
-            let Some((head, body)) = text.split_once("\r\n\r\n") else {
-                continue;
-            };
-            assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
-            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
-            size = length.unwrap().parse().unwrap();
-            if body.len() == size {
-                break;
-            }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.unwrap().block_on(async {
+        let mut stream = TcpStream::connect(gateway).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        let mut size = 0;
+        for task in tasks {
+            let path = format!("/api/v1/client/job/TaskInfo?task_id=big-624.{task:06}");
+            size = ask(&mut stream, &path).await.len();
         }
-    }
-    size
+        size
+    })
 }
 
 fn wait(until: Instant) {
