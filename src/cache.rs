@@ -173,7 +173,7 @@ impl Cache {
         }
         self.make_room(account, weight);
         self.shares
-            .add(key, block, weight, self.second(answer.kept_until()).saturating_add(1));
+            .add(key, block, weight, self.second(block.kept_until()).saturating_add(1));
         let put = self.tasks.entry(key).and_compute_with(|kept| {
             let kept = kept
                 .map(moka::Entry::into_value)
@@ -213,10 +213,7 @@ impl Cache {
 
     fn kept(&self, map: &Map, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
         let block = map.get(&self.key(account, task))?;
-        block
-            .is_of(account, task)
-            .then(|| Answer::from(block))
-            .filter(|answer| answer.is_kept(now))
+        (block.is_of(account, task) && block.is_kept(now)).then(|| Answer::from(block))
     }
 
     fn second(&self, at: Instant) -> u32 {
@@ -231,7 +228,7 @@ impl Cache {
                 .tasks
                 .entry(key)
                 .and_compute_with(|kept| match kept.map(moka::Entry::into_value) {
-                    Some(kept) if !Answer::from(kept.clone()).is_kept(now) => Op::Remove,
+                    Some(kept) if !kept.is_kept(now) => Op::Remove,
                     Some(_) | None => Op::Nop,
                 });
             if matches!(removed, CompResult::Removed(_)) {
@@ -292,8 +289,7 @@ impl Expiry<Key, Block> for KeepsFor {
 
 /// How long it is kept yet: it may have been read from elsewhere, a while ago.
 fn keeps_for(answer: &Block) -> Duration {
-    let until = Answer::from(answer.clone()).kept_until();
-    until.saturating_duration_since(Instant::now())
+    answer.kept_until().saturating_duration_since(Instant::now())
 }
 
 #[cfg(test)]

@@ -279,11 +279,6 @@ impl Answer {
         !self.block.keep().is_zero()
     }
 
-    /// When it is kept no longer.
-    pub fn kept_until(&self) -> Instant {
-        self.received() + self.block.keep()
-    }
-
     /// How old it is at `now`.
     pub fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.received())
@@ -301,7 +296,7 @@ impl Answer {
 
     /// Whether it is still kept at `now`.
     pub fn is_kept(&self, now: Instant) -> bool {
-        self.age(now) < self.block.keep()
+        self.block.is_kept(now)
     }
 
     /// Whether it tells that the task has ended.

@@ -179,6 +179,16 @@ impl Block {
         }
     }
 
+    /// When it is kept no longer.
+    pub fn kept_until(&self) -> Instant {
+        self.received() + self.keep()
+    }
+
+    /// Whether it is still kept at `now`.
+    pub fn is_kept(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.received()) < self.keep()
+    }
+
     pub(super) fn is_live(&self) -> bool {
         self.is_marked(LIVE)
     }
@@ -282,7 +292,7 @@ impl fmt::Debug for Block {
             .field("class", &self.class())
             .field("stage", &self.stage())
             .field("keeping", &self.keeping())
-            .field("body", &self.body().escape_ascii().to_string())
+            .field("bytes", &self.body().len())
             .finish_non_exhaustive()
     }
 }
@@ -395,7 +405,7 @@ mod tests {
     #[test]
     fn nothing_it_prints_tells_who_asked() {
         let now = Instant::now();
-        let answer = draft("a body", now, now).of(account("music"), &task("task-4711"));
+        let answer = draft(r#"{"task_id":"task-4711"}"#, now, now).of(account("music"), &task("task-4711"));
         assert!(!format!("{answer:?}").contains("4711"));
     }
 
