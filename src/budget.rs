@@ -387,6 +387,7 @@ impl Turn {
     ///
     /// Cancel safe: dropping the future costs nothing but, at worst, one emission interval.
     pub fn permit<C: Connected>(self, _connection: &C) -> impl Future<Output = Option<Permit>> + use<C> {
+        // It borrows no connection: one that its user drives is not `Sync`, and whoever waits would not be `Send`.
         async move {
             let (grant, granted) = oneshot::channel();
             let held = &self.standing.0;

@@ -41,7 +41,7 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use futures_util::future::OptionFuture;
@@ -441,10 +441,7 @@ impl Gateway {
         let on_trial = poll.asker.is_refused();
         let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
         let kept = match poll.trace.look_up(look) {
-            None if !on_trial => match self.recall(poll).await {
-                None => self.look_grounded(poll, live).await,
-                kept => kept,
-            },
+            None if !on_trial => self.look_further(poll, live).await,
             kept => kept,
         };
         let snapshot = match kept.filter(|_| !on_trial) {
@@ -566,19 +563,23 @@ impl Gateway {
         live: Option<Duration>,
         trace: FlightTrace,
     ) -> Carried {
-        let (gateway, account, metrics) = (Arc::clone(self), Arc::clone(&asker.account), Arc::clone(&self.metrics));
+        let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
         let (key, task) = (Arc::clone(&asker.key), task.clone());
-        Carried::new(async move {
-            metrics
-                .contain(gateway.fly(leader, account, key, task, live, trace))
-                .await;
-        })
+        Carried::new(self.contained(gateway.fly(leader, account, key, task, live, trace)))
     }
 
-    /// Runs `work` on nobody's behalf, and counts its panics.
+    /// Runs `work` on nobody's behalf.
     fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(self.contained(work));
+    }
+
+    /// The same work; a panic ends it, and is counted.
+    fn contained<W>(&self, work: W) -> impl Future<Output = ()> + Send + use<W>
+    where
+        W: Future<Output = ()> + Send + 'static,
+    {
         let metrics = Arc::clone(&self.metrics);
-        tokio::spawn(async move { metrics.contain(work).await });
+        async move { metrics.contain(work).await.unwrap_or(()) }
     }
 
     /// Whether a flight need not fly: what it is to fetch is kept by now, here or by another replica, or nobody may.
@@ -758,6 +759,11 @@ async fn until(is_so: impl Fn() -> bool) {
         }
     })
     .await;
+}
+
+/// Since 1970, by the wall clock.
+fn unix_now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// How a flight ends, for whoever waits.

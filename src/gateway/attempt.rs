@@ -1,7 +1,7 @@
 //! One attempt, and all that follows from it: what is kept, counted and logged, and what is learnt of upstream and the
 //! account. Flights and probes make the same ones.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
@@ -9,7 +9,7 @@ use super::accounts::Account;
 use super::clearance::learn;
 use super::keys::Key;
 use super::traced::FlightTrace;
-use super::{Gateway, MOST_ATTEMPTS};
+use super::{Gateway, MOST_ATTEMPTS, unix_now};
 use crate::budget::Permit;
 use crate::error::Error;
 use crate::outcome::Outcome;
@@ -108,7 +108,7 @@ impl Gateway {
             &reading,
             before.as_ref(),
             received,
-            unix_now(),
+            unix_now().as_secs(),
             &self.config.load().cache,
         );
         let draft = Draft {
@@ -189,10 +189,4 @@ fn failure(error: &Error) -> Outcome {
     } else {
         Outcome::Unavailable
     }
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }

@@ -5,13 +5,13 @@
 //! sealed with when it was asked for; so a restart costs no query to confirm a key that was confirmed a minute ago.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::accounts::Account;
 use super::keys::Key;
-use super::{Gateway, Poll};
+use super::{Gateway, Poll, unix_now};
 use crate::stored::{Answer, Moment};
 use crate::task::TaskId;
 
@@ -41,10 +41,20 @@ impl Gateway {
         });
     }
 
+    /// What is kept elsewhere of a task of which memory has nothing: on disk or, where nobody may fly, at another replica.
+    ///
+    /// Cancel safe.
+    pub(super) async fn look_further(self: &Arc<Self>, poll: &Poll<'_>, live: Duration) -> Option<Answer> {
+        match self.recall(poll).await {
+            None => self.look_grounded(poll, live).await,
+            recalled => recalled,
+        }
+    }
+
     /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
     ///
     /// Cancel safe: reading goes on, for whoever else waits.
-    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Option<Answer> {
+    async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Option<Answer> {
         let (disk, account) = (self.disk.as_ref()?, &poll.asker.account);
         let place = account.owner.place(&poll.task);
         if !disk.may_hold(place) {
@@ -91,9 +101,8 @@ impl Gateway {
 }
 
 fn now() -> Moment {
-    let unix = SystemTime::now().duration_since(UNIX_EPOCH);
     Moment {
         at: Instant::now(),
-        unix: unix.unwrap_or_default(),
+        unix: unix_now(),
     }
 }

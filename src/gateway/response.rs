@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
@@ -14,6 +14,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::unix_now;
 use crate::error::Error;
 use crate::otlp::Span;
 use crate::stored::Answer;
@@ -372,11 +373,6 @@ fn new_id(unix: Duration) -> Uuid {
     let [_, _, _, _, _, _, random @ ..] = random.to_be_bytes();
     let ms = u64::try_from(unix.as_millis()).unwrap_or(0);
     uuid::Builder::from_unix_timestamp_millis(ms, &random).into_uuid()
-}
-
-/// Since 1970, by the wall clock.
-fn unix_now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Rounded up, and at least 1: never an invitation to come too early.
