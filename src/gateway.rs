@@ -31,6 +31,7 @@ mod max_age;
 mod others;
 mod outage;
 mod passthrough;
+mod progress;
 mod recall;
 mod response;
 mod status;
@@ -47,11 +48,10 @@ use arc_swap::ArcSwap;
 use futures_util::future::OptionFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use hyper::body::Incoming;
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::account::{AccountId, Caller};
-use crate::budget::{Entry, Standing};
+use crate::budget::Entry;
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::disk::{self, Disk};
@@ -64,7 +64,7 @@ use crate::outcome::Served;
 use crate::shared::{Answers, Shared};
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
-use crate::trace::{TraceContext, TraceId};
+use crate::trace::TraceId;
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use accounts::{Account, Accounts};
 use asker::Asker;
@@ -73,6 +73,7 @@ use clearance::{is_in_vain, is_refused_key};
 use elsewhere::Way;
 pub use hit::{Hit, PlainPoll};
 use keys::Key;
+use progress::{Landed, Phase, Progress, landing};
 use recall::Recall;
 use response::CacheStatus;
 pub use response::{Body, Data};
@@ -115,41 +116,6 @@ pub struct Gateway {
 
 /// With the number of the key that flies alone: upstream has yet to accept it.
 type FlightKey = (AccountId, TaskId, Option<u64>);
-
-/// How far a flight is, as its followers see it.
-#[derive(Clone, Debug)]
-struct Progress {
-    standing: Standing,
-    /// The span that whoever joins is linked to.
-    trace: Option<TraceContext>,
-    phase: Phase,
-    /// What upstream answered to the first attempt, while a second is under way.
-    last_error: Option<Answer>,
-    landed: Option<Landed>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// For its turn, or for its permit.
-    Waiting,
-    /// Since this instant, for another replica's flight.
-    Elsewhere(Instant),
-    /// Its turn came at this instant, and it has no connection yet.
-    Connecting(Instant),
-    /// Spent at this instant: it will be finished and kept, whoever waits.
-    Sent(Instant),
-}
-
-#[derive(Clone, Debug)]
-enum Landed {
-    /// Another flight had just kept a fresh answer.
-    Kept(Answer),
-    /// Upstream's answer to a query with this key.
-    Fetched(Answer, Arc<Key>),
-    /// Unspent: meanwhile upstream refused the key, or had no credits for the account.
-    InVain,
-    Failed(Error),
-}
 
 /// Who asks, for which task, and since when.
 #[derive(Debug)]
@@ -710,25 +676,6 @@ impl Gateway {
     }
 }
 
-impl Progress {
-    fn new(standing: Standing, trace: Option<TraceContext>) -> Self {
-        Self {
-            standing,
-            trace,
-            phase: Phase::Waiting,
-            last_error: None,
-            landed: None,
-        }
-    }
-}
-
-impl Landed {
-    /// The change that shows it to the followers.
-    fn stage(self) -> impl FnOnce(&mut Progress) {
-        move |progress| progress.landed = Some(self)
-    }
-}
-
 /// What `future` gives, or `None` once nobody waits for the flight, the breaker has opened, or a changed configuration has
 /// taken one of the account's keys elsewhere.
 async fn while_awaited<T>(
@@ -764,15 +711,6 @@ async fn until(is_so: impl Fn() -> bool) {
 /// Since 1970, by the wall clock.
 fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-}
-
-/// How a flight ends, for whoever waits.
-async fn landing(mut progress: watch::Receiver<Progress>) -> Landed {
-    match progress.wait_for(|progress| progress.landed.is_some()).await {
-        Ok(progress) => progress.landed.clone().unwrap_or(Landed::Failed(Error::Internal)),
-        // The leader is gone without a landing: it panicked.
-        Err(_) => Landed::Failed(Error::Internal),
-    }
 }
 
 fn hit(answer: Answer) -> Answered {

@@ -1,0 +1,76 @@
+//! How far a flight is, as all who wait for it see it, and how it ends.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::keys::Key;
+use crate::budget::Standing;
+use crate::error::Error;
+use crate::stored::Answer;
+use crate::trace::TraceContext;
+
+/// How far a flight is, as its followers see it.
+#[derive(Clone, Debug)]
+pub(super) struct Progress {
+    pub(super) standing: Standing,
+    /// The span that whoever joins is linked to.
+    pub(super) trace: Option<TraceContext>,
+    pub(super) phase: Phase,
+    /// What upstream answered to the first attempt, while a second is under way.
+    pub(super) last_error: Option<Answer>,
+    pub(super) landed: Option<Landed>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// For its turn, or for its permit.
+    Waiting,
+    /// Since this instant, for another replica's flight.
+    Elsewhere(Instant),
+    /// Its turn came at this instant, and it has no connection yet.
+    Connecting(Instant),
+    /// Spent at this instant: it will be finished and kept, whoever waits.
+    Sent(Instant),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Landed {
+    /// Another flight, or another replica, had just kept a fresh answer.
+    Kept(Answer),
+    /// Upstream's answer to a query with this key.
+    Fetched(Answer, Arc<Key>),
+    /// Unspent: meanwhile upstream refused the key, or had no credits for the account.
+    InVain,
+    Failed(Error),
+}
+
+impl Progress {
+    /// A flight that has just been opened.
+    pub(super) fn new(standing: Standing, trace: Option<TraceContext>) -> Self {
+        Self {
+            standing,
+            trace,
+            phase: Phase::Waiting,
+            last_error: None,
+            landed: None,
+        }
+    }
+}
+
+impl Landed {
+    /// The change that shows it to the followers.
+    pub(super) fn stage(self) -> impl FnOnce(&mut Progress) {
+        move |progress| progress.landed = Some(self)
+    }
+}
+
+/// How a flight ends, for whoever waits.
+pub(super) async fn landing(mut progress: watch::Receiver<Progress>) -> Landed {
+    match progress.wait_for(|progress| progress.landed.is_some()).await {
+        Ok(progress) => progress.landed.clone().unwrap_or(Landed::Failed(Error::Internal)),
+        // The leader is gone without a landing: it panicked.
+        Err(_) => Landed::Failed(Error::Internal),
+    }
+}
