@@ -12,6 +12,7 @@ mod framing;
 mod guard;
 mod head;
 mod phases;
+mod plain;
 mod tls;
 
 use std::collections::HashMap;

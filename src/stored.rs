@@ -204,6 +204,30 @@ impl Keeping {
     }
 }
 
+/// How fresh an answer is at some instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freshness {
+    /// How old it is then.
+    pub age: Duration,
+    /// Its freshness lifetime; `None` for what is not kept.
+    lifetime: Option<Duration>,
+}
+
+impl Freshness {
+    /// Whether the answer is within its freshness lifetime.
+    pub fn is_fresh(self) -> bool {
+        self.lifetime.is_some_and(|lifetime| self.age < lifetime)
+    }
+
+    /// What is left of the freshness lifetime, in whole seconds; 0 or less once stale (RFC 9211 `ttl`), and 0 of what is
+    /// not kept.
+    pub fn ttl(self) -> i64 {
+        let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+        self.lifetime
+            .map_or(0, |lifetime| seconds(lifetime) - seconds(self.age))
+    }
+}
+
 impl Answer {
     /// What the cache keeps of it.
     pub fn block(&self) -> &Block {
@@ -284,9 +308,17 @@ impl Answer {
         now.saturating_duration_since(self.received())
     }
 
+    /// How fresh it is at `now`; `live` is the freshness lifetime of live answers.
+    pub fn freshness(&self, now: Instant, live: Duration) -> Freshness {
+        Freshness {
+            age: self.age(now),
+            lifetime: self.lifetime(live),
+        }
+    }
+
     /// Whether it is within its freshness lifetime at `now`; `live` is that of live answers.
     pub fn is_fresh(&self, now: Instant, live: Duration) -> bool {
-        self.age(now) < self.lifetime(live)
+        self.freshness(now, live).is_fresh()
     }
 
     /// Whether it tells that the task goes on.
@@ -310,17 +342,6 @@ impl Answer {
         self.class() != Class::NotFound && self.is_kept(now) && (self.has_ended() || self.age(now) <= max_stale)
     }
 
-    /// What is left of the freshness lifetime at `now`, in whole seconds; 0 or less once stale (RFC 9211 `ttl`), and 0 of
-    /// what is not kept. `live` is the lifetime of live answers.
-    pub fn ttl(&self, now: Instant, live: Duration) -> i64 {
-        let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-        if self.is_stored() {
-            seconds(self.lifetime(live)) - seconds(self.age(now))
-        } else {
-            0
-        }
-    }
-
     /// Whether it should take the place of `kept`: a state only moves forward, and of two answers that tell of the same
     /// stage the one that was asked for later is newer.
     pub fn replaces(&self, kept: &Self) -> bool {
@@ -338,9 +359,10 @@ impl Answer {
         self.block.note_read();
     }
 
-    /// The freshness lifetime, where that of live answers is `live`.
-    fn lifetime(&self, live: Duration) -> Duration {
-        if self.is_live() { live } else { self.block.keep() }
+    /// The freshness lifetime, where that of live answers is `live`; `None` for what is not kept.
+    fn lifetime(&self, live: Duration) -> Option<Duration> {
+        let keep = || Some(self.block.keep()).filter(|keep| !keep.is_zero());
+        if self.is_live() { Some(live) } else { keep() }
     }
 }
 
@@ -516,7 +538,7 @@ mod tests {
         };
         let answer = draft.of_nobody();
         assert!(!answer.is_fresh(now, LIVE) && !answer.is_kept(now) && !answer.may_stand_in(now, DAY));
-        assert_eq!(answer.ttl(now, LIVE), 0);
+        assert_eq!(answer.freshness(now, LIVE).ttl(), 0);
     }
 
     #[test]
@@ -552,7 +574,7 @@ mod tests {
             let answer = draft.of_nobody();
             let now = received + Duration::from_millis(age);
             let seconds = |ms: u64| i64::try_from(ms / 1000).unwrap();
-            let ttl = answer.ttl(now, LIVE);
+            let ttl = answer.freshness(now, LIVE).ttl();
             let left = if lifetime == 0 { 0 } else { seconds(lifetime) - seconds(age) };
             prop_assert_eq!(ttl, left);
             let tells_freshness = if answer.is_fresh(now, LIVE) { ttl >= 0 } else { ttl <= 0 };

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tracing::{Level, enabled};
 
 use super::asker::Asker;
-use super::{CacheStatus, Gateway, InFlight, response};
+use super::{Gateway, InFlight, response};
 use crate::account::Caller;
 use crate::outcome::Served;
 use crate::stored::Answer;
@@ -30,28 +30,28 @@ pub struct PlainPoll<'r> {
     pub request_id: Option<&'r [u8]>,
 }
 
-/// What is to be sent for a poll that is a hit.
+/// A poll that is a hit, until its answer is sent.
 #[derive(Debug)]
 pub struct Hit {
-    /// The status line and all headers.
-    pub head: Vec<u8>,
     /// Of which the body is sent.
     pub answer: Answer,
+    /// When it was asked for.
+    pub arrived: Instant,
     _in_flight: InFlight,
 }
 
 impl Gateway {
-    /// What to send for `poll`, if it is a hit; it is counted then. Otherwise nothing has happened, and the poll is
-    /// [`handle`](Self::handle)'s.
-    pub fn hit(&self, poll: PlainPoll<'_>, caller: &Caller) -> Option<Hit> {
+    /// What to send for `poll`, if it is a hit: the status line and all headers are added to `head`, and it is counted.
+    /// Otherwise nothing has happened, and the poll is [`handle`](Self::handle)'s.
+    pub fn hit(&self, poll: PlainPoll<'_>, caller: &Caller, head: &mut Vec<u8>) -> Option<Hit> {
         // The longer way tells of each poll.
         if self.exporter.is_some() || enabled!(Level::DEBUG) {
             return None;
         }
-        self.metrics.contain_now(|| self.look_up(poll, caller))?
+        self.metrics.contain_now(|| self.look_up(poll, caller, head))?
     }
 
-    fn look_up(&self, poll: PlainPoll<'_>, caller: &Caller) -> Option<Hit> {
+    fn look_up(&self, poll: PlainPoll<'_>, caller: &Caller, head: &mut Vec<u8>) -> Option<Hit> {
         let task = TaskId::plain(poll.query)?;
         let in_flight = self.place().ok()?;
         let arrived = Instant::now();
@@ -68,19 +68,19 @@ impl Gateway {
             } else {
                 Duration::ZERO
             };
-            if !answer.is_fresh(arrived, live) {
+            let freshness = answer.freshness(arrived, live);
+            if !freshness.is_fresh() {
                 return None;
             }
-            let now = Instant::now();
-            let head = response::head(&answer, CacheStatus::Hit(None), now, live, poll.request_id);
-            let took = now.saturating_duration_since(arrived);
+            response::write_hit(head, &answer, freshness, poll.request_id);
+            let took = arrived.elapsed();
             account.answered(&asker.requests(caller), Served::Hit, answer.code(), took);
-            Some((head, answer))
+            Some(answer)
         };
-        let (head, answer) = self.accounts.with(poll.key, arrived, hit)??;
+        let answer = self.accounts.with(poll.key, arrived, hit)??;
         Some(Hit {
-            head,
             answer,
+            arrived,
             _in_flight: in_flight,
         })
     }

@@ -270,7 +270,10 @@ mod tests {
             refusal.set(&refused(BODY, start, start), Some(seconds(retry_after)));
             let end = start + seconds(remembered);
             let answer = refusal.recall(end - Duration::from_nanos(1)).unwrap();
-            assert_eq!(answer.ttl(start, Duration::ZERO), i64::try_from(remembered).unwrap());
+            assert_eq!(
+                answer.freshness(start, Duration::ZERO).ttl(),
+                i64::try_from(remembered).unwrap()
+            );
             assert!(refusal.recall(end).is_none(), "{retry_after}");
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
-use http::{HeaderMap, HeaderName, HeaderValue, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use serde::Serialize;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::unix_now;
 use crate::error::Error;
 use crate::otlp::Span;
-use crate::stored::Answer;
+use crate::stored::{Answer, Freshness};
 
 /// RFC 9211.
 pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
@@ -33,6 +33,9 @@ pub(super) static VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-
 
 /// No cache between us and a client knows when a task goes on.
 static NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
+
+/// What Cache-Status says of every hit, before its `ttl`.
+const HIT: &str = "crun-gateway; hit; ttl=";
 
 /// The fields of an answer.
 const USUAL_HEADERS: usize = 6;
@@ -137,8 +140,8 @@ pub(super) enum CacheStatus {
 impl CacheStatus {
     fn value(self, answer: &Answer, ttl: i64) -> String {
         match self {
-            Self::Hit(None) => ["crun-gateway; hit; ttl=", itoa::Buffer::new().format(ttl)].concat(),
-            Self::Hit(Some(detail)) => format!("crun-gateway; hit; ttl={ttl}; detail={detail}"),
+            Self::Hit(None) => format!("{HIT}{ttl}"),
+            Self::Hit(Some(detail)) => format!("{HIT}{ttl}; detail={detail}"),
             Self::Forwarded { was_stale, collapsed } => {
                 let fwd = if was_stale { "stale" } else { "uri-miss" };
                 let status = answer.status().as_u16();
@@ -154,85 +157,62 @@ impl CacheStatus {
     }
 }
 
-/// A field's value, as it is or yet to be made.
-enum Value<'a> {
-    Is(&'a HeaderValue),
-    Says(&'a str),
-}
-
-/// The headers that go with upstream's answer: few, since most of upstream's speak of a connection or a moment that is not
-/// this client's. `live` is the freshness lifetime of live answers at `now`.
-fn each_field(
-    answer: &Answer,
-    cache: CacheStatus,
-    now: Instant,
-    live: Duration,
-    mut field: impl FnMut(HeaderName, Value<'_>),
-) {
-    if let Some(content_type) = answer.content_type() {
-        field(CONTENT_TYPE, Value::Is(&content_type));
-    }
-    if let Some(retry_after) = answer.retry_after() {
-        field(RETRY_AFTER, Value::Is(retry_after));
-    }
-    field(CACHE_STATUS, Value::Says(&cache.value(answer, answer.ttl(now, live))));
-    field(AGE, Value::Says(itoa::Buffer::new().format(answer.age(now).as_secs())));
-    field(CACHE_CONTROL, Value::Is(&NO_STORE));
-    field(VIA, Value::Is(&VIA_GATEWAY));
-}
-
-/// Upstream's answer as the client gets it: its bytes and status, and [the headers that go with it](each_field).
+/// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
+/// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
 pub(super) fn answer(answer: Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
+    let freshness = answer.freshness(now, live);
     let mut response = Response::new(Body::Answer(None));
     *response.status_mut() = answer.status();
     let headers = response.headers_mut();
     headers.reserve(USUAL_HEADERS);
-    each_field(&answer, cache, now, live, |name, value| {
-        let value = match value {
-            Value::Is(value) => Ok(value.clone()),
-            Value::Says(text) => HeaderValue::from_str(text),
-        };
-        if let Ok(value) = value {
-            headers.insert(name, value);
-        }
-    });
+    if let Some(content_type) = answer.content_type() {
+        headers.insert(CONTENT_TYPE, content_type.into_owned());
+    }
+    if let Some(retry_after) = answer.retry_after() {
+        headers.insert(RETRY_AFTER, retry_after.clone());
+    }
+    if let Ok(value) = HeaderValue::try_from(cache.value(&answer, freshness.ttl())) {
+        headers.insert(CACHE_STATUS, value);
+    }
+    headers.insert(AGE, HeaderValue::from(freshness.age.as_secs()));
+    headers.insert(CACHE_CONTROL, NO_STORE.clone());
+    headers.insert(VIA, VIA_GATEWAY.clone());
     *response.body_mut() = Body::Answer(Some(answer));
     response
 }
 
-/// The head of the same response, as hyper would write it on a connection that stays open. `sent` is the `x-request-id`
-/// that came with the request.
-pub(super) fn head(answer: &Answer, cache: CacheStatus, now: Instant, live: Duration, sent: Option<&[u8]>) -> Vec<u8> {
-    let mut head = Vec::with_capacity(USUAL_HEAD);
-    let mut add = |parts: &[&[u8]]| {
-        for part in parts {
-            head.extend_from_slice(part);
-        }
-        head.extend_from_slice(b"\r\n");
-    };
-    let reason = answer.status().canonical_reason().unwrap_or("<none>");
-    add(&[
-        b"HTTP/1.1 ",
-        answer.status().as_str().as_bytes(),
-        b" ",
-        reason.as_bytes(),
-    ]);
-    each_field(answer, cache, now, live, |name, value| {
-        let value = match value {
-            Value::Is(value) => value.as_bytes(),
-            Value::Says(text) => text.as_bytes(),
-        };
-        add(&[name.as_str().as_bytes(), b": ", value]);
-    });
+/// Writes to `head` what hyper would, on a connection that stays open, of [`answer`]'s response to a hit.
+/// `sent` is the `x-request-id` that came with the request.
+pub(super) fn write_hit(head: &mut Vec<u8>, answer: &Answer, freshness: Freshness, sent: Option<&[u8]>) {
     let unix = unix_now();
-    with_request_id(sent, unix, |id| add(&[b"x-request-id: ", id]));
-    add(&[
-        b"content-length: ",
-        itoa::Buffer::new().format(answer.body().len()).as_bytes(),
-    ]);
-    with_date(unix, |date| add(&[b"date: ", date.as_bytes()]));
-    add(&[]);
-    head
+    let mut number = itoa::Buffer::new();
+    head.reserve(USUAL_HEAD);
+    let mut add = |part: &[u8]| head.extend_from_slice(part);
+    if answer.status() == StatusCode::OK {
+        add(b"HTTP/1.1 200 OK");
+    } else {
+        add(b"HTTP/1.1 ");
+        add(answer.status().as_str().as_bytes());
+        add(b" ");
+        add(answer.status().canonical_reason().unwrap_or("<none>").as_bytes());
+    }
+    if let Some(content_type) = answer.content_type() {
+        add(b"\r\ncontent-type: ");
+        add(content_type.as_bytes());
+    }
+    // No Retry-After: what has one is never kept.
+    add(b"\r\ncache-status: ");
+    add(HIT.as_bytes());
+    add(number.format(freshness.ttl()).as_bytes());
+    add(b"\r\nage: ");
+    add(number.format(freshness.age.as_secs()).as_bytes());
+    add(b"\r\ncache-control: no-store\r\nvia: 1.1 crun-gateway\r\nx-request-id: ");
+    with_request_id(sent, unix, &mut add);
+    add(b"\r\ncontent-length: ");
+    add(number.format(answer.body().len()).as_bytes());
+    add(b"\r\ndate: ");
+    with_date(unix, |date| add(date.as_bytes()));
+    add(b"\r\n\r\n");
 }
 
 /// The time of day as HTTP writes it (RFC 9110 §5.6.7), made once a second.

@@ -63,7 +63,9 @@ pub async fn serve_connection<S>(
     let Served { gateway, caller, .. } = &*served;
     let service = service(Arc::clone(&served));
     // The last answer says that it is.
-    let hit = |poll: PlainPoll<'_>| (!draining.is_cancelled()).then(|| gateway.hit(poll, caller))?;
+    let hit = |poll: PlainPoll<'_>, head: &mut Vec<u8>| {
+        (!draining.is_cancelled()).then(|| gateway.hit(poll, caller, head))?
+    };
     let watched = Watched {
         stream,
         phase: phase.clone(),
@@ -168,7 +170,7 @@ where
         matches!(self, Self::Resting(guard) if guard.is_sending())
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>) -> Poll<Event> {
+    fn poll(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>) -> Poll<Event> {
         // However it ends, there is nobody left to tell.
         match self {
             Self::Resting(guard) => guard.poll_request(cx, hit).map(|request| match request {
@@ -284,7 +286,7 @@ impl HttpBody for Tracked {
     }
 }
 
-/// The client's stream: it sees a request's first byte, and ends in peace.
+/// The client's stream: it ends in peace.
 struct Watched<S> {
     stream: S,
     phase: Phases,
@@ -302,9 +304,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
-            self.phase.heard();
-        } else if self.phase.is_busy() && !self.has_held_back_end {
+        let is_end = buffer.filled().len() == before;
+        if is_end && self.phase.is_busy() && !self.has_held_back_end {
             // To hyper the client's end is the end of its request, too. One that has but said all it has to say gets the
             // answer that is there at once; for any other answer it looks like one that has left.
             self.has_held_back_end = true;

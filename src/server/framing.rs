@@ -5,6 +5,7 @@
 
 use super::chunks::Chunks;
 use super::head::{self, Body, Most, Scan};
+use super::plain::Plain;
 use crate::error::Error;
 use crate::gateway::PlainPoll;
 
@@ -12,6 +13,7 @@ use crate::gateway::PlainPoll;
 #[derive(Debug)]
 pub(super) struct Framing {
     most: Most,
+    plain: Plain,
     state: State,
     /// A request that offered another protocol is not yet answered.
     offered: bool,
@@ -48,6 +50,7 @@ impl Framing {
     pub(super) fn new(most: Most) -> Self {
         Self {
             most,
+            plain: Plain::default(),
             state: State::Head(Scan::default()),
             offered: false,
         }
@@ -60,9 +63,9 @@ impl Framing {
 
     /// The poll that `bytes` begin with, and the length of its head, if it may be answered here and now: they are what came
     /// since the last request, which is answered.
-    pub(super) fn plain<'b>(&self, bytes: &'b [u8]) -> Option<(usize, PlainPoll<'b>)> {
+    pub(super) fn plain<'b>(&mut self, bytes: &'b [u8]) -> Option<(usize, PlainPoll<'b>)> {
         match self.state {
-            State::Head(_) if !bytes.is_empty() => head::plain(bytes, &self.most),
+            State::Head(_) if !bytes.is_empty() => self.plain.read(bytes, &self.most),
             State::Head(_) | State::Length(_) | State::Chunked(_) => None,
         }
     }

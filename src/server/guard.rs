@@ -9,6 +9,7 @@
 //! What is refused goes no further, and nothing after it does. In its place hyper gets a request of our own, [`REFUSED`]:
 //! so the refusal is answered after the answers that are still due, and the connection closed as after any other.
 
+use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
@@ -29,6 +30,14 @@ pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnect
 
 /// How much is read at once behind the beginning of a head.
 const READ: usize = 4096;
+
+/// A body of up to so many bytes is sent in one piece with its head: to copy it costs less than to send two.
+const JOINED: usize = 16 << 10;
+
+thread_local! {
+    /// Where hits are written on their way out, mostly for no longer than it takes to send them.
+    static OUT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// Why a connection's bytes go no further; shared with whoever answers, and with whoever sees to it that a head ends in time.
 pub(super) type Refusal = Arc<OnceLock<Refused>>;
@@ -128,6 +137,7 @@ impl<S: AsyncRead + Unpin> Guard<S> {
         if came.is_empty() {
             return Poll::Ready(Ok(Read::End));
         }
+        self.phases.heard();
         let through = self.check(came);
         self.hold(&came[through..]);
         buffer.set_filled(before + through);
@@ -153,7 +163,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
     pub(super) fn poll_request(
         &mut self,
         cx: &mut Context<'_>,
-        hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>,
+        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
     ) -> Poll<io::Result<bool>> {
         loop {
             if let Some(sending) = &mut self.sending {
@@ -185,7 +195,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
     }
 
     /// Answers the hits that what is held begins with, and checks the rest.
-    fn answer_held(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>) -> io::Result<()> {
+    fn answer_held(
+        &mut self,
+        cx: &mut Context<'_>,
+        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
+    ) -> io::Result<()> {
         let held = mem::take(&mut self.held);
         let answered = self.answer(&held, cx, hit);
         self.held = held;
@@ -207,18 +221,28 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
         &mut self,
         bytes: &[u8],
         cx: &mut Context<'_>,
-        hit: &impl Fn(PlainPoll<'_>) -> Option<Hit>,
+        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
     ) -> io::Result<usize> {
         let mut answered = 0;
         while self.sending.is_none()
             && let Some((length, poll)) = self.framing.plain(&bytes[answered..])
-            && let Some(hit) = hit(poll)
         {
+            let mut out = OUT.take();
+            out.clear();
+            let Some(hit) = hit(poll, &mut out) else {
+                OUT.set(out);
+                break;
+            };
             answered += length;
             self.framing.passed();
-            let mut sending = Sending { hit, sent: 0 };
+            let arrived = hit.arrived;
+            let mut sending = Sending::new(out, hit);
             match sending.poll(&mut self.stream, cx) {
-                Poll::Ready(sent) => sent.map(|()| self.phases.answered())?,
+                Poll::Ready(sent) => {
+                    OUT.set(sending.bytes);
+                    sent?;
+                    self.phases.answered(arrived);
+                }
                 Poll::Pending => self.sending = Some(Box::new((sending, self.phases.busy()))),
             }
         }
@@ -228,19 +252,41 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
 
 /// A hit on its way to the client.
 struct Sending {
+    /// Its head and, where they are sent in one piece, its body.
+    bytes: Vec<u8>,
     hit: Hit,
-    /// So many bytes of head and body have gone.
+    is_joined: bool,
+    /// So many bytes of all have gone.
     sent: usize,
 }
 
 impl Sending {
+    fn new(mut bytes: Vec<u8>, hit: Hit) -> Self {
+        let body = hit.answer.body();
+        let is_joined = body.len() <= JOINED;
+        if is_joined {
+            bytes.extend_from_slice(body);
+        }
+        Self {
+            bytes,
+            hit,
+            is_joined,
+            sent: 0,
+        }
+    }
+
     fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Hit { head, answer, .. } = &self.hit;
-        let body = answer.body();
-        while self.sent < head.len() + body.len() {
-            let (of_head, of_body) = (self.sent.min(head.len()), self.sent.saturating_sub(head.len()));
-            let slices = [IoSlice::new(&head[of_head..]), IoSlice::new(&body[of_body..])];
-            match ready!(Pin::new(&mut *stream).poll_write_vectored(cx, &slices))? {
+        let bytes = &self.bytes;
+        let behind = if self.is_joined { &[] } else { self.hit.answer.body() };
+        while self.sent < bytes.len() + behind.len() {
+            let stream = Pin::new(&mut *stream);
+            let sent = if behind.is_empty() {
+                stream.poll_write(cx, &bytes[self.sent..])
+            } else {
+                let (here, there) = (self.sent.min(bytes.len()), self.sent.saturating_sub(bytes.len()));
+                stream.poll_write_vectored(cx, &[IoSlice::new(&bytes[here..]), IoSlice::new(&behind[there..])])
+            };
+            match ready!(sent)? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => self.sent += sent,
             }

@@ -127,9 +127,9 @@ impl Phases {
         }
     }
 
-    /// A request was answered as it came, and nothing is asked any more.
-    pub(super) fn answered(&self) {
-        let until = Instant::now() + self.0.idle_timeout;
+    /// A request that came at `arrived` was answered as it came, and nothing is asked any more.
+    pub(super) fn answered(&self, arrived: Instant) {
+        let until = arrived + self.0.idle_timeout;
         self.set(Phase::Idle { until });
     }
 

@@ -532,7 +532,7 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec
         if *rests {
             let unread = through.split_off(through.len() - last / 2);
             guard.take_back(&unread);
-            if let Poll::Ready(Ok(false)) = guard.poll_request(&mut cx, &|_| None) {
+            if let Poll::Ready(Ok(false)) = guard.poll_request(&mut cx, &|_, _| None) {
                 return (through, false);
             }
         }
@@ -563,7 +563,7 @@ fn what_could_be_a_hit_is_looked_up_once() {
         let stream = tokio::io::join(pieces, tokio::io::sink());
         let mut guard = Guard::new(stream, Phases::new(&LIMITS), most(), Refusal::default());
         let looked_up = Cell::new(0);
-        let miss = |poll: PlainPoll<'_>| {
+        let miss = |poll: PlainPoll<'_>, _: &mut Vec<u8>| {
             assert_eq!((poll.key, poll.query), ("k", "task_id=a"));
             looked_up.set(looked_up.get() + 1);
             None
