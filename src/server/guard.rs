@@ -243,7 +243,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
                     sent?;
                     self.phases.answered(arrived);
                 }
-                Poll::Pending => self.sending = Some(Box::new((sending, self.phases.busy()))),
+                Poll::Pending => self.sending = Some(Box::new((sending.slow(), self.phases.busy()))),
             }
         }
         Ok(answered)
@@ -252,38 +252,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
 
 /// A hit on its way to the client.
 struct Sending {
-    /// Its head and, where they are sent in one piece, its body.
+    /// Its head and, while they are to be sent in one piece, its body.
     bytes: Vec<u8>,
+    head: usize,
     hit: Hit,
-    is_joined: bool,
-    /// So many bytes of all have gone.
+    /// So many bytes of head and body have gone.
     sent: usize,
 }
 
 impl Sending {
     fn new(mut bytes: Vec<u8>, hit: Hit) -> Self {
-        let body = hit.answer.body();
-        let is_joined = body.len() <= JOINED;
-        if is_joined {
+        let (head, body) = (bytes.len(), hit.answer.body());
+        if body.len() <= JOINED {
             bytes.extend_from_slice(body);
         }
         Self {
             bytes,
+            head,
             hit,
-            is_joined,
             sent: 0,
         }
     }
 
     fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let bytes = &self.bytes;
-        let behind = if self.is_joined { &[] } else { self.hit.answer.body() };
-        while self.sent < bytes.len() + behind.len() {
+        let (bytes, body) = (&self.bytes, self.hit.answer.body());
+        let behind = if bytes.len() > self.head { &[] } else { body };
+        while self.sent < self.head + body.len() {
             let stream = Pin::new(&mut *stream);
             let sent = if behind.is_empty() {
                 stream.poll_write(cx, &bytes[self.sent..])
             } else {
-                let (here, there) = (self.sent.min(bytes.len()), self.sent.saturating_sub(bytes.len()));
+                let (here, there) = (self.sent.min(self.head), self.sent.saturating_sub(self.head));
                 stream.poll_write_vectored(cx, &[IoSlice::new(&bytes[here..]), IoSlice::new(&behind[there..])])
             };
             match ready!(sent)? {
@@ -292,6 +291,13 @@ impl Sending {
             }
         }
         Pin::new(stream).poll_flush(cx)
+    }
+
+    /// Lets go of the copy of the body: the client takes its time, and the cache has it anyway.
+    fn slow(mut self) -> Self {
+        self.bytes.truncate(self.head);
+        self.bytes.shrink_to_fit();
+        self
     }
 }
 
