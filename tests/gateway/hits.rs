@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::paused::{Behaviour, Paused, running, success};
+use crate::harness::paused::{Behaviour, Paused, json, running, success};
 use crate::harness::raw::{self, RawReply};
 use crate::harness::{KEY, TASK_INFO};
 
@@ -151,6 +151,81 @@ async fn a_slow_reader_gets_all_of_every_hit() {
     assert!(client.reply().await.is(408));
     assert_eq!(started.elapsed(), Duration::from_secs(10));
     client.assert_ends().await;
+}
+
+/// Small answers go out in one piece and large ones in two, as the client takes them: it sees no difference.
+#[tokio::test(start_paused = true)]
+async fn a_hit_of_any_size_arrives_whole_at_any_pace() {
+    let behaviour = Behaviour {
+        answer: |_, task| {
+            let media = "x".repeat(task.parse().unwrap());
+            json(&serde_json::json!({
+                "code": 200, "message": "success",
+                "data": { "task_id": task, "status": "success", "result": { "media_urls": [media] } },
+            }))
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    for length in [1, 15_000, 16_150, 17_000, 100_000] {
+        let task = length.to_string();
+        for room in [100, 320, 4096, ROOM] {
+            let client = gateway.connect(room, CancellationToken::new());
+            let polls = raw::poll(&task).repeat(3);
+            let (mut near, mut writer) = tokio::io::split(client.stream);
+            let writing = tokio::spawn(async move {
+                use tokio::io::AsyncWriteExt as _;
+                writer.write_all(polls.as_bytes()).await.unwrap();
+                writer
+            });
+            let mut replies = raw::Raw::over(tokio::io::join(&mut near, tokio::io::sink()));
+            for _ in 0..3 {
+                sleep(Duration::from_secs(1)).await;
+                let reply = replies.reply().await;
+                let body = reply.json();
+                let media = body["data"]["result"]["media_urls"][0].as_str().unwrap();
+                assert_eq!(media.len(), length, "through {room} bytes: {}", reply.head);
+                assert!(media.bytes().all(|byte| byte == b'x'));
+            }
+            writing.await.unwrap();
+        }
+    }
+    assert_eq!(gateway.queries().len(), 5);
+}
+
+/// Polls that differ in one thing only are told apart, be it the task or the key, in any order on one connection.
+#[tokio::test(start_paused = true)]
+async fn polls_that_look_alike_have_their_own_answers() {
+    let behaviour = Behaviour {
+        answer: |_, task| success(task),
+        to_key: |key, _| {
+            (key == "ak_refused").then(|| json(&serde_json::json!({ "code": 401, "message": "no", "data": null })))
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    let head = |task, key| format!("GET {TASK_INFO}?task_id={task} HTTP/1.1\r\nhost: a\r\nx-api-key: {key}\r\n\r\n");
+    for _ in 0..3 {
+        for (task, key) in [
+            ("task-one", "ak_granted"),
+            ("task-two", "ak_granted"),
+            ("task-two", "ak_refused"),
+            ("task-one", "ak_another"),
+            ("task-one", "ak_granted"),
+            ("task-9", "ak_granted"),
+        ] {
+            client.send(head(task, key)).await.unwrap();
+            let reply = client.reply().await;
+            if key == "ak_refused" {
+                assert_eq!(reply.json()["code"], 401, "{reply:?}");
+            } else {
+                assert_eq!(reply.json()["data"]["task_id"], task, "{reply:?}");
+            }
+        }
+    }
+    let asked_with = |key| gateway.arrivals_with(key).len();
+    assert_eq!((asked_with("ak_granted"), asked_with("ak_another")), (3, 1));
 }
 
 /// Nobody holds a place among `limits.requests` for ever by taking no answer.
