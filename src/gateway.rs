@@ -47,7 +47,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use arc_swap::ArcSwap;
 use futures_util::future::OptionFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
-use hyper::body::Incoming;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::account::{AccountId, Caller};
@@ -73,10 +72,11 @@ use clearance::{is_in_vain, is_refused_key};
 use elsewhere::Way;
 pub use hit::{Hit, PlainPoll};
 use keys::Key;
+pub use passthrough::RequestBody;
 use progress::{Landed, Phase, Progress, landing};
 use recall::Recall;
 use response::CacheStatus;
-pub use response::{Body, Data};
+pub use response::{Body, Data, may_have_body, write_head};
 pub use status::Status;
 use traced::{FlightTrace, Trace};
 
@@ -232,7 +232,7 @@ impl Gateway {
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: &Arc<Self>, mut request: Request<Incoming>, caller: &Caller) -> Response<Body> {
+    pub async fn handle(self: &Arc<Self>, mut request: Request<RequestBody>, caller: &Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
         // On the heap, so that a connection keeps no room for it.
@@ -244,7 +244,7 @@ impl Gateway {
     /// Answers what may have to wait, within `limits.request_timeout`.
     async fn answer_in_time(
         self: &Arc<Self>,
-        request: Request<Incoming>,
+        request: Request<RequestBody>,
         caller: &Caller,
         request_id: &HeaderValue,
     ) -> Response<Body> {

@@ -121,7 +121,7 @@ impl Upstream {
     pub async fn stream<B>(&self, request: Request<B>) -> Result<Response<Incoming>, Error>
     where
         B: Body<Data = Bytes> + Send + 'static,
-        B::Error: std::error::Error + Send + Sync + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let slot = timeout(self.0.settings.connect_timeout, self.0.slot_of_nobody())
             .await
@@ -308,7 +308,7 @@ impl Inner {
     async fn open<B>(&self) -> Result<(SendRequest<B>, Connection<TokioIo<Heard>, B>, Wire), Error>
     where
         B: Body<Data = Bytes> + Send + 'static,
-        B::Error: std::error::Error + Send + Sync + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let connecting = async {
             let (stream, wire) = Wire::attach((self.dial)().await?, self.tls.as_ref()).await?;

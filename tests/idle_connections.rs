@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on shall fail")]
 
 use std::alloc::System;
+use std::future::pending;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use crun_gateway::config::Config;
 use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
-use crun_gateway::upstream;
+use crun_gateway::upstream::Dial;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 use tokio::time::{pause, sleep};
@@ -25,6 +26,9 @@ const CONNECTIONS: usize = 200;
 const KIB: usize = 1 << 10;
 /// What a connection holds on its way.
 const ROOM: usize = 128;
+
+/// A plain poll.
+const POLL: &[u8] = b"GET /api/v1/client/job/TaskInfo?task_id=a HTTP/1.1\r\nhost: gateway\r\nx-api-key: ak_key\r\n\r\n";
 
 fn allocated() -> usize {
     let stats = HEAP.stats();
@@ -54,7 +58,7 @@ async fn read(connection: &mut DuplexStream) {
 async fn a_connection_keeps_little_while_it_is_served_and_next_to_nothing_while_it_rests() {
     pause();
     let config = Config::default();
-    let dial = upstream::tcp("http://127.0.0.1:9".parse().unwrap());
+    let dial: Dial = Arc::new(|| Box::pin(pending()));
     let gateway = Gateway::new(config.clone(), dial, Arc::new(Metrics::new().unwrap())).unwrap();
     let open = || {
         let (near, far) = duplex(ROOM);
@@ -87,7 +91,19 @@ async fn a_connection_keeps_little_while_it_is_served_and_next_to_nothing_while_
         resting[round] = each(allocated());
     }
 
-    let said = format!("bytes: {unused} unused, {served:?} served, {resting:?} resting");
+    // Upstream's connection never opens.
+    let mut waiting = Vec::new();
+    for connection in &mut connections {
+        connection.write_all(POLL).await.unwrap();
+        sleep(Duration::from_millis(1)).await;
+        waiting.push(each(allocated()));
+    }
+    let in_flight = gateway.metrics().requests_in_flight.get();
+    assert_eq!(usize::try_from(in_flight).unwrap(), CONNECTIONS, "all wait");
+    let waiting = waiting.pop().unwrap();
+
+    let said = format!("bytes: {unused} unused, {served:?} served, {resting:?} resting, {waiting} waiting");
+    assert!(waiting < 8 * KIB, "{said}");
     for (served, resting) in served.into_iter().zip(resting) {
         assert!(unused < 3 * KIB && resting < 3 * KIB && served < 24 * KIB, "{said}");
         assert!(served > 4 * resting, "{said}");

@@ -13,10 +13,9 @@ use tokio::time::Instant;
 use tracing::{Level, enabled};
 
 use super::asker::Asker;
-use super::{Gateway, InFlight, response};
+use super::{Data, Gateway, InFlight, response};
 use crate::account::Caller;
 use crate::outcome::Served;
-use crate::stored::Answer;
 use crate::task::TaskId;
 
 /// A poll as plain as can be: a GET of one task with one key, on a connection that stays open.
@@ -33,11 +32,12 @@ pub struct PlainPoll<'r> {
 /// A poll that is a hit, until its answer is sent.
 #[derive(Debug)]
 pub struct Hit {
-    /// Of which the body is sent.
-    pub answer: Answer,
+    /// The answer's body.
+    pub body: Data,
     /// When it was asked for.
     pub arrived: Instant,
-    _in_flight: InFlight,
+    /// Its place among all requests.
+    pub in_flight: InFlight,
 }
 
 impl Gateway {
@@ -79,9 +79,9 @@ impl Gateway {
         };
         let answer = self.accounts.with(poll.key, arrived, hit)??;
         Some(Hit {
-            answer,
+            body: answer.into(),
             arrived,
-            _in_flight: in_flight,
+            in_flight,
         })
     }
 }

@@ -4,9 +4,11 @@
 //! is unknown, so this does not guess one router's rules: a path in which the word `taskinfo` stands between any two
 //! separators, after any number of decodings and in any case, is answered 404 unless it is TaskInfo itself.
 
+use bytes::Bytes;
 use http::header::{AUTHORIZATION, EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, Uri};
+use http_body_util::{Either, Empty};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
@@ -29,6 +31,9 @@ const REWRITING_HEADERS: [&str; 6] = [
     "x-method-override",
 ];
 
+/// A request's body, as hyper reads it; a plain poll has none.
+pub type RequestBody = Either<Incoming, Empty<Bytes>>;
+
 /// What may pass: where to, and the key in place of a client token.
 struct Admitted {
     path: PathAndQuery,
@@ -42,7 +47,7 @@ impl Gateway {
     /// Streams a request through, or says why not.
     pub(super) async fn pass_through(
         &self,
-        request: Request<Incoming>,
+        request: Request<RequestBody>,
         request_id: &HeaderValue,
         trace: &Trace,
     ) -> Response<Body> {
@@ -81,7 +86,7 @@ impl Gateway {
         response
     }
 
-    fn admit(&self, request: &Request<Incoming>) -> Result<Admitted, Error> {
+    fn admit(&self, request: &Request<RequestBody>) -> Result<Admitted, Error> {
         let path = request.uri().path();
         let is_open = self
             .config
@@ -108,7 +113,7 @@ impl Gateway {
         Ok(Admitted { path, key })
     }
 
-    fn rewritten(&self, request: Request<Incoming>, admitted: Admitted, call: &Span) -> Request<Incoming> {
+    fn rewritten(&self, request: Request<RequestBody>, admitted: Admitted, call: &Span) -> Request<RequestBody> {
         let Admitted { path, key } = admitted;
         let (mut head, body) = request.into_parts();
         // Origin form: a client may have sent an absolute one, naming us.

@@ -8,7 +8,6 @@ use std::time::{Duration, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
-use http_body_util::Full;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use serde::Serialize;
 use tokio::time::Instant;
@@ -46,12 +45,20 @@ const USUAL_HEAD: usize = 384;
 /// A response's body: bytes that are there, or upstream's as they come.
 #[derive(Debug)]
 pub enum Body {
-    /// An answer's bytes, until they are taken.
-    Answer(Option<Answer>),
-    /// Bytes that are there.
-    Whole(Full<Bytes>),
+    /// Bytes that are there, until they are taken.
+    Whole(Option<Data>),
     /// Upstream's, as they come; its span ends with them.
     Streamed(Incoming, Span),
+}
+
+impl Body {
+    /// The bytes that are there.
+    pub fn take(&mut self) -> Option<Data> {
+        match self {
+            Self::Whole(data) => data.take(),
+            Self::Streamed(..) => None,
+        }
+    }
 }
 
 impl HttpBody for Body {
@@ -59,32 +66,25 @@ impl HttpBody for Body {
     type Error = hyper::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, hyper::Error>>> {
-        let bytes = match self.get_mut() {
-            Self::Answer(answer) => {
-                let data = answer.take().map(|answer| Data::Of { answer, at: 0 });
-                return Poll::Ready(data.map(|data| Ok(Frame::data(data))));
+        match self.get_mut() {
+            Self::Whole(data) => Poll::Ready(data.take().map(|data| Ok(Frame::data(data)))),
+            Self::Streamed(body, _) => {
+                let bytes = ready!(Pin::new(body).poll_frame(cx));
+                Poll::Ready(bytes.map(|bytes| bytes.map(|frame| frame.map_data(Data::Bytes))))
             }
-            Self::Whole(body) => ready!(Pin::new(body).poll_frame(cx).map_err(|never| match never {})),
-            Self::Streamed(body, _) => ready!(Pin::new(body).poll_frame(cx)),
-        };
-        Poll::Ready(bytes.map(|bytes| bytes.map(|frame| frame.map_data(Data::Bytes))))
+        }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Answer(answer) => answer.as_ref().is_none_or(|answer| answer.body().is_empty()),
-            Self::Whole(body) => body.is_end_stream(),
+            Self::Whole(data) => data.as_ref().is_none_or(|data| !data.has_remaining()),
             Self::Streamed(body, _) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Answer(answer) => {
-                let bytes = answer.as_ref().map_or(0, |answer| answer.body().len());
-                SizeHint::with_exact(bytes as u64)
-            }
-            Self::Whole(body) => body.size_hint(),
+            Self::Whole(data) => SizeHint::with_exact(data.as_ref().map_or(0, Data::remaining) as u64),
             Self::Streamed(body, _) => body.size_hint(),
         }
     }
@@ -102,6 +102,12 @@ pub enum Data {
         /// So many are sent.
         at: usize,
     },
+}
+
+impl From<Answer> for Data {
+    fn from(answer: Answer) -> Self {
+        Self::Of { answer, at: 0 }
+    }
 }
 
 impl Buf for Data {
@@ -161,7 +167,7 @@ impl CacheStatus {
 /// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
 pub(super) fn answer(answer: Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
     let freshness = answer.freshness(now, live);
-    let mut response = Response::new(Body::Answer(None));
+    let mut response = Response::new(Body::Whole(None));
     *response.status_mut() = answer.status();
     let headers = response.headers_mut();
     headers.reserve(USUAL_HEADERS);
@@ -177,25 +183,51 @@ pub(super) fn answer(answer: Answer, cache: CacheStatus, now: Instant, live: Dur
     headers.insert(AGE, HeaderValue::from(freshness.age.as_secs()));
     headers.insert(CACHE_CONTROL, NO_STORE.clone());
     headers.insert(VIA, VIA_GATEWAY.clone());
-    *response.body_mut() = Body::Answer(Some(answer));
+    *response.body_mut() = Body::Whole(Some(answer.into()));
     response
 }
 
-/// Writes to `head` what hyper would, on a connection that stays open, of [`answer`]'s response to a hit.
+/// Writes to `head` what hyper would of the head of `response`, to a GET, with a body of so many bytes.
+pub fn write_head(head: &mut Vec<u8>, response: &Response<Body>, bytes: usize) {
+    head.reserve(USUAL_HEAD);
+    write_status(head, response.status());
+    for (name, value) in response.headers() {
+        for part in [b"\r\n", name.as_str().as_bytes(), b": ", value.as_bytes()] {
+            head.extend_from_slice(part);
+        }
+    }
+    if may_have_body(response.status()) {
+        head.extend_from_slice(b"\r\ncontent-length: ");
+        head.extend_from_slice(itoa::Buffer::new().format(bytes).as_bytes());
+    }
+    head.extend_from_slice(b"\r\ndate: ");
+    with_date(unix_now(), |date| head.extend_from_slice(date.as_bytes()));
+    head.extend_from_slice(b"\r\n\r\n");
+}
+
+/// Whether a response to a GET may have a body (RFC 9110 §6.4.1).
+pub fn may_have_body(status: StatusCode) -> bool {
+    !status.is_informational() && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+fn write_status(head: &mut Vec<u8>, status: StatusCode) {
+    if status == StatusCode::OK {
+        return head.extend_from_slice(b"HTTP/1.1 200 OK");
+    }
+    let reason = status.canonical_reason().unwrap_or("<none>");
+    for part in ["HTTP/1.1 ", status.as_str(), " ", reason] {
+        head.extend_from_slice(part.as_bytes());
+    }
+}
+
+/// The same of [`answer`]'s response to a hit, on a connection that stays open, without making one.
 /// `sent` is the `x-request-id` that came with the request.
 pub(super) fn write_hit(head: &mut Vec<u8>, answer: &Answer, freshness: Freshness, sent: Option<&[u8]>) {
     let unix = unix_now();
     let mut number = itoa::Buffer::new();
     head.reserve(USUAL_HEAD);
+    write_status(head, answer.status());
     let mut add = |part: &[u8]| head.extend_from_slice(part);
-    if answer.status() == StatusCode::OK {
-        add(b"HTTP/1.1 200 OK");
-    } else {
-        add(b"HTTP/1.1 ");
-        add(answer.status().as_str().as_bytes());
-        add(b" ");
-        add(answer.status().canonical_reason().unwrap_or("<none>").as_bytes());
-    }
     if let Some(content_type) = answer.content_type() {
         add(b"\r\ncontent-type: ");
         add(content_type.as_bytes());
@@ -248,7 +280,7 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     };
     // Numbers and text always serialise.
     let body = serde_json::to_vec(&envelope).unwrap_or_default();
-    let mut response = Response::new(Body::Whole(Full::new(Bytes::from(body))));
+    let mut response = Response::new(Body::Whole(Some(Data::Bytes(body.into()))));
     *response.status_mut() = code;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

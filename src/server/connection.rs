@@ -1,7 +1,8 @@
 //! One client connection: its time-outs, its last request, its end. What it may ask is `guard`'s business.
 //!
-//! It rests until something is asked. A plain hit is answered as it rests; for anything else hyper is called in, and given
-//! up when all is answered: nothing of it is kept for connections that ask nothing, and every poll may be a hit again.
+//! It rests until something is asked. A plain hit is answered as it rests, and another plain poll waits for its answer
+//! without hyper, too; for anything else that is called in, and given up when all is answered: nothing of it is kept for
+//! connections that ask nothing or wait, and every poll may be a hit again.
 //!
 //! hyper's own header time-out also counts idle time, so the two are told apart here: an I/O wrapper sees a request's first
 //! byte, the service its head's end, the response body's drop its end. And a connection ends with a FIN and its reads
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use http::header::CONNECTION;
 use http::{HeaderValue, Method, Request, Response};
+use http_body_util::Either;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -26,14 +28,14 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::framing::Refused;
-use super::guard::{Guard, Refusal};
+use super::guard::{Came, Guard, Refusal};
 use super::head::{Most, USUAL_HEADERS};
 use super::phases::{Busy, Phase, Phases, poll_alarm};
 use super::{GRACE, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::gateway::{Body, Data, Gateway, Hit, InFlight, PlainPoll};
+use crate::gateway::{Body, Data, Gateway, Hit, InFlight, PlainPoll, RequestBody};
 
 /// How long a client may take to close, after our FIN.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
@@ -66,12 +68,7 @@ pub async fn serve_connection<S>(
     let hit = |poll: PlainPoll<'_>, head: &mut Vec<u8>| {
         (!draining.is_cancelled()).then(|| gateway.hit(poll, caller, head))?
     };
-    let watched = Watched {
-        stream,
-        phase: phase.clone(),
-        has_held_back_end: false,
-        ending: Ending::Open,
-    };
+    let watched = Watched::new(stream, phase.clone());
     let guard = Guard::new(watched, phase.clone(), Most::new(limits), Arc::clone(&refusal));
     let mut builder = http1::Builder::new();
     if limits.headers > USUAL_HEADERS {
@@ -90,7 +87,7 @@ pub async fn serve_connection<S>(
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
-                if let Poll::Ready(event) = line.poll(cx, &hit) {
+                if let Poll::Ready(event) = line.poll(cx, &hit, || draining.is_cancelled()) {
                     return Poll::Ready(event);
                 }
                 if matches!(line, Line::Serving(_)) && !is_closing && phase.may_rest() {
@@ -99,7 +96,7 @@ pub async fn serve_connection<S>(
                 if patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
-                if !is_closing && !line.is_sending() && drained.as_mut().poll(cx).is_ready() {
+                if !is_closing && !line.is_answering() && drained.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Drained);
                 }
                 poll_alarm(alarm.as_mut(), &phase, cx).map(Event::Over)
@@ -107,7 +104,13 @@ pub async fn serve_connection<S>(
             .await
         };
         line = match (event, line) {
-            (Event::Asked, Line::Resting(guard)) => Line::Serving(serve(guard)),
+            (Event::Asked(None), Line::Resting(guard)) => Line::Serving(serve(guard)),
+            (Event::Asked(Some(request)), Line::Resting(guard)) => {
+                let answer = Box::pin(answer_plain(Arc::clone(&served), request));
+                let busy = Some(phase.busy());
+                Line::Polling { guard, answer, busy }
+            }
+            (Event::Rested, Line::Polling { guard, .. }) => Line::Resting(guard),
             (Event::Rested, Line::Serving(connection)) => {
                 let parts = connection.into_parts();
                 let mut guard = parts.io.into_inner();
@@ -138,7 +141,8 @@ pub async fn serve_connection<S>(
                 Pin::new(&mut *connection).graceful_shutdown();
                 Line::Serving(connection)
             }
-            (Event::Left | Event::Drained | Event::Over(Phase::Idle { .. }), Line::Resting(guard)) => {
+            (Event::Left | Event::Drained | Event::Over(Phase::Idle { .. }), Line::Resting(guard))
+            | (Event::Left, Line::Polling { guard, .. }) => {
                 is_closing = true;
                 phase.set(Phase::Closing);
                 give_up = Some(Instant::now() + LINGER + LINGER);
@@ -151,33 +155,67 @@ pub async fn serve_connection<S>(
 }
 
 /// A connection between its requests and in them. hyper's side of one weighs 18 KiB, and most connections ask nothing most
-/// of the time, or what is answered without it.
-enum Line<G, C> {
-    /// Nothing is asked, or the beginning of a head is there, or a hit is being sent.
+/// of the time, or nothing but plain polls.
+enum Line<G, A, C> {
+    /// Nothing is asked, or the beginning of a head is there, or an answer is being sent.
     Resting(G),
+    /// A plain poll is being answered.
+    Polling {
+        guard: G,
+        answer: A,
+        /// Until the answer is there.
+        busy: Option<Busy>,
+    },
     /// hyper has it, until that is answered.
     Serving(Box<C>),
     /// It ends without hyper.
     Closing(G),
 }
 
-impl<S, C> Line<Guard<Watched<S>>, C>
+impl<S, A, C> Line<Guard<Watched<S>>, A, C>
 where
     S: AsyncRead + AsyncWrite + Unpin,
+    A: Future<Output = (Response<Body>, Option<InFlight>)> + Unpin,
     C: Future + Unpin,
 {
-    fn is_sending(&self) -> bool {
-        matches!(self, Self::Resting(guard) if guard.is_sending())
+    /// Whether a plain poll is being answered, or an answer is on its way without hyper.
+    fn is_answering(&self) -> bool {
+        match self {
+            Self::Resting(guard) => guard.is_sending(),
+            Self::Polling { .. } => true,
+            Self::Serving(_) | Self::Closing(_) => false,
+        }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>) -> Poll<Event> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
+        is_draining: impl Fn() -> bool,
+    ) -> Poll<Event> {
         // However it ends, there is nobody left to tell.
         match self {
             Self::Resting(guard) => guard.poll_request(cx, hit).map(|request| match request {
-                Ok(true) => Event::Asked,
-                Ok(false) => Event::Left,
+                Ok(Came::Poll(request)) => Event::Asked(Some(request)),
+                Ok(Came::Other) => Event::Asked(None),
+                Ok(Came::End) => Event::Left,
                 Err(_) => Event::Ended,
             }),
+            Self::Polling { guard, answer, busy } => {
+                let Poll::Ready((mut response, in_flight)) = Pin::new(answer).poll(cx) else {
+                    return guard.poll_left(cx).map(|()| Event::Ended);
+                };
+                let is_last = is_draining();
+                if is_last {
+                    close_after(&mut response);
+                }
+                let sent = guard.send(cx, response, in_flight, busy.take(), is_last);
+                Poll::Ready(match sent {
+                    Ok(true) => Event::Left,
+                    Ok(false) => guard.answer_held(cx, hit).map_or(Event::Ended, |()| Event::Rested),
+                    Err(_) => Event::Ended,
+                })
+            }
             Self::Serving(connection) => Pin::new(&mut **connection).poll(cx).map(|_| Event::Ended),
             Self::Closing(guard) => Pin::new(guard).poll_shutdown(cx).map(|_| Event::Ended),
         }
@@ -186,9 +224,9 @@ where
 
 /// What happens to a connection.
 enum Event {
-    /// There is something for hyper to do.
-    Asked,
-    /// The client has ended it, with nothing asked.
+    /// A plain poll came or, without one, something for hyper to do.
+    Asked(Option<Box<Request<RequestBody>>>),
+    /// The client has ended it with nothing asked, or has its last answer.
     Left,
     Ended,
     /// Everything is answered, and nothing is asked.
@@ -214,12 +252,10 @@ fn service(
     service_fn(move |request: Request<Incoming>| {
         let (busy, served) = (served.phase.busy(), Arc::clone(&served));
         async move {
-            let (mut response, in_flight) = answer(&served, request).await;
+            let (mut response, in_flight) = answer(&served, request.map(Either::Left)).await;
             let is_last = || served.refusal.get().is_some_and(|refused| refused.in_body);
             if served.draining.is_cancelled() || is_last() {
-                response
-                    .headers_mut()
-                    .insert(CONNECTION, HeaderValue::from_static("close"));
+                close_after(&mut response);
             }
             Ok(response.map(|body| Tracked {
                 body,
@@ -230,8 +266,19 @@ fn service(
     })
 }
 
+/// Says that it is the connection's last answer.
+fn close_after(response: &mut Response<Body>) {
+    let close = HeaderValue::from_static("close");
+    response.headers_mut().insert(CONNECTION, close);
+}
+
+/// The answer to a plain poll.
+async fn answer_plain(served: Arc<Served>, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
+    answer(&served, *request).await
+}
+
 /// The answer to one request, or to what came in place of one.
-async fn answer(served: &Served, request: Request<Incoming>) -> (Response<Body>, Option<InFlight>) {
+async fn answer(served: &Served, request: Request<RequestBody>) -> (Response<Body>, Option<InFlight>) {
     let Served { gateway, refusal, .. } = served;
     if request.method() == Method::TRACE {
         // Ours: `guard` lets no client's through.
@@ -292,6 +339,17 @@ struct Watched<S> {
     phase: Phases,
     has_held_back_end: bool,
     ending: Ending,
+}
+
+impl<S> Watched<S> {
+    fn new(stream: S, phase: Phases) -> Self {
+        Self {
+            stream,
+            phase,
+            has_held_back_end: false,
+            ending: Ending::Open,
+        }
+    }
 }
 
 enum Ending {

@@ -3,11 +3,13 @@
 //! Bodies are followed only to know where the next head begins; they are not kept. What is refused ends the connection, so
 //! there is no way back from a refusal.
 
+use http::Request;
+
 use super::chunks::Chunks;
 use super::head::{self, Body, Most, Scan};
-use super::plain::Plain;
+use super::plain::{self, Plain};
 use crate::error::Error;
-use crate::gateway::PlainPoll;
+use crate::gateway::{PlainPoll, RequestBody};
 
 /// Where a connection's requests are.
 #[derive(Debug)]
@@ -70,12 +72,17 @@ impl Framing {
         }
     }
 
+    /// The same as hyper would read it, all that it says included: its head is `head`.
+    pub(super) fn request(&self, head: &[u8]) -> Option<Request<RequestBody>> {
+        plain::request(head, &self.most)
+    }
+
     /// Whether all of every request is there.
     pub(super) fn is_between_requests(&self) -> bool {
         matches!(self.state, State::Head(_))
     }
 
-    /// The poll that was found is answered; a head begins behind it.
+    /// The poll that was found is taken; a head begins behind it.
     pub(super) fn passed(&mut self) {
         self.state = State::Head(Scan::default());
         self.offered = false;

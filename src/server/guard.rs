@@ -3,8 +3,9 @@
 //! Mostly a read brings whole requests: they are checked where hyper has them read to, and nothing is copied. Only what
 //! is the beginning of a head is held here until its end has come.
 //!
-//! A poll that is as plain as can be, and a hit, is answered from here while hyper has no part in the connection: most of
-//! what a hit took was hyper's parsing, header map and encoding (`benches/README.md`).
+//! A poll that is as plain as can be never comes to hyper, while that has no part in the connection. If it is a hit, it is
+//! answered from here: most of what a hit took was hyper's parsing, header map and encoding (`benches/README.md`). Else it
+//! is handed out, and its answer comes back: who waits for a turn waits without hyper's 18 KiB.
 //!
 //! What is refused goes no further, and nothing after it does. In its place hyper gets a request of our own, [`REFUSED`]:
 //! so the refusal is answered after the answers that are still due, and the connection closed as after any other.
@@ -16,14 +17,15 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf as _, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
 use super::framing::{Framing, Refused};
 use super::head::Most;
 use super::phases::{Busy, Phases};
-use crate::gateway::{Hit, PlainPoll};
+use crate::gateway::{Body, Data, Hit, InFlight, PlainPoll, RequestBody, may_have_body, write_head};
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
@@ -52,7 +54,9 @@ pub(super) struct Guard<S> {
     /// So many bytes of it may.
     checked: usize,
     refusal: Refusal,
-    /// What the client has not taken yet of the last hit.
+    /// A plain poll that is no hit.
+    asked: Option<Box<Request<RequestBody>>>,
+    /// What the client has not taken yet of the last answer.
     sending: Option<Box<(Sending, Busy)>>,
 }
 
@@ -65,11 +69,12 @@ impl<S> Guard<S> {
             held: BytesMut::new(),
             checked: 0,
             refusal,
+            asked: None,
             sending: None,
         }
     }
 
-    /// Whether a hit is on its way to the client.
+    /// Whether an answer is on its way to the client.
     pub(super) fn is_sending(&self) -> bool {
         self.sending.is_some()
     }
@@ -156,24 +161,28 @@ impl<S: AsyncRead + Unpin> Guard<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
-    /// Reads until there is something for hyper to do: a head is whole, or what came is refused. `false`: the client has
-    /// ended its side, and nothing of it may go on.
-    ///
-    /// What `hit` has an answer to is not: it is answered here, and hyper never sees it.
+    /// Reads until there is something to do that is not done here. What `hit` has an answer to is answered at once.
     pub(super) fn poll_request(
         &mut self,
         cx: &mut Context<'_>,
         hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
-    ) -> Poll<io::Result<bool>> {
+    ) -> Poll<io::Result<Came>> {
         loop {
             if let Some(sending) = &mut self.sending {
                 ready!(sending.0.poll(&mut self.stream, cx))?;
+                let is_last = sending.0.is_last;
                 self.sending = None;
+                if is_last {
+                    return Poll::Ready(Ok(Came::End));
+                }
                 self.answer_held(cx, hit)?;
                 continue;
             }
+            if let Some(request) = self.asked.take() {
+                return Poll::Ready(Ok(Came::Poll(request)));
+            }
             if self.checked > 0 || self.refusal.get().is_some() {
-                return Poll::Ready(Ok(true));
+                return Poll::Ready(Ok(Came::Other));
             }
             // No room is kept for whoever sends nothing.
             let mut room = [MaybeUninit::uninit(); READ];
@@ -181,11 +190,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
             let came = buffer.filled();
             if came.is_empty() {
-                return Poll::Ready(Ok(false));
+                return Poll::Ready(Ok(Came::End));
             }
             if self.held.is_empty() {
-                let answered = self.answer(came, cx, hit)?;
-                self.held.extend_from_slice(&came[answered..]);
+                let taken = self.answer(came, cx, hit)?;
+                self.held.extend_from_slice(&came[taken..]);
                 self.check_rest();
             } else {
                 self.held.extend_from_slice(came);
@@ -194,88 +203,158 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
         }
     }
 
-    /// Answers the hits that what is held begins with, and checks the rest.
-    fn answer_held(
+    /// Waits, while a poll is answered, until the client has left; an error is no other. One that asks on meanwhile is not
+    /// seen to leave: what it asks is held, and no more is read.
+    pub(super) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.held.is_empty() {
+            let mut room = [MaybeUninit::uninit(); READ];
+            let mut buffer = ReadBuf::uninit(&mut room);
+            let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer));
+            if read.is_err() || buffer.filled().is_empty() {
+                return Poll::Ready(());
+            }
+            self.held.extend_from_slice(buffer.filled());
+            self.phases.next_begun(true);
+        }
+        Poll::Pending
+    }
+
+    /// Sends the answer to the poll that was handed out, as far as the client takes it at once; `busy` lasts until it has
+    /// all. Gives whether it has, and nothing more may be asked.
+    pub(super) fn send(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut response: Response<Body>,
+        in_flight: Option<InFlight>,
+        busy: Option<Busy>,
+        is_last: bool,
+    ) -> io::Result<bool> {
+        let may_have_body = may_have_body(response.status());
+        let body = response.body_mut().take().filter(|_| may_have_body);
+        let body = body.unwrap_or(Data::Bytes(Bytes::new()));
+        let mut out = OUT.take();
+        out.clear();
+        write_head(&mut out, &response, body.remaining());
+        let sending = Sending::new(out, body, in_flight, is_last);
+        Ok(self.begin(cx, sending, busy)? && is_last)
+    }
+
+    /// Sends as much as the client takes at once. Gives whether that is all.
+    fn begin(&mut self, cx: &mut Context<'_>, mut sending: Sending, busy: Option<Busy>) -> io::Result<bool> {
+        match sending.poll(&mut self.stream, cx) {
+            Poll::Ready(sent) => {
+                OUT.set(sending.bytes);
+                sent.map(|()| true)
+            }
+            Poll::Pending => {
+                let busy = busy.unwrap_or_else(|| self.phases.busy());
+                self.sending = Some(Box::new((sending.slow(), busy)));
+                Ok(false)
+            }
+        }
+    }
+
+    /// Takes the plain polls that what is held begins with, and checks the rest.
+    pub(super) fn answer_held(
         &mut self,
         cx: &mut Context<'_>,
         hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
     ) -> io::Result<()> {
         let held = mem::take(&mut self.held);
-        let answered = self.answer(&held, cx, hit);
+        let taken = self.answer(&held, cx, hit);
         self.held = held;
-        self.held.advance(answered?);
+        self.held.advance(taken?);
         self.check_rest();
         Ok(())
     }
 
-    /// Checks what is held, once no hit before it is on its way any more.
+    /// Checks what is held, once nothing before it waits for an answer or is on its way any more.
     fn check_rest(&mut self) {
-        if !self.held.is_empty() && self.sending.is_none() {
+        self.phases.next_begun(!self.held.is_empty());
+        if !self.held.is_empty() && self.sending.is_none() && self.asked.is_none() {
             self.phases.heard();
             self.check_held();
         }
     }
 
-    /// Answers the hits that `bytes` begin with, as far as the client takes the answers. Gives how many bytes those were.
+    /// Takes the plain polls that `bytes` begin with: answers the hits, as far as the client takes the answers, up to one
+    /// that is none. Gives how many bytes those were.
     fn answer(
         &mut self,
         bytes: &[u8],
         cx: &mut Context<'_>,
         hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
     ) -> io::Result<usize> {
-        let mut answered = 0;
+        let mut taken = 0;
         while self.sending.is_none()
-            && let Some((length, poll)) = self.framing.plain(&bytes[answered..])
+            && self.asked.is_none()
+            && let Some((length, poll)) = self.framing.plain(&bytes[taken..])
         {
             let mut out = OUT.take();
             out.clear();
-            let Some(hit) = hit(poll, &mut out) else {
-                OUT.set(out);
-                break;
-            };
-            answered += length;
-            self.framing.passed();
-            let arrived = hit.arrived;
-            let mut sending = Sending::new(out, hit);
-            match sending.poll(&mut self.stream, cx) {
-                Poll::Ready(sent) => {
-                    OUT.set(sending.bytes);
-                    sent?;
+            if let Some(Hit {
+                body,
+                arrived,
+                in_flight,
+            }) = hit(poll, &mut out)
+            {
+                if self.begin(cx, Sending::new(out, body, Some(in_flight), false), None)? {
                     self.phases.answered(arrived);
                 }
-                Poll::Pending => self.sending = Some(Box::new((sending.slow(), self.phases.busy()))),
+            } else {
+                OUT.set(out);
+                let Some(request) = self.framing.request(&bytes[taken..taken + length]) else {
+                    break;
+                };
+                self.asked = Some(Box::new(request));
             }
+            taken += length;
+            self.framing.passed();
         }
-        Ok(answered)
+        Ok(taken)
     }
 }
 
-/// A hit on its way to the client.
+/// What a client wants.
+pub(super) enum Came {
+    /// To know of a task: a plain poll that is no hit.
+    Poll(Box<Request<RequestBody>>),
+    /// What hyper is there for: a head is whole, or what came is refused.
+    Other,
+    /// Nothing more: it has ended its side, or its last answer is sent.
+    End,
+}
+
+/// An answer on its way to the client.
 struct Sending {
     /// Its head and, while they are to be sent in one piece, its body.
     bytes: Vec<u8>,
     head: usize,
-    hit: Hit,
+    body: Data,
+    _in_flight: Option<InFlight>,
+    is_last: bool,
     /// So many bytes of head and body have gone.
     sent: usize,
 }
 
 impl Sending {
-    fn new(mut bytes: Vec<u8>, hit: Hit) -> Self {
-        let (head, body) = (bytes.len(), hit.answer.body());
-        if body.len() <= JOINED {
-            bytes.extend_from_slice(body);
+    fn new(mut bytes: Vec<u8>, body: Data, in_flight: Option<InFlight>, is_last: bool) -> Self {
+        let head = bytes.len();
+        if body.remaining() <= JOINED {
+            bytes.extend_from_slice(body.chunk());
         }
         Self {
             bytes,
             head,
-            hit,
+            body,
+            _in_flight: in_flight,
+            is_last,
             sent: 0,
         }
     }
 
     fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let (bytes, body) = (&self.bytes, self.hit.answer.body());
+        let (bytes, body) = (&self.bytes, self.body.chunk());
         let behind = if bytes.len() > self.head { &[] } else { body };
         while self.sent < self.head + body.len() {
             let stream = Pin::new(&mut *stream);

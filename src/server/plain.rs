@@ -5,13 +5,15 @@
 
 use std::ops::Range;
 
+use bytes::Bytes;
 use constant_time_eq::constant_time_eq;
-use httparse::Request;
+use http::{HeaderName, HeaderValue, Request, Uri};
+use http_body_util::{Either, Empty};
 use secrecy::{ExposeSecret as _, SecretSlice};
 
 use super::head::{self, Most};
 use crate::account::API_KEY_HEADER;
-use crate::gateway::PlainPoll;
+use crate::gateway::{PlainPoll, RequestBody};
 use crate::upstream::TASK_INFO_PATH;
 
 /// Of a longer head none is kept: most have a few hundred bytes, and idle connections keep one, too.
@@ -75,6 +77,25 @@ impl Last {
     }
 }
 
+/// The request that a plain poll's `head` is, as hyper would read it. `None` where that may be refused.
+pub(super) fn request(head: &[u8], most: &Most) -> Option<Request<RequestBody>> {
+    let bytes = Bytes::copy_from_slice(head);
+    let part = |of: &[u8]| bytes.slice_ref(of);
+    let read = |read: &httparse::Request<'_, '_>, _| {
+        let target = read.path.filter(|target| head::is_target("GET", target))?;
+        let mut request = Request::new(Either::Right(Empty::new()));
+        *request.uri_mut() = Uri::from_maybe_shared(part(target.as_bytes())).ok()?;
+        request.headers_mut().reserve(read.headers.len());
+        for header in read.headers.iter() {
+            let name = HeaderName::from_bytes(header.name.as_bytes()).ok()?;
+            let value = HeaderValue::from_maybe_shared(part(header.value)).ok()?;
+            request.headers_mut().append(name, value);
+        }
+        Some(request)
+    };
+    head::parsed(&bytes, most, |request, length| Ok(read(request, length))).ok()??
+}
+
 fn parse<'b>(bytes: &'b [u8], most: &Most) -> Option<(usize, PlainPoll<'b>)> {
     // Neither an empty line nor another method.
     if bytes.first() != Some(&b'G') {
@@ -88,7 +109,7 @@ fn parse<'b>(bytes: &'b [u8], most: &Most) -> Option<(usize, PlainPoll<'b>)> {
 
 /// What a request asks for, if it could mean nothing else: what has a say in the answer stands in it at most once, and
 /// nothing does that only the longer way understands.
-fn poll<'b>(request: &Request<'_, 'b>) -> Option<PlainPoll<'b>> {
+fn poll<'b>(request: &httparse::Request<'_, 'b>) -> Option<PlainPoll<'b>> {
     let query = request.path?.strip_prefix(TASK_INFO_PATH)?.strip_prefix('?')?;
     if request.method != Some("GET") || request.version != Some(1) {
         return None;

@@ -72,6 +72,48 @@ async fn both_ways_give_the_same_bytes() {
     assert!((hits - 22.0).abs() < f64::EPSILON, "{hits}");
 }
 
+/// What is no hit, too: an answer, or a refusal.
+#[tokio::test(start_paused = true)]
+async fn both_ways_give_the_same_bytes_of_what_was_not_there() {
+    let behaviour = Behaviour {
+        answer: |_, task| match &task[..3] {
+            "run" => running(task),
+            "end" => success(task),
+            // A status without a body, one without a name, and errors.
+            status => {
+                let mut response = success(task);
+                *response.status_mut() = status.parse().unwrap();
+                response
+            }
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |config| config.max_accounts = 1);
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    for what in ["run", "end", "200", "204", "299", "304", "404", "500"] {
+        let [plain, longer] = [("", "-a"), ("expect: nothing\r\n", "-b")].map(|(header, task)| {
+            let headers = format!("{header}x-request-id: abc\r\n");
+            poll(&format!("{what}{task}"), &headers)
+        });
+        client.send(plain).await.unwrap();
+        let plain = client.reply().await;
+        client.send(longer).await.unwrap();
+        let longer = client.reply().await;
+        assert!(
+            plain.header("cache-status").unwrap().contains("fwd=uri-miss"),
+            "{plain:?}"
+        );
+        let (head, body) = shown(&longer);
+        let body = String::from_utf8(body.to_vec()).unwrap().replace("-b", "-a");
+        assert_eq!(shown(&plain), (head, body.as_bytes()));
+    }
+    for headers in ["", "expect: nothing\r\n"] {
+        let stranger = poll("other", headers).replace(KEY, "ak_stranger");
+        client.send(stranger).await.unwrap();
+        assert!(client.reply().await.is(429), "too many accounts");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_request_id_that_is_none_is_replaced_and_each_poll_has_its_own() {
     let gateway = start();

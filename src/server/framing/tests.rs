@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use proptest::prelude::*;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadBuf};
 
-use super::super::guard::{Guard, REFUSED, Refusal};
+use super::super::guard::{Came, Guard, REFUSED, Refusal};
 use super::super::phases::Phases;
 use super::*;
 use crate::config::{Config, Limits};
@@ -532,7 +532,7 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec
         if *rests {
             let unread = through.split_off(through.len() - last / 2);
             guard.take_back(&unread);
-            if let Poll::Ready(Ok(false)) = guard.poll_request(&mut cx, &|_, _| None) {
+            if let Poll::Ready(Ok(Came::End)) = guard.poll_request(&mut cx, &|_, _| None) {
                 return (through, false);
             }
         }
@@ -569,7 +569,7 @@ fn what_could_be_a_hit_is_looked_up_once() {
             None
         };
         let request = guard.poll_request(&mut Context::from_waker(Waker::noop()), &miss);
-        assert!(matches!(request, Poll::Ready(Ok(true))));
+        assert!(matches!(request, Poll::Ready(Ok(Came::Poll(_)))));
         assert_eq!(looked_up.get(), 1);
     }
 }
