@@ -17,12 +17,11 @@
 mod shares;
 
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use moka::Expiry;
 use moka::notification::RemovalCause;
-use moka::ops::compute::{CompResult, Op};
 use moka::policy::EvictionPolicy;
 use tokio::time::Instant;
 
@@ -85,6 +84,7 @@ pub struct Cache {
     tasks: Map,
     not_found: Map,
     keys: RandomState,
+    changing: Mutex<()>,
     /// Seconds of [`Shares`] count from here.
     start: Instant,
     shares: Arc<Shares>,
@@ -121,6 +121,7 @@ impl Cache {
                 .expire_after(KeepsFor)
                 .build_with_hasher(BuildHasherDefault::default()),
             keys: RandomState::new(),
+            changing: Mutex::default(),
             start: Instant::now(),
             shares,
             max_bytes,
@@ -172,19 +173,14 @@ impl Cache {
             return;
         }
         self.make_room(account, weight);
-        self.shares
-            .add(key, block, weight, self.second(block.kept_until()).saturating_add(1));
-        let put = self.tasks.entry(key).and_compute_with(|kept| {
-            let kept = kept
-                .map(moka::Entry::into_value)
-                .filter(|kept| kept.is_of(account, task));
-            match kept.map(Answer::from) {
-                Some(kept) if kept.is_kept(now) && !answer.replaces(&kept) => Op::Nop,
-                Some(_) | None => Op::Put(block.clone()),
+        {
+            let _changing = self.change();
+            let kept = self.kept(&self.tasks, account, task, now);
+            if kept.is_none_or(|kept| answer.replaces(&kept)) {
+                let ends = self.second(block.kept_until()).saturating_add(1);
+                self.shares.add(key, block, weight, ends);
+                self.tasks.insert(key, block.clone());
             }
-        });
-        if matches!(put, CompResult::Unchanged(_) | CompResult::StillNone(_)) {
-            self.shares.remove(block, weight);
         }
         self.not_found.invalidate(&key);
     }
@@ -211,6 +207,12 @@ impl Cache {
         Key(self.keys.hash_one((account, task)))
     }
 
+    /// Whoever holds it is the only one to put a state because of what is kept, or to give it back: moka's own way to do
+    /// that (`and_compute_with`) costs as much again as all else that a put does.
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn kept(&self, map: &Map, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
         let block = map.get(&self.key(account, task))?;
         (block.is_of(account, task) && block.is_kept(now)).then(|| Answer::from(block))
@@ -223,15 +225,10 @@ impl Cache {
     /// moka could know when each answer ends, for 48 bytes each and by a clock of its own.
     fn give_back(&self, now: Instant) {
         for key in self.shares.ended(self.second(now), MOST_SEARCHED) {
+            let _changing = self.change();
             // Meanwhile a newer one may have come.
-            let removed = self
-                .tasks
-                .entry(key)
-                .and_compute_with(|kept| match kept.map(moka::Entry::into_value) {
-                    Some(kept) if !kept.is_kept(now) => Op::Remove,
-                    Some(_) | None => Op::Nop,
-                });
-            if matches!(removed, CompResult::Removed(_)) {
+            let is_over = self.tasks.get(&key).is_some_and(|kept| !kept.is_kept(now));
+            if is_over && self.tasks.remove(&key).is_some() {
                 self.metrics.evicted(Eviction::Expired);
             }
         }
