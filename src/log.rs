@@ -26,6 +26,9 @@ use crate::metrics::Metrics;
 /// accounts.
 const MOST_LINES: usize = 8192;
 
+/// So many bytes are written at once: as many as a pipe holds.
+const MOST_AT_ONCE: usize = 64 << 10;
+
 /// The way to stderr. Dropped, it writes what is left, for at most a second.
 pub struct Log {
     lines: NonBlocking,
@@ -38,6 +41,7 @@ impl Log {
     pub fn to_stderr() -> Self {
         let unwritten = Arc::new(AtomicU64::new(0));
         let stderr = Stderr {
+            lines: Vec::new(),
             unwritten: Arc::clone(&unwritten),
         };
         let (lines, flush) = NonBlockingBuilder::default()
@@ -110,25 +114,29 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     );
 }
 
-/// What the thread writes to.
+/// What the thread writes to: lines that came faster than they could be written go out together.
 struct Stderr {
+    lines: Vec<u8>,
     unwritten: Arc<AtomicU64>,
 }
 
 impl Write for Stderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        io::stderr().write(bytes)
-    }
-
-    fn write_all(&mut self, line: &[u8]) -> io::Result<()> {
-        let written = io::stderr().write_all(line);
-        if written.is_err() {
-            self.unwritten.fetch_add(1, Ordering::Relaxed);
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.lines.len() + line.len() > MOST_AT_ONCE {
+            self.flush()?;
         }
-        written
+        self.lines.extend_from_slice(line);
+        Ok(line.len())
     }
 
+    /// The thread does it as soon as no further line waits.
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        if io::stderr().write_all(&self.lines).is_err() {
+            // Nobody reads them any more: which of them was the first to be lost makes no difference.
+            let lines = memchr::memchr_iter(b'\n', &self.lines).count();
+            self.unwritten.fetch_add(lines as u64, Ordering::Relaxed);
+        }
+        self.lines.clear();
+        Ok(())
     }
 }
