@@ -10,12 +10,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use constant_time_eq::constant_time_eq;
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 use ring::hmac;
 use secrecy::{ExposeSecret, SecretString};
 
 /// The header that carries an API key, to us and upstream.
 pub const API_KEY_HEADER: &str = "x-api-key";
+
+/// The same, for a map of headers: which would read the name anew each time.
+pub const API_KEY: HeaderName = HeaderName::from_static(API_KEY_HEADER);
 
 /// An API key: zeroised when its last clone is dropped, compared in constant time, never printed. Cheap to clone.
 ///

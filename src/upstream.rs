@@ -15,6 +15,7 @@ mod recent;
 mod wire;
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use bytes::Bytes;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER, TRANSFER_ENCODING, USER_AGENT,
 };
-use http::{HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::Empty;
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, Connection, SendRequest};
@@ -31,7 +32,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout};
 
-use crate::account::{API_KEY_HEADER, ApiKey};
+use crate::account::{API_KEY, ApiKey};
 use crate::budget::Permit;
 use crate::config;
 use crate::dial::{self, Handshake};
@@ -58,6 +59,8 @@ struct Inner {
     dial: Dial,
     tls: Option<Handshake>,
     host: HeaderValue,
+    /// What every query has in common.
+    headers: HeaderMap,
     settings: config::Upstream,
     /// `limits.upstream_connections`.
     most_connections: usize,
@@ -95,6 +98,7 @@ impl Upstream {
         Ok(Self(Arc::new(Inner {
             dial,
             tls,
+            headers: headers(&host),
             host,
             settings: settings.clone(),
             most_connections: limits.upstream_connections,
@@ -234,14 +238,18 @@ impl Ready {
             sender, driver, wire, ..
         } = &mut *connection.line;
         wire.arm(permit);
-        let exchange = driver.run(async {
-            let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
-            wire.answered();
-            let (head, body) = in_http(response)?.into_parts();
-            let (body, room) = body::read(&head.headers, body, &upstream.room).await?;
-            Ok((head, body, room))
-        });
-        let (head, body, room) = match timeout(upstream.settings.timeout, exchange).await {
+        let answered = {
+            // Each move of it would take its room again.
+            let exchange = pin!(async {
+                let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+                wire.answered();
+                let (head, body) = in_http(response)?.into_parts();
+                let (body, room) = body::read(&head.headers, body, &upstream.room).await?;
+                Ok((head, body, room))
+            });
+            timeout(upstream.settings.timeout, driver.run(exchange)).await
+        };
+        let (head, body, room) = match answered {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 return Err(Failed {
@@ -281,18 +289,12 @@ impl Inner {
         task: &TaskId,
         traceparent: Option<HeaderValue>,
     ) -> Result<Request<Empty<Bytes>>, Error> {
-        let uri = Uri::try_from([TASK_INFO_PATH, "?", &task.to_query()].concat()).map_err(|_| Error::Internal)?;
+        let uri = Uri::try_from(task.to_target(TASK_INFO_PATH)).map_err(|_| Error::Internal)?;
         let mut request = Request::new(Empty::new());
         *request.uri_mut() = uri;
         let headers = request.headers_mut();
-        headers.insert(HOST, self.host.clone());
-        headers.insert(API_KEY_HEADER, key.header_value());
-        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        headers.insert(
-            USER_AGENT,
-            HeaderValue::from_static(concat!("crun-gateway/", env!("CARGO_PKG_VERSION"))),
-        );
+        headers.clone_from(&self.headers);
+        headers.insert(API_KEY, key.header_value());
         if let Some(traceparent) = traceparent {
             headers.insert(TRACEPARENT, traceparent);
         }
@@ -330,6 +332,17 @@ impl Inner {
         }
         Err(Error::NoConnection)
     }
+}
+
+/// What every query to `host` has in common.
+fn headers(host: &HeaderValue) -> HeaderMap {
+    const AGENT: &str = concat!("crun-gateway/", env!("CARGO_PKG_VERSION"));
+    let mut headers = HeaderMap::new();
+    headers.insert(HOST, host.clone());
+    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    headers.insert(USER_AGENT, HeaderValue::from_static(AGENT));
+    headers
 }
 
 /// Nobody asked for another protocol: an Upgrade goes no further than to us. And of two lengths one is a lie, told to make

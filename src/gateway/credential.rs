@@ -4,7 +4,7 @@ use http::HeaderMap;
 use http::header::{AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION};
 
 use super::Gateway;
-use crate::account::{API_KEY_HEADER, ApiKey};
+use crate::account::{API_KEY, API_KEY_HEADER, ApiKey};
 use crate::error::Error;
 
 impl Gateway {
@@ -39,7 +39,7 @@ pub(super) fn hide(headers: &mut HeaderMap) {
 /// The key that a request presents: `x-api-key`, once or several times the same.
 fn presented_key(headers: &HeaderMap) -> Result<Option<ApiKey>, Error> {
     let mut presented = None;
-    for value in headers.get_all(API_KEY_HEADER) {
+    for value in headers.get_all(API_KEY) {
         let text = value.to_str().map_err(|_| Error::MalformedKey)?.trim();
         if text.is_empty() {
             continue;

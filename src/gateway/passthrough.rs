@@ -16,7 +16,7 @@ use super::Gateway;
 use super::credential::bearers;
 use super::response::{self, Body};
 use super::traced::{self, Trace};
-use crate::account::{API_KEY_HEADER, ApiKey};
+use crate::account::{API_KEY, ApiKey};
 use crate::error::Error;
 use crate::otlp::Span;
 
@@ -128,7 +128,7 @@ impl Gateway {
             if self.tokens(&head.headers).next().is_some() {
                 head.headers.remove(AUTHORIZATION);
             }
-            head.headers.insert(API_KEY_HEADER, key.header_value());
+            head.headers.insert(API_KEY, key.header_value());
         }
         traced::settle(&mut head.headers, self.config.load().upstream.traceparent, call);
         // hyper has answered, or will answer, `100-continue` itself.

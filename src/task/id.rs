@@ -99,14 +99,13 @@ impl TaskId {
         ((1..=MAX_LEN).contains(&id.len()) && all_plain).then_some(id)
     }
 
-    /// The query string for upstream, `task_id=…`: unreserved characters as they are, all others escaped (a space is
-    /// `%20`, which both form and URI decoders read).
-    pub fn to_query(&self) -> String {
-        let mut query = String::with_capacity(PARAMETER.len() + 1 + self.0.len());
-        query.push_str(PARAMETER);
-        query.push('=');
-        query.extend(utf8_percent_encode(&self.0, ESCAPED));
-        query
+    /// The request target for upstream, `<path>?task_id=…`: unreserved characters as they are, all others escaped (a space
+    /// is `%20`, which both form and URI decoders read).
+    pub fn to_target(&self, path: &str) -> String {
+        let mut target = String::with_capacity(path.len() + PARAMETER.len() + 2 + self.0.len());
+        target.extend([path, "?", PARAMETER, "="]);
+        target.extend(utf8_percent_encode(&self.0, ESCAPED));
+        target
     }
 
     /// The id, decoded.
@@ -282,7 +281,10 @@ mod tests {
     #[test]
     fn upstream_gets_the_strict_encoding() {
         let id = TaskId::from_query(Some("_=1&task_id=aZ09-._~+%2B%2f%25%26%3d%23*'()!")).unwrap();
-        assert_eq!(id.to_query(), "task_id=aZ09-._~%20%2B%2F%25%26%3D%23%2A%27%28%29%21");
+        assert_eq!(
+            id.to_target("/a"),
+            "/a?task_id=aZ09-._~%20%2B%2F%25%26%3D%23%2A%27%28%29%21"
+        );
     }
 
     #[test]
@@ -314,9 +316,10 @@ mod tests {
         #[test]
         fn every_id_survives_the_round_trip(id in "[ -~]{1,256}") {
             let id = TaskId::new(&id).unwrap();
-            let query = id.to_query();
+            let target = id.to_target("");
+            let query = &target[1..];
             prop_assert!(query.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~%=".contains(&b)));
-            prop_assert_eq!(TaskId::from_query(Some(&query)), Ok(id));
+            prop_assert_eq!(TaskId::from_query(Some(query)), Ok(id));
         }
 
         #[test]

@@ -8,7 +8,7 @@ use flate2::write::{MultiGzDecoder, ZlibDecoder};
 use http::HeaderMap;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::Error;
@@ -149,6 +149,10 @@ pub(super) async fn read(
         };
         decoding.push(&data)?;
         share.grow(decoding.bounded().bytes.len()).await?;
+        if body.is_end_stream() {
+            // Else the connection would be polled once more, only to say so.
+            break;
+        }
     }
     let decoded = decoding.finish()?;
     share.grow(decoded.len()).await?;

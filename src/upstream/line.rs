@@ -2,7 +2,7 @@
 //!
 //! A task of its own for each connection, as hyper has it usually, would be woken for every request to write it, for every
 //! answer to read it, and once more for its body; each time somebody else would have to be woken in turn. So nobody looks at
-//! a connection that is idle: that it has closed is seen when it is taken or swept.
+//! a connection that is idle: that it has closed is noted, and seen when it is taken or swept.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -36,7 +36,7 @@ pub(super) struct Line {
 
 impl Line {
     pub(super) fn new(sender: SendRequest<Empty<Bytes>>, http: Http, wire: Wire, slot: Slot) -> Self {
-        let nudge = Arc::new(Nudge::default());
+        let nudge = Arc::new(Nudge::new());
         Self {
             sender,
             driver: Driver {
@@ -50,14 +50,9 @@ impl Line {
         }
     }
 
-    /// Does what the connection has to do by now; nobody is woken when there is more.
-    fn look(&mut self) {
-        self.driver.poll(&mut Context::from_waker(Waker::noop()));
-    }
-
     /// Whether it has been closed, by either side.
     pub(super) fn is_closed(&mut self) -> bool {
-        self.look();
+        self.driver.look();
         self.driver.is_over || self.sender.is_closed()
     }
 
@@ -71,7 +66,7 @@ impl Line {
     /// Cancel safe.
     pub(super) async fn ready(&mut self) -> bool {
         let Self { sender, driver, .. } = self;
-        driver.run(sender.ready()).await.is_ok()
+        driver.run(pin!(sender.ready())).await.is_ok()
     }
 }
 
@@ -89,30 +84,38 @@ impl Driver {
     /// Goes on for as long as `exchange` takes.
     ///
     /// Cancel safe, as far as `exchange` is.
-    pub(super) async fn run<T>(&mut self, exchange: impl Future<Output = T>) -> T {
-        let mut exchange = pin!(exchange);
-        poll_fn(|cx| self.poll_both(exchange.as_mut(), cx)).await
+    pub(super) async fn run<T>(&mut self, mut exchange: Pin<&mut impl Future<Output = T>>) -> T {
+        let done = poll_fn(|cx| self.poll_both(exchange.as_mut(), cx)).await;
+        // Idle, it wakes nobody.
+        self.nudge.owner.take();
+        done
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) {
+    /// Does what the connection has to do by now: nothing, unless it was nudged since it was last polled.
+    fn look(&mut self) {
+        if self.nudge.begin() {
+            self.poll();
+        }
+        self.nudge.end();
+    }
+
+    fn poll(&mut self) {
+        let mut cx = Context::from_waker(&self.waker);
         // How it ends, whoever uses it learns from the exchange.
-        self.is_over = self.is_over || Pin::new(&mut self.http).poll(cx).is_ready();
+        self.is_over = self.is_over || Pin::new(&mut self.http).poll(&mut cx).is_ready();
     }
 
     /// Lets both go on for as long as one can because the other did.
     fn poll_both<T>(&mut self, mut exchange: Pin<&mut impl Future<Output = T>>, cx: &mut Context<'_>) -> Poll<T> {
-        let nudge = Arc::clone(&self.nudge);
-        let waker = self.waker.clone();
-        let mut inner = Context::from_waker(&waker);
-        nudge.owner.register(cx.waker());
+        self.nudge.owner.register(cx.waker());
         for _ in 0..MOST_TURNS {
-            nudge.begin();
-            if let Poll::Ready(done) = exchange.as_mut().poll(&mut inner) {
-                nudge.end();
+            self.nudge.begin();
+            if let Poll::Ready(done) = exchange.as_mut().poll(&mut Context::from_waker(&self.waker)) {
+                self.nudge.end();
                 return Poll::Ready(done);
             }
-            self.poll(&mut inner);
-            if !nudge.end() {
+            self.poll();
+            if !self.nudge.end() {
                 return Poll::Pending;
             }
         }
@@ -122,7 +125,6 @@ impl Driver {
 }
 
 /// Tells a driver at work from one that has to be woken.
-#[derive(Default)]
 struct Nudge {
     is_at_work: AtomicBool,
     is_nudged: AtomicBool,
@@ -130,9 +132,19 @@ struct Nudge {
 }
 
 impl Nudge {
-    fn begin(&self) {
-        self.is_nudged.store(false, Ordering::SeqCst);
+    /// Of a connection that has yet to be polled.
+    fn new() -> Self {
+        Self {
+            is_at_work: AtomicBool::new(false),
+            is_nudged: AtomicBool::new(true),
+            owner: AtomicWaker::new(),
+        }
+    }
+
+    /// Whether somebody nudged it since it began last.
+    fn begin(&self) -> bool {
         self.is_at_work.store(true, Ordering::SeqCst);
+        self.is_nudged.swap(false, Ordering::SeqCst)
     }
 
     /// Whether there is more to do. 1. the driver is at work; 2. somebody nudges it, and so wakes nobody; 3. it ends: whatever
