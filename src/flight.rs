@@ -7,6 +7,7 @@
 //! the stages of it are, is the caller's business.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
@@ -41,20 +42,20 @@ impl<K: Eq + Hash + Clone, S> Flights<K, S> {
     /// The receiver shows the flight's stage, now and whenever it changes; it closes when the leader was dropped without
     /// landing. Dropping it leaves the flight.
     pub fn join(&self, key: K, first: impl FnOnce() -> S) -> (watch::Receiver<S>, Option<Leader<K, S>>) {
-        let mut flights = self.map();
-        if let Some(flight) = flights.get(&key) {
-            return (flight.subscribe(), None);
+        match self.map().entry(key) {
+            Entry::Occupied(flight) => (flight.get().subscribe(), None),
+            Entry::Vacant(place) => {
+                let (stage, follower) = watch::channel(first());
+                let leader = Leader {
+                    flights: self.clone(),
+                    key: place.key().clone(),
+                    stage: stage.clone(),
+                    has_landed: false,
+                };
+                place.insert(stage);
+                (follower, Some(leader))
+            }
         }
-        let (stage, follower) = watch::channel(first());
-        flights.insert(key.clone(), stage.clone());
-        (
-            follower,
-            Some(Leader {
-                flights: self.clone(),
-                key,
-                stage,
-            }),
-        )
     }
 
     fn map(&self) -> MutexGuard<'_, HashMap<K, watch::Sender<S>>> {
@@ -69,6 +70,7 @@ pub struct Leader<K: Eq + Hash + Clone, S> {
     flights: Flights<K, S>,
     key: K,
     stage: watch::Sender<S>,
+    has_landed: bool,
 }
 
 impl<K: Eq + Hash + Clone, S> Leader<K, S> {
@@ -100,8 +102,9 @@ impl<K: Eq + Hash + Clone, S> Leader<K, S> {
 
     /// Ends the flight with a last change of its stage. Whoever asks from now on opens a new one, so what may be shared later must be
     /// in the cache before.
-    pub fn land(self, last: impl FnOnce(&mut S)) {
+    pub fn land(mut self, last: impl FnOnce(&mut S)) {
         self.remove_from(&mut self.flights.map());
+        self.has_landed = true;
         self.stage.send_modify(last);
     }
 
@@ -118,7 +121,9 @@ impl<K: Eq + Hash + Clone, S> Leader<K, S> {
 
 impl<K: Eq + Hash + Clone, S> Drop for Leader<K, S> {
     fn drop(&mut self) {
-        self.remove_from(&mut self.flights.map());
+        if !self.has_landed {
+            self.remove_from(&mut self.flights.map());
+        }
     }
 }
 

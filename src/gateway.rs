@@ -45,7 +45,7 @@ use std::task;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use futures_util::future::OptionFuture;
+use futures_util::future::{FutureExt as _, OptionFuture};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -544,8 +544,7 @@ impl Gateway {
     where
         W: Future<Output = ()> + Send + 'static,
     {
-        let metrics = Arc::clone(&self.metrics);
-        async move { metrics.contain(work).await.unwrap_or(()) }
+        self.metrics.contain(work).map(|_| ())
     }
 
     /// Whether a flight need not fly: what it is to fetch is kept by now, here or by another replica, or nobody may.
@@ -615,21 +614,21 @@ impl Gateway {
                 }
                 Some(Way::On(turn)) => turn,
             };
-            leader.update(|progress| progress.phase = Phase::Connecting(Instant::now()));
             trace.step("connect");
             let mut connects = 1;
             let mut ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
-                match while_awaited(&leader, &account, breaker, account.pool.connect(&task, attempt > 1)).await {
+                let connecting = shown(&leader, Phase::Connecting, account.pool.connect(&task, attempt > 1));
+                match while_awaited(&leader, &account, breaker, connecting).await {
                     None => return self.give_up(leader),
                     Some(Ok(ready)) => break ready,
                     Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
                 }
             };
-            leader.update(|progress| progress.phase = Phase::Waiting);
             trace.step("wait for permit");
-            let Some(Some(permit)) = while_awaited(&leader, &account, breaker, turn.permit(&ready)).await else {
+            let permit = shown(&leader, |_| Phase::Waiting, turn.permit(&ready));
+            let Some(Some(permit)) = while_awaited(&leader, &account, breaker, permit).await else {
                 return self.give_up(leader);
             };
             if is_in_vain(&account, &key, launched) {
@@ -638,6 +637,7 @@ impl Gateway {
             // Upstream may have closed it while the permit was not yet due. The permit counts as spent now for as long as it
             // is not written, so it may wait for another connection: that one is late, and still within the limit.
             let ready = if ready.is_closed() {
+                leader.update(|progress| progress.phase = Phase::Waiting);
                 match while_awaited(&leader, &account, breaker, account.pool.connect(&task, true)).await {
                     None => return self.give_up(leader),
                     Some(Ok(ready)) => ready,
@@ -694,6 +694,25 @@ async fn while_awaited<T>(
         () = account.superseded.cancelled() => None,
         () = leader.deserted() => None,
     }
+}
+
+/// What `future` gives. That it has to be waited for shows as `phase`, which begins then: mostly nothing has to be.
+async fn shown<T>(
+    leader: &Leader<FlightKey, Progress>,
+    phase: impl FnOnce(Instant) -> Phase,
+    future: impl Future<Output = T>,
+) -> T {
+    let (mut phase, mut future) = (Some(phase), pin!(future));
+    poll_fn(|cx| {
+        let polled = future.as_mut().poll(cx);
+        if polled.is_pending()
+            && let Some(phase) = phase.take()
+        {
+            leader.update(|progress| progress.phase = phase(Instant::now()));
+        }
+        polled
+    })
+    .await
 }
 
 /// Ready when, on being polled for another reason, `is_so`.

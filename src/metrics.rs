@@ -610,9 +610,9 @@ impl Metrics {
     /// Runs `work`; a panic in it is counted, and gives `None`.
     ///
     /// Nothing that work changes here is left half done by a panic: locks cover single steps.
-    pub fn contain<T>(&self, work: impl Future<Output = T>) -> impl Future<Output = Option<T>> {
-        let done = AssertUnwindSafe(work).catch_unwind();
-        done.map(|done| done.map_err(|_| self.panics.inc()).ok())
+    pub fn contain<T, W: Future<Output = T>>(&self, work: W) -> impl Future<Output = Option<T>> + use<T, W> {
+        let (done, panics) = (AssertUnwindSafe(work).catch_unwind(), self.panics.clone());
+        done.map(move |done| done.map_err(|_| panics.inc()).ok())
     }
 
     /// The same for work that does not wait.
