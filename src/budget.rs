@@ -323,6 +323,7 @@ impl Standing {
         let turn = Turn {
             standing: self.clone(),
             entered: Instant::now(),
+            is_used: false,
         };
         self.0.shared.tell(Message::Enter {
             flight,
@@ -373,12 +374,16 @@ impl Drop for Waiting {
 pub struct Turn {
     standing: Standing,
     entered: Instant,
+    /// It has become a permit: there is nothing left to let go.
+    is_used: bool,
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
         let held = &self.standing.0;
-        held.shared.tell(Message::Withdraw { flight: held.flight });
+        if !self.is_used {
+            held.shared.tell(Message::Withdraw { flight: held.flight });
+        }
     }
 }
 
@@ -386,7 +391,7 @@ impl Turn {
     /// Waits for the permit. `None` when the dispatcher panics.
     ///
     /// Cancel safe: dropping the future costs nothing but, at worst, one emission interval.
-    pub fn permit<C: Connected>(self, _connection: &C) -> impl Future<Output = Option<Permit>> + use<C> {
+    pub fn permit<C: Connected>(mut self, _connection: &C) -> impl Future<Output = Option<Permit>> + use<C> {
         // It borrows no connection: one that its user drives is not `Sync`, and whoever waits would not be `Send`.
         async move {
             let (grant, granted) = oneshot::channel();
@@ -397,6 +402,7 @@ impl Turn {
                 grant,
             });
             let stamp = granted.await.ok()?;
+            self.is_used = true;
             held.shared
                 .metrics
                 .budget_wait

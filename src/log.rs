@@ -40,7 +40,8 @@ impl Log {
     /// Opens it. Nothing is logged before [`Self::start`].
     pub fn to_stderr() -> Self {
         let unwritten = Arc::new(AtomicU64::new(0));
-        let stderr = Stderr {
+        let stderr = Piled {
+            to: io::stderr(),
             lines: Vec::new(),
             unwritten: Arc::clone(&unwritten),
         };
@@ -115,12 +116,13 @@ fn log_panic(info: &PanicHookInfo<'_>) {
 }
 
 /// What the thread writes to: lines that came faster than they could be written go out together.
-struct Stderr {
+struct Piled<W> {
+    to: W,
     lines: Vec<u8>,
     unwritten: Arc<AtomicU64>,
 }
 
-impl Write for Stderr {
+impl<W: Write> Write for Piled<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lines.len() + line.len() > MOST_AT_ONCE {
             self.flush()?;
@@ -131,12 +133,81 @@ impl Write for Stderr {
 
     /// The thread does it as soon as no further line waits.
     fn flush(&mut self) -> io::Result<()> {
-        if io::stderr().write_all(&self.lines).is_err() {
+        if self.to.write_all(&self.lines).is_err() {
             // Nobody reads them any more: which of them was the first to be lost makes no difference.
             let lines = memchr::memchr_iter(b'\n', &self.lines).count();
             self.unwritten.fetch_add(lines as u64, Ordering::Relaxed);
         }
         self.lines.clear();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was written, write by write; nothing more once `is_closed`.
+    #[derive(Default)]
+    struct Reader {
+        read: Vec<String>,
+        is_closed: bool,
+    }
+
+    impl Write for &mut Reader {
+        fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+            if self.is_closed {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            self.read.push(String::from_utf8_lossy(lines).into_owned());
+            Ok(lines.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn piled(to: &mut Reader) -> Piled<&mut Reader> {
+        Piled {
+            to,
+            lines: Vec::new(),
+            unwritten: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn lines_that_pile_up_are_written_together_and_no_more_of_them_than_a_pipe_holds() {
+        let mut reader = Reader::default();
+        let mut log = piled(&mut reader);
+        log.write_all(b"a\n").unwrap();
+        log.write_all(b"b\n").unwrap();
+        log.flush().unwrap();
+        log.write_all(b"c\n").unwrap();
+        log.flush().unwrap();
+        let half = format!("{}\n", "d".repeat(MOST_AT_ONCE / 2));
+        for _ in 0..2 {
+            log.write_all(half.as_bytes()).unwrap();
+        }
+        log.flush().unwrap();
+        assert_eq!(reader.read, ["a\nb\n", "c\n", &half, &half]);
+    }
+
+    #[test]
+    fn each_line_that_nobody_reads_is_counted() {
+        let mut reader = Reader::default();
+        let mut log = piled(&mut reader);
+        log.write_all(b"a\n").unwrap();
+        log.flush().unwrap();
+        log.to.is_closed = true;
+        log.write_all(b"b\n").unwrap();
+        log.write_all(b"c\n").unwrap();
+        log.flush().unwrap();
+        log.flush().unwrap();
+        assert_eq!(log.unwritten.load(Ordering::Relaxed), 2);
+        log.to.is_closed = false;
+        log.write_all(b"d\n").unwrap();
+        log.flush().unwrap();
+        assert_eq!(reader.read, ["a\n", "d\n"]);
     }
 }

@@ -75,7 +75,7 @@ pub(super) enum Message {
         since: Instant,
         grant: oneshot::Sender<Stamp>,
     },
-    /// It has its permit, or gave its turn up.
+    /// It gave its turn up.
     Withdraw { flight: Flight },
     /// It is over.
     Close { flight: Flight },

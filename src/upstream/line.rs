@@ -36,15 +36,9 @@ pub(super) struct Line {
 
 impl Line {
     pub(super) fn new(sender: SendRequest<Empty<Bytes>>, http: Http, wire: Wire, slot: Slot) -> Self {
-        let nudge = Arc::new(Nudge::new());
         Self {
             sender,
-            driver: Driver {
-                http,
-                is_over: false,
-                waker: Waker::from(Arc::clone(&nudge)),
-                nudge,
-            },
+            driver: Driver::new(http),
             wire,
             _slot: slot,
         }
@@ -81,6 +75,16 @@ pub(super) struct Driver {
 }
 
 impl Driver {
+    fn new(http: Http) -> Self {
+        let nudge = Arc::new(Nudge::new());
+        Self {
+            http,
+            is_over: false,
+            waker: Waker::from(Arc::clone(&nudge)),
+            nudge,
+        }
+    }
+
     /// Goes on for as long as `exchange` takes.
     ///
     /// Cancel safe, as far as `exchange` is.
@@ -165,5 +169,68 @@ impl Wake for Nudge {
         if !self.is_at_work.load(Ordering::SeqCst) {
             self.owner.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::client::conn::http1::handshake;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+
+    use super::*;
+
+    /// A connection that nobody has looked at yet, and upstream's end of it.
+    async fn open() -> (SendRequest<Empty<Bytes>>, Driver, tokio::io::DuplexStream) {
+        let (near, far) = duplex(1024);
+        let (stream, _) = Wire::attach(Box::new(near), None).await.unwrap();
+        let (sender, http) = handshake(TokioIo::new(stream)).await.unwrap();
+        (sender, Driver::new(http), far)
+    }
+
+    #[tokio::test]
+    async fn that_upstream_closes_is_seen_whenever_it_does() {
+        let (_sender, mut driver, far) = open().await;
+        drop(far);
+        driver.look();
+        assert!(driver.is_over, "before anybody has looked");
+
+        let (_sender, mut driver, far) = open().await;
+        for _ in 0..2 {
+            driver.look();
+            assert!(!driver.is_over);
+        }
+        drop(far);
+        driver.look();
+        assert!(driver.is_over, "while it was idle");
+
+        let (mut sender, mut driver, mut far) = open().await;
+        let mut request = http::Request::new(Empty::new());
+        request
+            .headers_mut()
+            .insert("host", http::HeaderValue::from_static("a"));
+        let answers = tokio::spawn(async move {
+            far.read_u8().await.unwrap();
+            far.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+            far
+        });
+        let response = driver.run(pin!(sender.send_request(request))).await.unwrap();
+        assert_eq!(response.status(), 204);
+        driver.look();
+        assert!(sender.is_ready() && !driver.is_over);
+        drop(answers.await.unwrap());
+        driver.look();
+        assert!(driver.is_over, "after it was used");
+    }
+
+    #[tokio::test]
+    async fn what_is_idle_is_not_polled_and_wakes_nobody() {
+        let (_sender, mut driver, mut far) = open().await;
+        driver.look();
+        assert!(!driver.nudge.is_nudged.load(Ordering::SeqCst));
+        driver.run(pin!(std::future::ready(()))).await;
+        assert!(driver.nudge.owner.take().is_none());
+        // What nobody has asked for.
+        far.write_all(b"HTTP/1.1 200 OK\r\n").await.unwrap();
+        assert!(driver.nudge.is_nudged.load(Ordering::SeqCst));
     }
 }
