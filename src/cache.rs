@@ -159,11 +159,30 @@ impl Cache {
     /// Keeps an answer that says for how long; not if what is kept tells of a later state, or it alone would take more
     /// than an account's share.
     pub fn put(&self, account: AccountId, task: &TaskId, answer: &Answer, now: Instant) {
-        if !answer.is_stored() {
-            return;
-        }
+        self.put_after(account, task, now, |_| answer.clone());
+    }
+
+    /// The same with the answer that `make` makes, given the state that is kept so far. Gives it.
+    pub fn put_after(
+        &self,
+        account: AccountId,
+        task: &TaskId,
+        now: Instant,
+        make: impl FnOnce(Option<&Answer>) -> Answer,
+    ) -> Answer {
         let task = task.as_str();
-        let (key, block) = (self.key(account, task), answer.block());
+        let key = self.key(account, task);
+        let _changing = self.change();
+        let kept = kept(&self.tasks, key, account, task, now);
+        let answer = make(kept.as_ref());
+        if answer.is_stored() {
+            self.put_under(key, account, &answer, kept.as_ref());
+        }
+        answer
+    }
+
+    fn put_under(&self, key: Key, account: AccountId, answer: &Answer, kept: Option<&Answer>) {
+        let block = answer.block();
         if answer.class() == Class::NotFound {
             self.not_found.insert(key, block.clone());
             return;
@@ -173,14 +192,10 @@ impl Cache {
             return;
         }
         self.make_room(account, weight);
-        {
-            let _changing = self.change();
-            let kept = self.kept(&self.tasks, account, task, now);
-            if kept.is_none_or(|kept| answer.replaces(&kept)) {
-                let ends = self.second(block.kept_until()).saturating_add(1);
-                self.shares.add(key, block, weight, ends);
-                self.tasks.insert(key, block.clone());
-            }
+        if kept.is_none_or(|kept| answer.replaces(kept)) {
+            let ends = self.second(block.kept_until()).saturating_add(1);
+            self.shares.add(key, block, weight, ends);
+            self.tasks.insert(key, block.clone());
         }
         self.not_found.invalidate(&key);
     }
@@ -214,8 +229,7 @@ impl Cache {
     }
 
     fn kept(&self, map: &Map, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
-        let block = map.get(&self.key(account, task))?;
-        (block.is_of(account, task) && block.is_kept(now)).then(|| Answer::from(block))
+        kept(map, self.key(account, task), account, task, now)
     }
 
     fn second(&self, at: Instant) -> u32 {
@@ -261,6 +275,11 @@ impl Cache {
             }
         }
     }
+}
+
+fn kept(map: &Map, key: Key, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
+    let block = map.get(&key)?;
+    (block.is_of(account, task) && block.is_kept(now)).then(|| Answer::from(block))
 }
 
 /// An entry's weight in bytes.

@@ -103,28 +103,25 @@ impl Gateway {
         if !matches!(reading.class, Class::Unrecognised | Class::Unreadable) {
             connection.reuse();
         }
-        let before = self.cache.snapshot(account.id, task, received);
-        let keeping = Keeping::of(
-            &reading,
-            before.as_ref(),
-            received,
-            unix_now().as_secs(),
-            &self.config.load().cache,
-        );
-        let draft = Draft {
-            content_type,
-            retry_after,
-            keeping,
-            // What is kept counts against the cache.
-            room: room.filter(|_| keeping.is_none()),
-            ..Draft::new(status, body, reading, asked, received)
-        };
-        let answer = draft.of(account.id, task);
-        self.cache.put(account.id, task, &answer, received);
+        let mut had_ended = false;
+        let answer = self.cache.put_after(account.id, task, received, |before| {
+            had_ended = before.is_some_and(Answer::has_ended);
+            let unix_now = unix_now().as_secs();
+            let keeping = Keeping::of(&reading, before, received, unix_now, &self.config.load().cache);
+            let draft = Draft {
+                content_type,
+                retry_after,
+                keeping,
+                // What is kept counts against the cache.
+                room: room.filter(|_| keeping.is_none()),
+                ..Draft::new(status, body, reading, asked, received)
+            };
+            draft.of(account.id, task)
+        });
         // A late `running` says nothing about a task that is known to have ended.
         if answer.has_ended() {
             account.watch.ended(task);
-        } else if answer.is_live() && !before.is_some_and(|before| before.has_ended()) {
+        } else if answer.is_live() && !had_ended {
             account.watch.goes_on(task, received);
         }
         answer
