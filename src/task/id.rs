@@ -72,6 +72,10 @@ impl TaskId {
     /// Each way in which `task_id` can be unusable has a [`TaskIdError`] of its own; repetition is reported before
     /// anything that is wrong with a value.
     pub fn from_query(query: Option<&str>) -> Result<Self, TaskIdError> {
+        // Most say nothing else, and say it as it is.
+        if let Some(id) = query.and_then(Self::plain) {
+            return Ok(Self(id.into()));
+        }
         let mut values = query
             .unwrap_or_default()
             .split('&')

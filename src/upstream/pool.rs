@@ -1,7 +1,7 @@
 //! Who has which connection: each account's own, so that an answer out of step could never reach another account, and how
 //! many there may be of them and in all.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
 pub(super) struct Connections {
     open: usize,
     next_pool: u64,
-    pools: HashMap<u64, PoolState>,
+    pools: BTreeMap<u64, PoolState>,
 }
 
 #[derive(Default)]
