@@ -113,8 +113,12 @@ impl Driver {
     fn poll_both<T>(&mut self, mut exchange: Pin<&mut impl Future<Output = T>>, cx: &mut Context<'_>) -> Poll<T> {
         self.nudge.owner.register(cx.waker());
         for _ in 0..MOST_TURNS {
-            self.nudge.begin();
+            let was_nudged = self.nudge.begin();
             if let Poll::Ready(done) = exchange.as_mut().poll(&mut Context::from_waker(&self.waker)) {
+                if was_nudged {
+                    // Perhaps by the connection, which was not polled for it.
+                    self.nudge.is_nudged.store(true, Ordering::SeqCst);
+                }
                 self.nudge.end();
                 return Poll::Ready(done);
             }
@@ -220,6 +224,14 @@ mod tests {
         drop(answers.await.unwrap());
         driver.look();
         assert!(driver.is_over, "after it was used");
+
+        let (_sender, mut driver, far) = open().await;
+        driver.look();
+        drop(far);
+        // Done before the connection had to be polled for it.
+        driver.run(pin!(std::future::ready(()))).await;
+        driver.look();
+        assert!(driver.is_over, "just before it was used");
     }
 
     #[tokio::test]
