@@ -84,6 +84,7 @@ pub struct Cache {
     tasks: Map,
     not_found: Map,
     keys: RandomState,
+    /// See [`Self::change`].
     changing: Mutex<()>,
     /// Seconds of [`Shares`] count from here.
     start: Instant,

@@ -37,7 +37,7 @@ const READ: usize = 4096;
 const JOINED: usize = 16 << 10;
 
 thread_local! {
-    /// Where hits are written on their way out, mostly for no longer than it takes to send them.
+    /// Where answers are written on their way out, mostly for no longer than it takes to send them.
     static OUT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
