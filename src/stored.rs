@@ -7,6 +7,7 @@
 
 mod block;
 mod encoding;
+mod packed;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -243,7 +244,7 @@ impl Answer {
             complete_at: Timestamp::Absent,
             create_at: Timestamp::Absent,
         };
-        let body = Bytes::copy_from_slice(self.body());
+        let body = Bytes::from(self.body().into_owned());
         Draft {
             content_type: self.content_type().map(Cow::into_owned),
             retry_after: self.retry_after().cloned(),
@@ -267,10 +268,26 @@ impl Answer {
         self.beside.as_ref()?.retry_after.as_ref()
     }
 
-    /// The body, byte for byte.
-    pub fn body(&self) -> &[u8] {
-        let beside = self.beside.as_ref().and_then(|beside| beside.body.as_deref());
-        beside.unwrap_or_else(|| self.block.body())
+    /// The body, byte for byte; a copy of one that is kept packed.
+    pub fn body(&self) -> Cow<'_, [u8]> {
+        match self.beside_body() {
+            Some(body) => Cow::Borrowed(body),
+            None => self.block.body(),
+        }
+    }
+
+    /// The body's length, in bytes.
+    pub fn body_len(&self) -> usize {
+        self.beside_body().map_or_else(|| self.block.body_len(), <[u8]>::len)
+    }
+
+    /// Adds a body that is kept packed to `out`; gives whether this is one.
+    pub fn unpack(&self, out: &mut Vec<u8>) -> bool {
+        self.block.unpack(out)
+    }
+
+    fn beside_body(&self) -> Option<&[u8]> {
+        self.beside.as_ref()?.body.as_deref()
     }
 
     /// How far the task has come, if it says.

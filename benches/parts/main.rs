@@ -17,6 +17,7 @@ mod classification;
 mod fair_queue;
 mod flight;
 mod hit_path;
+mod packing;
 
 use std::process::Command;
 use std::time::Duration;
@@ -55,6 +56,9 @@ fn cases() -> Vec<Case> {
     part("miss_path", hit_path::misses, &[(1, 1, 20_000)]);
     let sizes = [(2 << 10, 1, 20_000), (64 << 10, 1, 1000), (10 << 20, 1, 20)];
     part("classification", classification::run, &sizes);
+    let sizes = [(2 << 10, 1, 100_000), (32 << 10, 1, 10_000)];
+    part("packing", packing::packs, &sizes);
+    part("unpacking", packing::unpacks, &sizes);
     let waiters = [10, 100, 1000, 10_000, 100_000].map(|of| (of, of, 200_000 / of));
     part("fair_queue", fair_queue::run, &waiters);
     let followers = [1, 10, 100, 1000, 10_000].map(|of| (of, of, 100_000 / of));

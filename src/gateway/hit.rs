@@ -9,6 +9,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::Instant;
 use tracing::{Level, enabled};
 
@@ -32,7 +33,7 @@ pub struct PlainPoll<'r> {
 /// A poll that is a hit, until its answer is sent.
 #[derive(Debug)]
 pub struct Hit {
-    /// The answer's body.
+    /// The answer's body, if it does not stand behind the head already.
     pub body: Data,
     /// When it was asked for.
     pub arrived: Instant,
@@ -78,8 +79,13 @@ impl Gateway {
             Some(answer)
         };
         let answer = self.accounts.with(poll.key, arrived, hit)??;
+        let body = if answer.unpack(head) {
+            Data::Bytes(Bytes::new())
+        } else {
+            answer.into()
+        };
         Some(Hit {
-            body: answer.into(),
+            body,
             arrived,
             in_flight,
         })

@@ -36,7 +36,7 @@ impl Gateway {
         let (owner, now) = (account.owner, now());
         let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), answer.clone());
         let said_ms = now.unix_ms(answer.received());
-        disk.put(owner.place(&task), said_ms, answer.body().len(), move || {
+        disk.put(owner.place(&task), said_ms, answer.body_len(), move || {
             seal.close(owner, &task, &answer, now)
         });
     }

@@ -1,5 +1,6 @@
 //! Every response that the gateway writes itself: the headers that go with an answer, and errors in upstream's envelope.
 
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -95,7 +96,8 @@ impl HttpBody for Body {
 pub enum Data {
     /// Bytes of their own.
     Bytes(Bytes),
-    /// What is left of an answer's: the cache keeps no counter of its own beside each body for those who send it.
+    /// What is left of an answer's that is not packed: the cache keeps no counter of its own beside each body for those who
+    /// send it.
     Of {
         /// Whose bytes.
         answer: Answer,
@@ -106,6 +108,9 @@ pub enum Data {
 
 impl From<Answer> for Data {
     fn from(answer: Answer) -> Self {
+        if let Cow::Owned(body) = answer.body() {
+            return Self::Bytes(body.into());
+        }
         Self::Of { answer, at: 0 }
     }
 }
@@ -118,7 +123,10 @@ impl Buf for Data {
     fn chunk(&self) -> &[u8] {
         match self {
             Self::Bytes(bytes) => bytes,
-            Self::Of { answer, at } => answer.body().get(*at..).unwrap_or_default(),
+            Self::Of { answer, at } => match answer.body() {
+                Cow::Borrowed(body) => body.get(*at..).unwrap_or_default(),
+                Cow::Owned(_) => &[],
+            },
         }
     }
 
@@ -241,7 +249,7 @@ pub(super) fn write_hit(head: &mut Vec<u8>, answer: &Answer, freshness: Freshnes
     add(b"\r\ncache-control: no-store\r\nvia: 1.1 crun-gateway\r\nx-request-id: ");
     with_request_id(sent, unix, &mut add);
     add(b"\r\ncontent-length: ");
-    add(number.format(answer.body().len()).as_bytes());
+    add(number.format(answer.body_len()).as_bytes());
     add(b"\r\ndate: ");
     with_date(unix, |date| add(date.as_bytes()));
     add(b"\r\n\r\n");

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Write};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,6 +25,15 @@ pub(super) type Payload = UnsyncBoxBody<Bytes, hyper::Error>;
 /// Bytes of padding that are sent at once.
 const PIECE: usize = 64 * 1024;
 /// Arrays nested by `deep`.
+/// A piece of padding: it repeats nothing, so that whoever keeps it has to find the room.
+static LETTERS: LazyLock<Bytes> = LazyLock::new(|| {
+    let letter = |at: usize| {
+        let mut hasher = DefaultHasher::new();
+        at.hash(&mut hasher);
+        b'a' + u8::try_from(hasher.finish() % 26).unwrap_or(0)
+    };
+    (0..PIECE).map(letter).collect()
+});
 const DEPTH: usize = 100_000;
 /// What `bomb` expands to, in pieces of 1 MiB.
 const BOMB_PIECES: u32 = 1024;
@@ -108,8 +118,13 @@ pub(super) async fn task(args: &UpstreamArgs, link: &Link, id: &str, case: &Case
             1,
         )),
         Case::Lyrics => json(live("running").with_misleading_param().text()),
-        Case::Deep => padded(&ended(), &[(&b"["[..], DEPTH as u64), (&b"]"[..], DEPTH as u64)]),
-        Case::Big(size) => padded(&ended(), &[(&b"\""[..], 1), (&b"a"[..], *size), (&b"\""[..], 1)]),
+        Case::Deep => padded(&ended(), [b"[", b"]"].map(|byte| (byte.repeat(DEPTH).into(), 1))),
+        Case::Big(size) => {
+            let quote = (Bytes::from_static(b"\""), 1);
+            let rest = LETTERS.slice(..usize::try_from(size % PIECE as u64).unwrap_or(0));
+            let letters = [(LETTERS.clone(), size / PIECE as u64), (rest, 1)];
+            padded(&ended(), [quote.clone()].into_iter().chain(letters).chain([quote]))
+        }
         Case::Gzip => encoded("gzip", gzipped(ended().text().as_bytes())),
         Case::Bomb => bomb(),
         Case::BrotliClaimed => encoded("br", &b"\xff\xfenot brotli at all\x00\x01"[..]),
@@ -257,21 +272,11 @@ fn gzipped(plain: &[u8]) -> Vec<u8> {
     written.unwrap_or_default()
 }
 
-/// `body` with a `param` that repeats bytes so many times each, sent piece by piece: no answer is held in memory.
-fn padded(body: &TaskBody<'_>, param: &[(&'static [u8], u64)]) -> Response<Payload> {
+/// `body` with a `param` of parts, each so many times, sent piece by piece: no answer is held in memory.
+fn padded(body: &TaskBody<'_>, param: impl IntoIterator<Item = (Bytes, u64)>) -> Response<Payload> {
     let (before, after) = body.around_param();
-    let mut parts = vec![(Bytes::from(before), 1)];
-    for &(byte, times) in param {
-        let piece = u64::try_from(PIECE).unwrap_or(u64::MAX);
-        let rest = usize::try_from(times % piece).unwrap_or(0);
-        parts.push((
-            Bytes::from(byte.repeat(PIECE.min(usize::try_from(times).unwrap_or(PIECE)))),
-            times / piece,
-        ));
-        parts.push((Bytes::from(byte.repeat(rest)), 1));
-    }
-    parts.push((Bytes::from(after), 1));
-    repeated(json(""), parts)
+    let parts = [(before.into(), 1)].into_iter().chain(param).chain([(after.into(), 1)]);
+    repeated(json(""), parts.collect())
 }
 
 /// A gzip stream of zeros, put together from one piece: a full flush makes a piece of a deflate stream repeatable.

@@ -2,7 +2,8 @@
 //!
 //! A million of them lie in the cache, so each byte of a head is a megabyte there, and each piece of memory of its own costs
 //! a counter, a pointer and the allocator's rounding. Instants are kept as what they are from the first one on that this
-//! process asked for; a task's id is where the body repeats it, as upstream's answers do.
+//! process asked for; a task's id is where the body repeats it, as upstream's answers do and what is packed of them mostly
+//! still does.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -16,6 +17,7 @@ use memchr::memmem;
 use tokio::time::Instant;
 use triomphe::{Arc, HeaderSlice};
 
+use super::packed::{unpack, with_packed};
 use super::{Draft, Keeping};
 use crate::account::AccountId;
 use crate::task::{Class, Stage};
@@ -42,6 +44,8 @@ const READ: u8 = 1;
 const LIVE: u8 = 2;
 const ENDED: u8 = 4;
 const SETTLING: u8 = 8;
+/// The body is packed.
+const PACKED: u8 = 16;
 
 /// In no place.
 const NOWHERE: u32 = u32::MAX;
@@ -62,7 +66,7 @@ struct Head {
     place: AtomicU32,
     status: StatusCode,
     code: u16,
-    /// Where in the body the task's id is.
+    /// Where in the body, as it is kept, the task's id is.
     id_at: u16,
     id_len: u16,
     class: Class,
@@ -78,18 +82,19 @@ pub struct Block(Arc<HeaderSlice<Head, [u8]>>);
 
 /// What lies behind the head.
 struct Parts<'a> {
+    /// As it is kept.
     body: &'a [u8],
     id: &'a [u8],
     content_type: &'a [u8],
     settling_since: i64,
+    /// Of a body that is packed; 0 for one that is not.
+    length: u16,
 }
 
 impl Block {
     /// The answer to `account`'s question about the task `id`, with this much of its body.
     pub(super) fn new(draft: &Draft, body: &[u8], account: AccountId, id: &str) -> Self {
-        let beginning = body.get(..usize::from(BEHIND)).unwrap_or(body);
-        let id_at = memmem::find(beginning, id.as_bytes()).and_then(|at| u16::try_from(at).ok());
-        let id_at = id_at.unwrap_or(BEHIND);
+        let id_at = find(id.as_bytes(), body);
         let text = draft.content_type.as_ref().map(HeaderValue::as_bytes);
         let usual = text.and_then(|text| USUAL.iter().position(|usual| usual == text));
         let unusual = text.filter(|text| usual.is_none() && u16::try_from(text.len()).is_ok());
@@ -100,7 +105,7 @@ impl Block {
             asked: nanos(draft.asked),
             account: account.half(),
             took: micros(draft.received.saturating_duration_since(draft.asked)),
-            keep: draft.keeping.map_or(0, |keeping| packed(keeping.keep)),
+            keep: draft.keeping.map_or(0, |keeping| in_32_bits(keeping.keep)),
             place: AtomicU32::new(NOWHERE),
             status: draft.status,
             code: draft.code(),
@@ -119,17 +124,34 @@ impl Block {
             return Self(Arc::from_header_and_slice(head, body));
         }
         let mut bytes = body.to_vec();
-        if id_at == BEHIND {
-            bytes.extend(id.as_bytes());
-        }
-        if let Some(text) = unusual {
-            bytes.extend(text);
-            bytes.extend(u16::try_from(text.len()).unwrap_or(0).to_ne_bytes());
-        }
-        if let Some(since) = settling_since {
-            bytes.extend(nanos(since).to_ne_bytes());
-        }
+        let parts = Parts {
+            body,
+            id: id.as_bytes(),
+            content_type: unusual.unwrap_or_default(),
+            settling_since: settling_since.map_or(0, nanos),
+            length: 0,
+        };
+        parts.add(&head, &mut bytes);
         Self(Arc::from_header_and_slice(head, &bytes))
+    }
+
+    /// The same with its body packed; `None` if that saves nothing worth speaking of.
+    pub fn packed(&self) -> Option<Self> {
+        if self.is_packed() {
+            return None;
+        }
+        let parts = self.parts();
+        let length = u16::try_from(parts.body.len()).ok()?;
+        with_packed(parts.body, |bytes| {
+            let head = Head {
+                place: AtomicU32::new(NOWHERE),
+                id_at: find(parts.id, bytes),
+                marks: AtomicU8::new(self.0.header.marks.load(Ordering::Relaxed) | PACKED),
+                ..self.0.header
+            };
+            Parts { length, ..parts }.add(&head, bytes);
+            Self(Arc::from_header_and_slice(head, bytes))
+        })
     }
 
     /// Whether it answers `account`'s question about `task`.
@@ -208,8 +230,34 @@ impl Block {
         })
     }
 
-    pub(super) fn body(&self) -> &[u8] {
-        self.parts().body
+    /// The body, byte for byte; a copy if it is packed.
+    pub(super) fn body(&self) -> Cow<'_, [u8]> {
+        if self.is_packed() {
+            let mut body = Vec::new();
+            self.unpack(&mut body);
+            Cow::Owned(body)
+        } else {
+            Cow::Borrowed(self.parts().body)
+        }
+    }
+
+    /// The body's length, in bytes.
+    pub(super) fn body_len(&self) -> usize {
+        let Parts { body, length, .. } = self.parts();
+        if self.is_packed() { length.into() } else { body.len() }
+    }
+
+    /// Adds a body that is packed to `out`; gives whether it is.
+    ///
+    /// # Panics
+    /// If memory has changed: what is packed was unpacked before it was kept.
+    pub(super) fn unpack(&self, out: &mut Vec<u8>) -> bool {
+        let is_packed = self.is_packed();
+        if is_packed {
+            let Parts { body, length, .. } = self.parts();
+            assert!(unpack(body, length.into(), out), "a kept body does not unpack");
+        }
+        is_packed
     }
 
     pub(super) fn content_type(&self) -> Option<Cow<'static, HeaderValue>> {
@@ -249,14 +297,23 @@ impl Block {
         (place != NOWHERE).then_some(place)
     }
 
+    fn is_packed(&self) -> bool {
+        self.is_marked(PACKED)
+    }
+
     fn is_marked(&self, mark: u8) -> bool {
         self.0.header.marks.load(Ordering::Relaxed) & mark != 0
     }
 
-    /// From the end to the beginning, as `new` put them there.
+    /// From the end to the beginning of what [`Parts::add`] put there.
     fn parts(&self) -> Parts<'_> {
         let (head, mut body) = (&self.0.header, &self.0.slice);
-        let (mut settling_since, mut content_type) = (0, &[][..]);
+        let (mut length, mut settling_since, mut content_type) = (0, 0, &[][..]);
+        if self.is_packed()
+            && let Some((before, unpacked)) = body.split_last_chunk()
+        {
+            (body, length) = (before, u16::from_ne_bytes(*unpacked));
+        }
         if self.is_marked(SETTLING)
             && let Some((before, since)) = body.split_last_chunk()
         {
@@ -267,21 +324,49 @@ impl Block {
         {
             (body, content_type) = cut(before, usize::from(u16::from_ne_bytes(*length)));
         }
-        let length = usize::from(head.id_len);
+        let id_len = usize::from(head.id_len);
         let id;
         if head.id_at == BEHIND {
-            (body, id) = cut(body, length);
+            (body, id) = cut(body, id_len);
         } else {
             let at = usize::from(head.id_at);
-            id = body.get(at..at + length).unwrap_or_default();
+            id = body.get(at..at + id_len).unwrap_or_default();
         }
         Parts {
             body,
             id,
             content_type,
             settling_since,
+            length,
         }
     }
+}
+
+impl Parts<'_> {
+    /// Adds to the body what `head` says stands behind it.
+    fn add(&self, head: &Head, bytes: &mut Vec<u8>) {
+        let marks = head.marks.load(Ordering::Relaxed);
+        if head.id_at == BEHIND {
+            bytes.extend(self.id);
+        }
+        if head.content_type == UNUSUAL {
+            bytes.extend(self.content_type);
+            bytes.extend(u16::try_from(self.content_type.len()).unwrap_or(0).to_ne_bytes());
+        }
+        if marks & SETTLING != 0 {
+            bytes.extend(self.settling_since.to_ne_bytes());
+        }
+        if marks & PACKED != 0 {
+            bytes.extend(self.length.to_ne_bytes());
+        }
+    }
+}
+
+/// Where `id` is in a body.
+fn find(id: &[u8], body: &[u8]) -> u16 {
+    let beginning = body.get(..usize::from(BEHIND)).unwrap_or(body);
+    let at = memmem::find(beginning, id).and_then(|at| u16::try_from(at).ok());
+    at.unwrap_or(BEHIND)
 }
 
 /// Without what it tells of who asks for what.
@@ -292,7 +377,7 @@ impl fmt::Debug for Block {
             .field("class", &self.class())
             .field("stage", &self.stage())
             .field("keeping", &self.keeping())
-            .field("bytes", &self.body().len())
+            .field("bytes", &self.body_len())
             .finish_non_exhaustive()
     }
 }
@@ -326,7 +411,7 @@ fn micros(duration: Duration) -> u32 {
 }
 
 /// Rounded down; 0 is not kept at all.
-fn packed(keep: Duration) -> u32 {
+fn in_32_bits(keep: Duration) -> u32 {
     let ms = u32::try_from(keep.as_millis()).ok().filter(|ms| *ms < IN_SECONDS);
     let seconds = || u32::try_from(keep.as_secs()).unwrap_or(u32::MAX);
     ms.unwrap_or_else(|| IN_SECONDS.saturating_add(seconds()))
@@ -382,6 +467,38 @@ mod tests {
     }
 
     #[test]
+    fn what_repeats_itself_is_packed() {
+        let body = include_str!("../../tests/fixtures/success.json");
+        let (now, id) = (Instant::now(), "d6956973-2f17-43d4-8514-af6cc3a2f55d");
+        let plain = draft(body, now, now).of(account("music"), &task(id)).block;
+        let packed = plain.packed().unwrap();
+        assert!(
+            packed.size() * 3 < plain.size() * 2,
+            "{} of {}",
+            packed.size(),
+            plain.size()
+        );
+        assert_eq!(*packed.body(), *body.as_bytes());
+        assert!(
+            packed.0.header.id_at != BEHIND,
+            "what stands in a body once is not spelt out twice"
+        );
+        assert!(packed.packed().is_none(), "once is enough");
+    }
+
+    #[test]
+    fn what_repeats_nothing_or_is_too_long_is_not_packed() {
+        let now = Instant::now();
+        let mut noise = vec![0; 30_000];
+        rand::fill(&mut noise[..]);
+        let noise = noise.iter().map(|byte| char::from(byte & 0x7f)).collect::<String>();
+        let packed = |body: &str| draft(body, now, now).of_nobody().block.packed();
+        assert!(packed(&noise).is_none());
+        assert!(packed(&"a".repeat(65_534)).is_some());
+        assert!(packed(&"a".repeat(65_535)).is_none());
+    }
+
+    #[test]
     fn how_long_is_exact_up_to_24_days_and_to_the_second_beyond() {
         let now = Instant::now();
         let kept = |keep| {
@@ -413,7 +530,7 @@ mod tests {
         #[test]
         fn it_gives_back_what_was_put_in(
             (before, after, id) in ("[ -~]{0,80}", "\\PC{0,80}", "[ -~]{1,256}"),
-            is_repeated in any::<bool>(),
+            (is_repeated, times) in (any::<bool>(), 0..1000_usize),
             content_type in prop_oneof![
                 Just(None),
                 prop::sample::select(&USUAL[..]).prop_map(|usual| Some(usual.to_str().unwrap().to_owned())),
@@ -424,7 +541,8 @@ mod tests {
             (live, ended) in any::<(bool, bool)>(),
         ) {
             let at = |ms: i64| instant(ms * 1_000_000);
-            let body = format!("{before}{}{after}", if is_repeated { &id } else { "" });
+            // From what is not worth packing to what is too long for it.
+            let body = format!("{before}{}{}", if is_repeated { &id } else { "" }, after.repeat(times));
             let asked = at(asked_ms);
             let received = asked + Duration::from_micros(took_us.into());
             let keeping = Keeping {
@@ -440,16 +558,22 @@ mod tests {
                 ..draft(&body, asked, received)
             };
             let answer = draft.of(account("music"), &task(&id));
-            prop_assert_eq!(answer.body(), body.as_bytes());
-            prop_assert_eq!(answer.content_type().map(Cow::into_owned), content_type);
-            prop_assert_eq!(answer.asked(), asked);
-            prop_assert_eq!(answer.received(), received);
-            prop_assert_eq!(answer.keeping(), (keep_ms > 0).then_some(keeping));
-            prop_assert!(answer.block.is_of(account("music"), &id));
-            prop_assert!(!answer.block.is_of(account("video"), &id));
-            let other = format!("{id}x");
-            prop_assert!(!answer.block.is_of(account("music"), &other));
-            prop_assert!(!answer.block.is_of(account("music"), ""));
+            let packed = answer.block.packed().map(crate::stored::Answer::from);
+            let size = answer.block.size();
+            prop_assert!(packed.as_ref().is_none_or(|packed| packed.block.size() < size));
+            for answer in [Some(answer), packed].into_iter().flatten() {
+                prop_assert_eq!(answer.body(), body.as_bytes());
+                prop_assert_eq!(answer.body_len(), body.len());
+                prop_assert_eq!(answer.content_type().map(Cow::into_owned), content_type.clone());
+                prop_assert_eq!(answer.asked(), asked);
+                prop_assert_eq!(answer.received(), received);
+                prop_assert_eq!(answer.keeping(), (keep_ms > 0).then_some(keeping));
+                prop_assert!(answer.block.is_of(account("music"), &id));
+                prop_assert!(!answer.block.is_of(account("video"), &id));
+                let other = format!("{id}x");
+                prop_assert!(!answer.block.is_of(account("music"), &other));
+                prop_assert!(!answer.block.is_of(account("music"), ""));
+            }
         }
     }
 }

@@ -135,12 +135,12 @@ impl Seal {
         // By chance: the same twice in 2^32 answers of one key has odds of one in 2^33, and 15 a second take nine years.
         let mut nonce = [0; NONCE_LEN];
         SystemRandom::new().fill(&mut nonce).ok()?;
-        let mut sealed = Vec::with_capacity(1 + NONCE_LEN + 4 + head.len() + answer.body().len() + 16);
+        let mut sealed = Vec::with_capacity(1 + NONCE_LEN + 4 + head.len() + answer.body_len() + 16);
         sealed.push(VERSION);
         sealed.extend(nonce);
         sealed.extend(u32::try_from(head.len()).ok()?.to_be_bytes());
         sealed.extend(head);
-        sealed.extend(answer.body());
+        sealed.extend_from_slice(&answer.body());
         let (_, plain) = sealed.split_at_mut(1 + NONCE_LEN);
         let nonce = Nonce::assume_unique_for_key(nonce);
         let tag = self

@@ -81,7 +81,7 @@ fn a_live_answer_brings_no_lifetime_and_a_settling_one_its_first_sight() {
     let opened = reopened(&settling, now, Duration::ZERO, &SETTINGS).unwrap().of_nobody();
     assert!(opened.is_live());
     let next = later(now, Duration::from_mins(1));
-    let reading = task::read(200, opened.body(), &task("a"));
+    let reading = task::read(200, &opened.body(), &task("a"));
     let again = Keeping::of(&reading, Some(&opened), next.at, next.unix.as_secs(), &SETTINGS);
     assert!(again.unwrap().ended, "ten minutes from first sight, whoever saw it");
 }
