@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Duration;
 
 use http::{HeaderValue, StatusCode};
-use memchr::memmem;
+use memchr::memmem::{self, Finder};
 use tokio::time::Instant;
 use triomphe::{Arc, HeaderSlice};
 
@@ -362,11 +362,16 @@ impl Parts<'_> {
     }
 }
 
-/// Where `id` is in a body.
+/// Where `id` is in a body: mostly where upstream names it first of all, so that no searcher has to be built for it.
 fn find(id: &[u8], body: &[u8]) -> u16 {
+    static NAMED: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(br#""task_id":""#));
     let beginning = body.get(..usize::from(BEHIND)).unwrap_or(body);
-    let at = memmem::find(beginning, id).and_then(|at| u16::try_from(at).ok());
-    at.unwrap_or(BEHIND)
+    let named = || {
+        let at = NAMED.find(beginning)? + NAMED.needle().len();
+        beginning[at..].starts_with(id).then_some(at)
+    };
+    let at = named().or_else(|| memmem::find(beginning, id));
+    at.and_then(|at| u16::try_from(at).ok()).unwrap_or(BEHIND)
 }
 
 /// Without what it tells of who asks for what.
