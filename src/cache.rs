@@ -137,27 +137,26 @@ impl Cache {
     /// the freshness lifetime of live answers.
     pub fn get(&self, account: AccountId, task: &TaskId, now: Instant, live: Duration) -> Option<Answer> {
         let task = task.as_str();
-        let state = self.state(account, task, now);
+        let key = self.key(account, task);
+        let state = kept(&self.tasks, key, account, task, now).inspect(Answer::note_read);
         if state.as_ref().is_some_and(|state| state.is_fresh(now, live)) {
             return state;
         }
         let since = state.as_ref().map(Answer::asked);
-        let not_found = self
-            .kept(&self.not_found, account, task, now)
+        let not_found = kept(&self.not_found, key, account, task, now)
             .filter(|answer| since.is_none_or(|since| answer.asked() >= since));
         not_found.or(state)
     }
 
     /// The state that is kept for a task at `now`, fresh or stale, for somebody who reads it.
     pub fn state(&self, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
-        let state = self.kept(&self.tasks, account, task, now)?;
-        state.note_read();
-        Some(state)
+        kept(&self.tasks, self.key(account, task), account, task, now).inspect(Answer::note_read)
     }
 
     /// The state that is kept for a task at `now`, fresh or stale.
     pub fn snapshot(&self, account: AccountId, task: &TaskId, now: Instant) -> Option<Answer> {
-        self.kept(&self.tasks, account, task.as_str(), now)
+        let task = task.as_str();
+        kept(&self.tasks, self.key(account, task), account, task, now)
     }
 
     /// Keeps an answer that says for how long; not if what is kept tells of a later state, or it alone would take more
@@ -232,10 +231,6 @@ impl Cache {
     /// that (`and_compute_with`) costs as much again as all else that a put does.
     fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn kept(&self, map: &Map, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
-        kept(map, self.key(account, task), account, task, now)
     }
 
     fn second(&self, at: Instant) -> u32 {

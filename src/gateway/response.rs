@@ -125,6 +125,7 @@ impl Buf for Data {
             Self::Bytes(bytes) => bytes,
             Self::Of { answer, at } => match answer.body() {
                 Cow::Borrowed(body) => body.get(*at..).unwrap_or_default(),
+                // None such: `from` has unpacked it.
                 Cow::Owned(_) => &[],
             },
         }

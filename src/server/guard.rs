@@ -339,9 +339,9 @@ struct Sending {
 
 impl Sending {
     fn new(mut bytes: Vec<u8>, body: Data, in_flight: Option<InFlight>, is_last: bool) -> Self {
-        let head = bytes.len();
-        if body.remaining() <= JOINED {
-            bytes.extend_from_slice(body.chunk());
+        let (head, behind) = (bytes.len(), body.chunk());
+        if behind.len() <= JOINED {
+            bytes.extend_from_slice(behind);
         }
         Self {
             bytes,
@@ -372,7 +372,7 @@ impl Sending {
         Pin::new(stream).poll_flush(cx)
     }
 
-    /// Lets go of the copy of the body: the client takes its time, and the cache has it anyway.
+    /// Lets go of a copy of the body that is kept as it is: the client takes its time.
     fn slow(mut self) -> Self {
         self.bytes.truncate(self.head);
         self.bytes.shrink_to_fit();
