@@ -87,7 +87,7 @@ pub async fn serve_connection<S>(
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
-                if let Poll::Ready(event) = line.poll(cx, &hit, || draining.is_cancelled()) {
+                if let Poll::Ready(event) = line.poll(cx, &phase, &hit, || draining.is_cancelled()) {
                     return Poll::Ready(event);
                 }
                 if matches!(line, Line::Serving(_)) && !is_closing && phase.may_rest() {
@@ -190,6 +190,7 @@ where
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
+        phase: &Phases,
         hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
         is_draining: impl Fn() -> bool,
     ) -> Poll<Event> {
@@ -216,7 +217,16 @@ where
                     Err(_) => Event::Ended,
                 })
             }
-            Self::Serving(connection) => Pin::new(&mut **connection).poll(cx).map(|_| Event::Ended),
+            Self::Serving(connection) => {
+                let was_busy = phase.is_busy();
+                let mut ended = Pin::new(&mut **connection).poll(cx);
+                // hyper 1.12 goes to wait where an answer's end is the last thing it comes upon and takes no byte to write:
+                // that it is to close now it sees only when polled again, and nobody would wake it for that.
+                if ended.is_pending() && was_busy && !phase.is_busy() {
+                    ended = Pin::new(&mut **connection).poll(cx);
+                }
+                ended.map(|_| Event::Ended)
+            }
             Self::Closing(guard) => Pin::new(guard).poll_shutdown(cx).map(|_| Event::Ended),
         }
     }

@@ -189,6 +189,28 @@ async fn a_client_that_speaks_http_1_0_is_answered_and_its_connection_closed() {
     }
 }
 
+/// hyper may come upon an answer's end as it is about to wait, and then waits, though it is to close.
+#[tokio::test]
+async fn a_streamed_answer_of_unknown_length_ends_with_its_connection_whenever_its_end_comes() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    // Of 500 at once one or two meet it.
+    for _ in 0..6 {
+        let mut clients = JoinSet::new();
+        for _ in 0..500 {
+            let mut client = Raw::connect(gateway.address).await;
+            clients.spawn(async move {
+                let asked = format!("POST /api/v1/chat/completions HTTP/1.0\r\nx-api-key: {KEY}\r\n\r\n");
+                client.send(asked).await.unwrap();
+                let all = client.until("data: [DONE]\n\n").await;
+                assert!(all.starts_with("HTTP/1.0 200 OK\r\n"), "{all}");
+                client.assert_ends().await;
+            });
+        }
+        clients.join_all().await;
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_has_said_all_it_has_to_say_is_answered_when_the_answer_is_there() {
     let upstream = quick().await;
