@@ -221,7 +221,8 @@ where
                 let was_busy = phase.is_busy();
                 let mut ended = Pin::new(&mut **connection).poll(cx);
                 // hyper 1.12 goes to wait where an answer's end is the last thing it comes upon and takes no byte to write:
-                // that it is to close now it sees only when polled again, and nobody would wake it for that.
+                // that it is to close now it sees only when polled again, and nobody would wake it for that (what is left of
+                // hyperium/hyper#4143).
                 if ended.is_pending() && was_busy && !phase.is_busy() {
                     ended = Pin::new(&mut **connection).poll(cx);
                 }
