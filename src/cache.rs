@@ -11,7 +11,7 @@
 //! out, an answer and its body apart, a tree of places, and moka's `Expiry`, whose node takes 48.
 //!
 //! Once an eighth of its room is taken the cache keeps bodies packed (`stored/packed.rs`), so that it holds half as many
-//! again to twice as many; a hit of one takes a thirtieth longer. Below that there is memory to spare. Only the cache packs:
+//! again to twice as many; a hit of one takes a twentieth longer. Below that there is memory to spare. Only the cache packs:
 //! whoever waited for an answer gets it as it came.
 
 mod shares;

@@ -24,7 +24,6 @@ pub(super) type Payload = UnsyncBoxBody<Bytes, hyper::Error>;
 
 /// Bytes of padding that are sent at once.
 const PIECE: usize = 64 * 1024;
-/// Arrays nested by `deep`.
 /// A piece of padding: it repeats nothing, so that whoever keeps it has to find the room.
 static LETTERS: LazyLock<Bytes> = LazyLock::new(|| {
     let letter = |at: usize| {
@@ -34,6 +33,7 @@ static LETTERS: LazyLock<Bytes> = LazyLock::new(|| {
     };
     (0..PIECE).map(letter).collect()
 });
+/// Arrays nested by `deep`.
 const DEPTH: usize = 100_000;
 /// What `bomb` expands to, in pieces of 1 MiB.
 const BOMB_PIECES: u32 = 1024;

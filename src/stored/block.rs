@@ -232,9 +232,8 @@ impl Block {
 
     /// The body, byte for byte; a copy if it is packed.
     pub(super) fn body(&self) -> Cow<'_, [u8]> {
-        if self.is_packed() {
-            let mut body = Vec::new();
-            self.unpack(&mut body);
+        let mut body = Vec::new();
+        if self.unpack(&mut body) {
             Cow::Owned(body)
         } else {
             Cow::Borrowed(self.parts().body)

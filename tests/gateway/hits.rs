@@ -217,6 +217,7 @@ async fn a_hit_of_any_size_arrives_whole_at_any_pace() {
         let gateway = Paused::start(of_length(), |config| config.cache.max_bytes = max_bytes);
         let mut first = gateway.connect(ROOM, CancellationToken::new());
         assert!(first.poll("140000").await.is(200));
+        // An eighth of the smaller cache, once it is counted.
         gateway.metric("crun_gateway_cache_bytes");
         for length in [1, 15_000, 16_150, 17_000, 60_000, 100_000] {
             hits_arrive_whole(&gateway, length).await;
