@@ -232,11 +232,10 @@ impl Gateway {
     /// Answers one request.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: &Arc<Self>, mut request: Request<RequestBody>, caller: &Caller) -> Response<Body> {
+    pub async fn handle(self: &Arc<Self>, mut request: Box<Request<RequestBody>>, caller: &Caller) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        // On the heap, so that a connection keeps no room for it.
-        let mut response = Box::pin(self.answer_in_time(request, caller, &request_id)).await;
+        let mut response = self.answer_in_time(request, caller, &request_id).await;
         response.headers_mut().insert(response::REQUEST_ID, request_id);
         response
     }
@@ -244,7 +243,7 @@ impl Gateway {
     /// Answers what may have to wait, within `limits.request_timeout`.
     async fn answer_in_time(
         self: &Arc<Self>,
-        request: Request<RequestBody>,
+        request: Box<Request<RequestBody>>,
         caller: &Caller,
         request_id: &HeaderValue,
     ) -> Response<Body> {
@@ -256,7 +255,8 @@ impl Gateway {
                     let (method, uri, headers) = (request.method(), request.uri(), request.headers());
                     self.poll(method, uri, headers, caller, request_id, &trace).await
                 } else {
-                    self.pass_through(request, request_id, &trace).await
+                    // On the heap: a poll, which almost every request is, takes no room for it.
+                    Box::pin(self.pass_through(*request, request_id, &trace)).await
                 }
             });
             let most = self.config.load().limits.request_timeout;

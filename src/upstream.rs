@@ -342,6 +342,8 @@ fn headers(host: &HeaderValue) -> HeaderMap {
     headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     headers.insert(USER_AGENT, HeaderValue::from_static(AGENT));
+    // Each query's own is put in its place: a copy of the map has no room for one more.
+    headers.insert(API_KEY, HeaderValue::from_static(""));
     headers
 }
 

@@ -91,8 +91,9 @@ struct Standing {
 struct Waiters {
     polls: usize,
     weight: u32,
-    /// The client in whose queue the place stands, and where: another than the poll's own once names are many.
-    place: Option<(Client, Order)>,
+    /// The client in whose queue the place stands, and where: another than the poll's own once names are many. Mostly there
+    /// is none, and it takes no room.
+    place: Option<Box<(Client, Order)>>,
 }
 
 #[derive(Debug)]
@@ -259,12 +260,12 @@ impl FairQueue {
         Shedding::Flight(flight)
     }
 
-    fn youngest_of_the_largest(&mut self) -> Option<(Flight, (Client, Order))> {
+    fn youngest_of_the_largest(&mut self) -> Option<(Flight, Box<(Client, Order)>)> {
         let (_, largest) = self.by_places.last()?;
         let name = self.callers.get(&largest.caller)?.names.get(largest)?;
         let (order, flight) = name.places.last_key_value()?;
         let clients = &mut self.flights.get_mut(flight)?.clients;
-        let stands = |waiters: &&mut Waiters| waiters.place.as_ref().is_some_and(|(_, place)| place == order);
+        let stands = |waiters: &&mut Waiters| waiters.place.as_ref().is_some_and(|place| place.1 == *order);
         let place = clients.values_mut().find(stands)?.place.take()?;
         Some((*flight, place))
     }
@@ -419,11 +420,12 @@ impl FairQueue {
         self.by_places.remove(&(name.places.len(), client.clone()));
         name.places.insert(order, flight);
         self.by_places.insert((name.places.len(), client.clone()));
-        waiters.place = Some((client, order));
+        waiters.place = Some(Box::new((client, order)));
     }
 
-    fn unplace(&mut self, place: Option<(Client, Order)>) {
-        let Some((client, order)) = place else { return };
+    fn unplace(&mut self, place: Option<Box<(Client, Order)>>) {
+        let Some(place) = place else { return };
+        let (client, order) = *place;
         let Some(queue) = self.callers.get_mut(&client.caller) else {
             return;
         };

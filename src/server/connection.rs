@@ -263,7 +263,9 @@ fn service(
     service_fn(move |request: Request<Incoming>| {
         let (busy, served) = (served.phase.busy(), Arc::clone(&served));
         async move {
-            let (mut response, in_flight) = answer(&served, request.map(Either::Left)).await;
+            // On the heap, so that hyper's side of a connection keeps no room for it.
+            let answering = Box::pin(answer(&served, Box::new(request.map(Either::Left))));
+            let (mut response, in_flight) = answering.await;
             let is_last = || served.refusal.get().is_some_and(|refused| refused.in_body);
             if served.draining.is_cancelled() || is_last() {
                 close_after(&mut response);
@@ -285,11 +287,11 @@ fn close_after(response: &mut Response<Body>) {
 
 /// The answer to a plain poll.
 async fn answer_plain(served: Arc<Served>, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
-    answer(&served, *request).await
+    answer(&served, request).await
 }
 
 /// The answer to one request, or to what came in place of one.
-async fn answer(served: &Served, request: Request<RequestBody>) -> (Response<Body>, Option<InFlight>) {
+async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
     let Served { gateway, refusal, .. } = served;
     if request.method() == Method::TRACE {
         // Ours: `guard` lets no client's through.
