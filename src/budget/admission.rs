@@ -31,6 +31,13 @@ impl Admission {
         self.polls.entry(flight).or_default().insert(poll, late);
     }
 
+    /// The flight waits, from now on: a forecast made before has not seen its polls.
+    pub(super) fn enter(&mut self, flight: Flight) {
+        let first = self.polls.get(&flight).and_then(BTreeMap::first_key_value);
+        let first = first.map(|((latest, _), _)| *latest);
+        self.earliest = self.earliest.into_iter().chain(first).min();
+    }
+
     /// It waits no longer.
     pub(super) fn leave(&mut self, flight: Flight, poll: PollId) {
         if let Some(polls) = self.polls.get_mut(&flight) {

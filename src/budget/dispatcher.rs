@@ -348,9 +348,11 @@ impl Dispatcher {
                 is_again: false,
                 call,
             } if self.called.is_empty() && self.max_queue > 0 && self.queue.passes(flight) => {
+                self.admission.enter(flight);
                 self.call(flight, call, Instant::now());
             }
             Message::Enter { flight, is_again, call } => {
+                self.admission.enter(flight);
                 self.calls.insert(flight, call);
                 self.queue.enter(flight, is_again);
                 while !is_again && self.waiting() > self.max_queue {

@@ -256,6 +256,28 @@ async fn nobody_waits_for_a_pause_that_outlasts_every_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nor_does_the_first_who_comes_while_only_a_refresh_waits_for_the_end_of_a_pause() {
+    let upstream = Behaviour {
+        answer: |count, task| match (task, count) {
+            ("live", 0) => running(task),
+            ("live", _) => pauses_for_a_minute(0, task),
+            _ => success(task),
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(upstream, |_| {}));
+    assert_eq!(gateway.poll(KEY, "live").await.status, 200);
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(gateway.poll(KEY, "live").await.status, 200, "its snapshot");
+    sleep(Duration::from_secs(1)).await;
+    for task in ["one", "another"] {
+        let polled = rush(&gateway, MODEST, std::iter::once(task.to_owned())).await.remove(0);
+        assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
+        assert!(polled.retry_after() >= 45);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_poll_that_is_turned_away_counts_once_whoever_shared_its_flight() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
         config.budget.max_queue = 20;
