@@ -122,7 +122,7 @@ pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
             }
         }
         // Whatever stands before the API may say that, without having looked at the key.
-        _ if answer.class().yields_to_snapshot() => {}
+        _ if answer.class().yields_to_snapshot() => key.asked_in_vain(answer.asked()),
         _ => {
             key.heard(answer.asked());
             if key.refusal.clear(answer.asked()) {

@@ -87,6 +87,11 @@ impl Key {
         self.due_us.fetch_min(self.us(now + REMEMBERED), Ordering::Relaxed);
     }
 
+    /// Upstream was `asked` with it at this instant, and said nothing of it: who asks at once would hear the same.
+    pub(super) fn asked_in_vain(&self, asked: Instant) {
+        self.due_us.fetch_max(self.us(asked + REMEMBERED), Ordering::Relaxed);
+    }
+
     /// Upstream said something of it, to a question `asked` at this instant.
     pub(super) fn heard(&self, asked: Instant) {
         self.due_us.fetch_max(self.us(asked + CONFIRMED), Ordering::Relaxed);

@@ -423,6 +423,25 @@ async fn a_key_that_never_flew_is_confirmed_with_its_first_hit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_answer_that_says_nothing_of_the_key_sets_no_other_query_off() {
+    let behaviour = Behaviour {
+        answer: |_, _| refusal(500, 500),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let mut polls = JoinSet::new();
+    for _ in 0..5 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, "fails").await });
+    }
+    for reply in polls.join_all().await {
+        assert_code(&reply, 500);
+    }
+    sleep(seconds(3)).await;
+    assert_eq!(gateway.arrivals().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_known_of_an_unlisted_key_outlives_its_idle_account() {
     // Accepted: polled every two minutes, so forgotten in between.
     let start = Instant::now();
