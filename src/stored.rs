@@ -359,11 +359,14 @@ impl Answer {
         self.class() != Class::NotFound && self.is_kept(now) && (self.has_ended() || self.age(now) <= max_stale)
     }
 
-    /// Whether it should take the place of `kept`: a state only moves forward, and of two answers that tell of the same
-    /// stage the one that was asked for later is newer.
+    /// Whether it should take the place of `kept`. Late answers take nothing back: a state moves forward, and of two answers
+    /// that tell of the same stage the one that was asked for later is newer. What upstream was asked for only once `kept` was
+    /// there is not late: of a task that has not ended its last word counts, or a task that steps back would be asked for with
+    /// every poll.
     pub fn replaces(&self, kept: &Self) -> bool {
         let order = |answer: &Self| (answer.block.stage().unwrap_or(Stage::NotFound), answer.asked());
-        order(self) >= order(kept)
+        let is_last_word = !kept.has_ended() && self.asked() >= kept.received();
+        is_last_word || order(self) >= order(kept)
     }
 
     /// The code that decides, as an HTTP-like number: the HTTP status when there is none in range.

@@ -69,8 +69,7 @@ impl Class {
 
 /// How far a task has come; the order is the one in which a task goes through it.
 ///
-/// A state only moves forward: an answer replaces a kept one only if its stage is the same or later. Answers can arrive
-/// out of order, and a 404 for a task that was seen before is such a late answer, as long as the kept one lives.
+/// Of two answers that may have come out of order the one of the later stage counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stage {
     /// Upstream does not know the task (yet).

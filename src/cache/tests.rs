@@ -91,15 +91,35 @@ impl Cache {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_state_only_moves_forward() {
+async fn a_late_answer_takes_nothing_back() {
     let (cache, [account]) = (cache(MIB), accounts());
     let path = [Stage::Pending, Stage::Running, Stage::Settling, Stage::Ended];
     for (before, after) in path.iter().zip(&path[1..]) {
         let asked = Instant::now();
-        cache.put_now(account, "task", draft(*after, "after", asked));
         advance(Duration::from_secs(1)).await;
-        cache.put_now(account, "task", draft(*before, "before", Instant::now()));
+        cache.put_now(account, "task", draft(*after, "after", Instant::now()));
+        cache.put_now(account, "task", draft(*before, "before", asked));
         assert_eq!(cache.body(account, "task").unwrap(), "after", "{after:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_task_may_step_back_until_it_has_ended() {
+    let (cache, [account]) = (cache(MIB), accounts());
+    for (stage, body) in [
+        (Stage::Settling, "without media"),
+        (Stage::Running, "goes on"),
+        (Stage::Pending, "waits again"),
+        (Stage::Ended, "ended"),
+    ] {
+        advance(Duration::from_secs(1)).await;
+        cache.put_now(account, "task", draft(stage, body, Instant::now()));
+        assert_eq!(cache.body(account, "task").unwrap(), body);
+    }
+    for stage in [Stage::Settling, Stage::Running, Stage::Pending] {
+        advance(Duration::from_secs(1)).await;
+        cache.put_now(account, "task", draft(stage, "after all", Instant::now()));
+        assert_eq!(cache.body(account, "task").unwrap(), "ended", "{stage:?}");
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! What is kept is sealed before it comes here, and opened and judged by whoever asked; here it is bytes with a label that says
 //! how far the task has come and when upstream was asked and heard. In the store, every key with a time to live:
-//! - `answer:…`, the label and the sealed answer. A state only moves forward, by its stage and then by when upstream was
-//!   asked; so a fetch that outlives its claim takes nothing back. Beyond `shared.max_bytes` of memory in use nothing is
+//! - `answer:…`, the label and the sealed answer. Of two that cross, the one of the later stage stays, and of one stage
+//!   the one that was asked for later; so a fetch that outlives its claim takes nothing back. Beyond `shared.max_bytes` of memory in use nothing is
 //!   written, and answers that nobody reads make room.
 //! - `flight:…`, the claim of the process that fetches it: 2 s, renewed every 500 ms in one call for all claims of a process.
 //!   Whoever dies or stands still renews nothing, so another takes over. A claim only ever saves queries: each is paid for

@@ -163,6 +163,30 @@ async fn few_live_tasks_are_fresh_for_the_floor() {
     assert_refetched(&gateway.poll(KEY, "live-9").await);
 }
 
+/// Tasks that go on, and then wait to begin again.
+fn steps_back(count: usize, task: &str) -> Response<Full<Bytes>> {
+    let status = if count == 0 { "running" } else { "pending" };
+    json(&serde_json::json!({ "code": 200, "message": "success", "data": { "task_id": task, "status": status } }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_live_task_that_steps_back_is_asked_for_no_more_often_than_any_other() {
+    let behaviour = Behaviour {
+        answer: steps_back,
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    assert_eq!(gateway.poll(KEY, "live").await.json()["data"]["status"], "running");
+    sleep(Duration::from_secs(2)).await;
+    assert_refetched(&gateway.poll(KEY, "live").await);
+    for _ in 0..10 {
+        let reply = gateway.poll(KEY, "live").await;
+        assert_hit(&reply);
+        assert_eq!(reply.json()["data"]["status"], "pending");
+    }
+    assert_eq!(gateway.arrivals().len(), 2);
+}
+
 #[tokio::test(start_paused = true)]
 async fn many_live_tasks_are_fresh_for_longer_up_to_the_ceiling() {
     let gateway = start();

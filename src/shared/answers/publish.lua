@@ -18,14 +18,19 @@ if ARGV[2] == '' then
 end
 
 local function read(value)
-  local stage, live, asked = string.match(value, '^(%d) ([01]) (%d+) %d+ ')
+  local stage, live, asked, received = string.match(value, '^(%d) ([01]) (%d+) (%d+) ')
   if stage then
     stage = tonumber(stage)
-    return {stage = stage, asked = tonumber(asked), has_ended = live == '0' and stage > 0}
+    return {
+      stage = stage,
+      asked = tonumber(asked),
+      received = tonumber(received),
+      has_ended = live == '0' and stage > 0,
+    }
   end
 end
 
--- A state only moves forward (Answer::replaces). A not-found answer takes the place of a live one that was asked for
+-- A late answer takes nothing back (Answer::replaces). A not-found answer takes the place of a live one that was asked for
 -- earlier: it says more than a state that is stale.
 local stands, new = get(KEYS[1]), read(ARGV[2])
 stands = stands and read(stands)
@@ -34,7 +39,8 @@ if stands then
   if new.stage == 0 then
     is_newer = is_newer and not stands.has_ended
   elseif new.stage ~= stands.stage then
-    is_newer = new.stage > stands.stage
+    local is_last_word = not stands.has_ended and new.asked >= stands.received
+    is_newer = is_last_word or new.stage > stands.stage
   end
   if not is_newer then
     return {'older', 0}

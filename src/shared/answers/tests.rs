@@ -73,7 +73,7 @@ fn now(connection: &mut Connection) -> u64 {
 }
 
 #[test]
-fn a_state_only_moves_forward_whoever_publishes_it_last() {
+fn a_late_answer_takes_nothing_back_whoever_publishes_it() {
     let (_server, mut connection) = Server::start();
     let (not_found, pending, running, settling, ended) = (0, 1, 2, 3, 4);
     for (stands, comes, replaces) in [
@@ -81,7 +81,11 @@ fn a_state_only_moves_forward_whoever_publishes_it_last() {
         (label(running, true, 100), label(running, true, 100), true),
         (label(running, true, 100), label(running, true, 99), false),
         (label(pending, true, 100), label(running, true, 90), true),
-        (label(running, true, 100), label(pending, true, 110), false),
+        // Asked for before the other had come, 50 ms after it was asked for; and after that.
+        (label(running, true, 100), label(pending, true, 149), false),
+        (label(running, true, 100), label(pending, true, 150), true),
+        (label(settling, true, 100), label(running, true, 150), true),
+        (label(ended, false, 100), label(settling, true, 150), false),
         (label(running, true, 100), label(ended, false, 90), true),
         (label(ended, false, 100), label(running, true, 110), false),
         (label(ended, false, 100), label(ended, false, 99), false),
