@@ -31,7 +31,7 @@ use crate::metrics::AccountMetrics;
 use crate::shared::Lane;
 use admission::{PollId, Promised};
 use backoff::Backoff;
-use dispatcher::{Desk, Dispatcher, Message};
+use dispatcher::{Desk, Dispatcher, Grant, Message};
 use fair_queue::Flight;
 pub use history::SECONDS as HISTORY_SECONDS;
 use ring::{Ring, Stamp};
@@ -401,12 +401,9 @@ impl Turn {
                 since: Instant::now(),
                 grant,
             });
-            let stamp = granted.await.ok()?;
+            let Grant { stamp, is_background } = granted.await.ok()?;
             self.is_used = true;
-            held.shared
-                .metrics
-                .budget_wait
-                .observe(self.entered.elapsed().as_secs_f64());
+            held.shared.metrics.budget_wait[usize::from(is_background)].observe(self.entered.elapsed().as_secs_f64());
             Some(Permit(stamp))
         }
     }

@@ -573,7 +573,7 @@ impl Metrics {
             upstream_request_duration: self.upstream_request_duration.clone(),
             saved: [Served::Hit, Served::Stale, Served::Collapsed]
                 .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
-            budget_wait: self.budget_wait.with_label_values(&[account, LANES[0]]),
+            budget_wait: LANES.map(|lane| self.budget_wait.with_label_values(&[account, lane])),
             queue_length: LANES.map(|lane| self.budget_queue_length.with_label_values(&[account, lane])),
             rate: self.budget_rate.with_label_values(&[account]),
             shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
@@ -679,8 +679,8 @@ pub struct AccountMetrics {
     upstream_requests: Vec<IntCounter>,
     upstream_request_duration: Histogram,
     saved: [IntCounter; 3],
-    /// How long flights waited for a permit.
-    pub budget_wait: Histogram,
+    /// How long flights waited for a permit that they got in the foreground's turn, in the background's.
+    pub budget_wait: [Histogram; 2],
     /// Flights that wait for a permit: in the foreground, in the background.
     pub queue_length: [IntGauge; 2],
     rate: prometheus::Gauge,

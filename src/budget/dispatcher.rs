@@ -73,7 +73,7 @@ pub(super) enum Message {
     Ready {
         flight: Flight,
         since: Instant,
-        grant: oneshot::Sender<Stamp>,
+        grant: oneshot::Sender<Grant>,
     },
     /// It gave its turn up.
     Withdraw { flight: Flight },
@@ -87,13 +87,20 @@ pub(super) enum Message {
     Panic,
 }
 
+/// A permit, and in whose turn.
+#[derive(Debug)]
+pub(super) struct Grant {
+    pub(super) stamp: Stamp,
+    pub(super) is_background: bool,
+}
+
 /// A flight called forward.
 #[derive(Debug)]
 struct Called {
     flight: Flight,
     at: Instant,
     /// Once it has its connection.
-    grant: Option<oneshot::Sender<Stamp>>,
+    grant: Option<oneshot::Sender<Grant>>,
 }
 
 /// What the dispatcher waits for, beside messages: by default for nothing, since nobody could use a permit.
@@ -415,7 +422,7 @@ impl Dispatcher {
         self.queue.waiting() + self.called.len()
     }
 
-    fn forget(&mut self, flight: Flight) -> Option<oneshot::Sender<Stamp>> {
+    fn forget(&mut self, flight: Flight) -> Option<oneshot::Sender<Grant>> {
         let call = self.call_of.remove(&flight)?;
         let grant = self.called.remove(&call)?.grant;
         self.ready -= usize::from(grant.is_some());
@@ -659,8 +666,10 @@ impl Dispatcher {
     fn hand_over(&mut self, now: Instant, latest: Option<Instant>) {
         let mut stamp = self.ring.take(latest);
         while let Some(flight) = self.first_ready() {
-            match self.forget(flight).map(|grant| grant.send(stamp)) {
-                Some(Err(back)) => stamp = back,
+            let is_background = self.queue.charged(flight).is_none();
+            let grant = Grant { stamp, is_background };
+            match self.forget(flight).map(|to| to.send(grant)) {
+                Some(Err(back)) => stamp = back.stamp,
                 Some(Ok(())) => return self.spending.charge(self.queue.charged(flight), now),
                 None => return,
             }

@@ -171,7 +171,15 @@ async fn a_snapshot_is_served_at_once_and_refreshed_in_the_background() {
     let reply = gateway.poll_from(GREEDY, KEY, "mine").await;
     let age: u64 = reply.header("age").unwrap().parse().unwrap();
     assert!(age <= 1, "{age}");
-    others.await.unwrap();
+    let others = others.await.unwrap();
+    let served = others.iter().filter(|polled| polled.reply.status == 200).count();
+    let waited = |lane| {
+        let labels = format!("{{account=\"other\",lane=\"{lane}\"}}");
+        gateway.metric(&format!("crun_gateway_budget_wait_seconds_count{labels}"))
+    };
+    // The first answer of `mine`, and its refresh.
+    assert!((waited("foreground") - (1 + served) as f64).abs() < 0.5);
+    assert!((waited("background") - 1.0).abs() < 0.5);
 }
 
 #[tokio::test(start_paused = true)]

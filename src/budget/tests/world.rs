@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::super::backoff::Backoff;
-use super::super::dispatcher::{Dispatcher, Message};
+use super::super::dispatcher::{Dispatcher, Grant, Message};
 use super::super::ring::Stamp;
 use super::super::{Pace, lock};
 use crate::account::{Caller, Client};
@@ -80,7 +80,7 @@ enum Event {
 #[derive(Debug, Default)]
 struct Flight {
     called: Option<oneshot::Receiver<()>>,
-    granted: Option<oneshot::Receiver<Stamp>>,
+    granted: Option<oneshot::Receiver<Grant>>,
     stamp: Option<Stamp>,
     has_connection: bool,
     is_over: bool,
@@ -336,7 +336,7 @@ impl World<'_> {
             return;
         }
         let granted = told.granted.as_mut().and_then(|granted| granted.try_recv().ok());
-        if let Some(stamp) = granted {
+        if let Some(Grant { stamp, .. }) = granted {
             assert!(now >= self.paused_until, "granted during a pause or the start hold");
             told.stamp = Some(stamp);
             self.history.granted.push(now);
