@@ -1,7 +1,7 @@
 """image.py BINARY_DIR MANIFEST ROOT: builds the image and starts the binary out of its root file system, into ROOT.
 
-No registry is needed: the build stage is replaced by BINARY_DIR, what deploy/build made, and the last stage is built as it
-stands. Then, in that root file system and nothing else, as the image's user, with its environment and the arguments of the
+No registry is needed: of the build stage only what it copies is looked at, its result is BINARY_DIR, what deploy/build made,
+and the last stage is built as it stands. Then, in that root file system and nothing else, as the image's user, with its environment and the arguments of the
 pod: the ConfigMap is accepted, upstream is found by a name that only DNS knows, a poll is answered, SIGTERM ends it with 0.
 
 Not the same as in a cluster: the process has no namespaces, no cgroup and no seccomp profile of its own. Needs root.
@@ -38,13 +38,22 @@ def build(binary_dir, store):
     def run(*args):
         return subprocess.run([*buildah, *args], check=True, capture_output=True, text=True).stdout.strip()
 
-    run(
-        "bud", "--isolation", "chroot", "--build-context", f"build={binary_dir}", "--build-arg", "REVISION=check",
-        "--ignorefile", ROOT / "deploy/Dockerfile.dockerignore", "-f", ROOT / "deploy/Dockerfile", "-t", TAG, ROOT,
-    )
+    def image(dockerfile, tag, *args):
+        ignored = ROOT / "deploy/Dockerfile.dockerignore"
+        run("bud", "--isolation", "chroot", "--ignorefile", ignored, "-f", dockerfile, "-t", tag, *args, ROOT)
+        return Path(run("mount", run("from", tag)))
+
+    # That what the build stage copies is there: the ignore file lets each of it through by name.
+    dockerfile = ROOT / "deploy/Dockerfile"
+    stage = dockerfile.read_text().split("\nFROM scratch")[0]
+    copies = [line for line in stage.splitlines() if line.startswith(("WORKDIR ", "COPY "))]
+    begun = store / "Dockerfile.begun"
+    begun.write_text("\n".join(["FROM scratch", *copies]))
+    image(begun, f"{TAG}-begun")
+
+    mounted = image(dockerfile, TAG, "--build-context", f"build={binary_dir}", "--build-arg", "REVISION=check")
     config = json.loads(run("inspect", "--type", "image", TAG))["OCIv1"]["config"]
-    mounted = run("mount", run("from", TAG))
-    return config, Path(mounted)
+    return config, mounted
 
 
 def answer_names(server):
