@@ -36,6 +36,8 @@ pub struct Draft {
     pub content_type: Option<HeaderValue>,
     /// The Retry-After, if there was one; of errors only, which are never kept.
     pub retry_after: Option<HeaderValue>,
+    /// The Location, if there was one; of redirections only, which are never kept.
+    pub location: Option<HeaderValue>,
     /// The body, byte for byte.
     pub body: Bytes,
     /// What they mean.
@@ -57,6 +59,7 @@ impl Draft {
             status,
             content_type: None,
             retry_after: None,
+            location: None,
             body,
             reading,
             asked,
@@ -83,6 +86,7 @@ impl Draft {
             Arc::new(Beside {
                 body: (!is_kept).then_some(self.body),
                 retry_after: self.retry_after,
+                location: self.location,
                 _room: self.room,
             })
         });
@@ -109,6 +113,7 @@ struct Beside {
     /// The body of an answer that is not kept: as it came, without a copy.
     body: Option<Bytes>,
     retry_after: Option<HeaderValue>,
+    location: Option<HeaderValue>,
     _room: Option<OwnedSemaphorePermit>,
 }
 
@@ -266,6 +271,11 @@ impl Answer {
     /// The Retry-After, if there was one; of errors only, which are never kept.
     pub fn retry_after(&self) -> Option<&HeaderValue> {
         self.beside.as_ref()?.retry_after.as_ref()
+    }
+
+    /// The Location, if there was one; of redirections only, which are never kept.
+    pub fn location(&self) -> Option<&HeaderValue> {
+        self.beside.as_ref()?.location.as_ref()
     }
 
     /// The body, byte for byte; a copy of one that is kept packed.

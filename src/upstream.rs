@@ -22,7 +22,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use bytes::Bytes;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER, TRANSFER_ENCODING, USER_AGENT,
+    ACCEPT, ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, LOCATION, RETRY_AFTER, TRANSFER_ENCODING, USER_AGENT,
 };
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use http_body_util::Empty;
@@ -171,6 +171,8 @@ pub struct Fetched {
     pub content_type: Option<HeaderValue>,
     /// The Retry-After, if there was one.
     pub retry_after: Option<HeaderValue>,
+    /// The Location, if there was one.
+    pub location: Option<HeaderValue>,
     /// The body, byte for byte.
     pub body: Bytes,
     /// When the attempt began: an answer shows the task no later than this.
@@ -268,6 +270,7 @@ impl Ready {
             content_type: (head.headers.get(CONTENT_TYPE))
                 .and_then(|value| HeaderValue::from_bytes(value.as_bytes()).ok()),
             retry_after: head.headers.get(RETRY_AFTER).cloned(),
+            location: head.headers.get(LOCATION).cloned(),
             body,
             asked,
             received,

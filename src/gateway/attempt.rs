@@ -92,6 +92,7 @@ impl Gateway {
             status,
             content_type,
             retry_after,
+            location,
             body,
             asked,
             received,
@@ -111,6 +112,7 @@ impl Gateway {
             let draft = Draft {
                 content_type,
                 retry_after,
+                location,
                 keeping,
                 // What is kept counts against the cache.
                 room: room.filter(|_| keeping.is_none()),

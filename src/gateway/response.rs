@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
-use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, VIA};
+use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use serde::Serialize;
@@ -185,6 +185,9 @@ pub(super) fn answer(answer: Answer, cache: CacheStatus, now: Instant, live: Dur
     }
     if let Some(retry_after) = answer.retry_after() {
         headers.insert(RETRY_AFTER, retry_after.clone());
+    }
+    if let Some(location) = answer.location() {
+        headers.insert(LOCATION, location.clone());
     }
     if let Ok(value) = HeaderValue::try_from(cache.value(&answer, freshness.ttl())) {
         headers.insert(CACHE_STATUS, value);

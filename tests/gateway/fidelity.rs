@@ -187,6 +187,20 @@ async fn headers_that_speak_of_upstreams_connection_stay_there() {
 }
 
 #[tokio::test]
+async fn a_redirection_says_where_to() {
+    let upstream = Scripted::always(response(
+        "308 Permanent Redirect",
+        "Location: /api/v2/TaskInfo\r\n",
+        b"",
+    ))
+    .await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let reply = poll(gateway.address, "moved").await;
+    assert_eq!(reply.status, 308);
+    assert_eq!(reply.header("location"), Some("/api/v2/TaskInfo"));
+}
+
+#[tokio::test]
 async fn a_missing_content_type_stays_missing() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(&upstream.url, "").await;
