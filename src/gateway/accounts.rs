@@ -277,6 +277,12 @@ impl Accounts {
         self.directory.load().listed.get(key).cloned()
     }
 
+    /// Whether `text` is a client token.
+    pub(super) fn is_token(&self, text: &str) -> bool {
+        let key: &dyn KeyText = &text;
+        self.directory.load().listed.get(key).is_some_and(Asker::has_token)
+    }
+
     /// Whether what a client calls itself is a secret that is known: an account's key, or a token. That is nobody's name.
     pub(super) fn is_secret(&self, name: &HeaderValue) -> bool {
         let Some(key) = name.to_str().ok().and_then(ApiKey::new) else {

@@ -1,7 +1,9 @@
 //! What a request presents: an account's key, or a client token that stands for one.
 
-use http::HeaderMap;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use http::header::{AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION};
+use http::{HeaderMap, HeaderValue};
 
 use super::Gateway;
 use crate::account::{API_KEY, API_KEY_HEADER, ApiKey};
@@ -23,7 +25,14 @@ impl Gateway {
 
     /// The client tokens among a request's Bearers.
     pub(super) fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
-        bearers(headers).filter(|key| self.accounts.listed(key).is_some_and(|asker| asker.has_token()))
+        bearers(headers).filter(|key| self.accounts.is_token(key.expose()))
+    }
+
+    /// Whether a header's value has a client token in it, whatever its scheme, and whatever stands around it.
+    pub(super) fn has_token(&self, value: &HeaderValue) -> bool {
+        let text = String::from_utf8_lossy(value.as_bytes());
+        let is_token = |part: &str| self.accounts.is_token(part);
+        parts(&text).any(|part| is_token(part) || basic(part).iter().any(|part| is_token(part)))
     }
 }
 
@@ -68,6 +77,27 @@ pub(super) fn bearers(headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
     })
 }
 
+/// What may be a token in a header's value: all of it, its members, each without its scheme; its words, each without the
+/// name that it is given.
+fn parts(text: &str) -> impl Iterator<Item = &str> {
+    let members = std::iter::once(text).chain(text.split(',')).map(str::trim);
+    let words = text.split(|c: char| !c.is_ascii_graphic() || ",;\"".contains(c));
+    let members = members.flat_map(|member| [Some(member), behind(member, &[' ', '\t'])]);
+    let words = words.flat_map(|word| [Some(word), behind(word, &['='])]);
+    members.chain(words).flatten()
+}
+
+fn behind<'t>(text: &'t str, separators: &[char]) -> Option<&'t str> {
+    text.split_once(separators).map(|(_, rest)| rest.trim())
+}
+
+/// User and password, as `Authorization: Basic` hides them.
+fn basic(credentials: &str) -> Vec<String> {
+    let decoded = STANDARD.decode(credentials).unwrap_or_default();
+    let decoded = String::from_utf8_lossy(&decoded);
+    decoded.splitn(2, ':').map(str::to_owned).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,10 +106,10 @@ mod tests {
     fn no_debug_of_a_requests_headers_prints_a_secret() {
         let mut headers = HeaderMap::new();
         for name in [API_KEY_HEADER, "authorization", "cookie", "proxy-authorization"] {
-            headers.append(name, http::HeaderValue::from_static("ak_secret"));
-            headers.append(name, http::HeaderValue::from_static("Bearer ak_secret"));
+            headers.append(name, HeaderValue::from_static("ak_secret"));
+            headers.append(name, HeaderValue::from_static("Bearer ak_secret"));
         }
-        headers.append("accept", http::HeaderValue::from_static("application/json"));
+        headers.append("accept", HeaderValue::from_static("application/json"));
         hide(&mut headers);
         let printed = format!("{headers:?}");
         assert!(

@@ -5,7 +5,7 @@
 //! separators, after any number of decodings and in any case, is answered 404 unless it is TaskInfo itself.
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, EXPECT, HOST, VIA};
+use http::header::{EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, Uri};
 use http_body_util::{Either, Empty};
@@ -123,11 +123,10 @@ impl Gateway {
         for name in REWRITING_HEADERS {
             head.headers.remove(name);
         }
+        // A token is ours and goes nowhere, whether it was understood or not.
+        response::strip(&mut head.headers, |_, value| self.has_token(value));
+        // What it stands for goes in its place.
         if let Some(key) = key {
-            // A token is ours and goes nowhere: what it stands for goes in its place.
-            if self.tokens(&head.headers).next().is_some() {
-                head.headers.remove(AUTHORIZATION);
-            }
             head.headers.insert(API_KEY, key.header_value());
         }
         traced::settle(&mut head.headers, self.config.load().upstream.traceparent, call);

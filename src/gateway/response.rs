@@ -362,6 +362,15 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Removes the headers of which `is_one` says so, all lines of a name if of one.
+pub(super) fn strip(headers: &mut HeaderMap, is_one: impl Fn(&HeaderName, &HeaderValue) -> bool) {
+    let lines = headers.iter().filter(|(name, value)| is_one(name, value));
+    let names: Vec<HeaderName> = lines.map(|(name, _)| name.clone()).collect();
+    for name in names {
+        headers.remove(name);
+    }
+}
+
 /// The `x-request-id` that a client sent, if it is well-formed, else a new one (UUIDv7: sortable by time).
 pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
     let sent = headers.get(REQUEST_ID).map(HeaderValue::as_bytes);

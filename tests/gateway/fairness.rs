@@ -299,3 +299,29 @@ async fn a_token_stands_for_its_accounts_keys_and_goes_nowhere() {
     }
     assert!(!heads.contains("token-"), "a token is ours and goes nowhere: {heads}");
 }
+
+#[tokio::test]
+async fn a_token_goes_nowhere_whatever_stands_around_it() {
+    let upstream = Scripted::always(response("200 OK", "", b"{}")).await;
+    let (gateway, _secrets) = with_tokens(&upstream.url).await;
+    for (name, value) in [
+        ("authorization", "token-b"),
+        ("authorization", "Basic token-b"),
+        ("authorization", "Basic dG9rZW4tYjo="),
+        ("authorization", "Basic bWU6dG9rZW4tYg=="),
+        ("authorization", "Token token=\"token-b\""),
+        ("authorization", "Bearer token-b;x"),
+        ("authorization", "Bearer sk-llm, token-b"),
+        ("proxy-authorization", "Bearer token-b"),
+        ("cookie", "a=b; session=token-b"),
+        ("x-token", "token-b"),
+    ] {
+        let mut asked = bare(Method::POST, "/api/v1/echo");
+        asked.headers_mut().insert(name, value.parse().unwrap());
+        asked.headers_mut().insert("accept", "text/html;q=0.9".parse().unwrap());
+        assert_eq!(request(gateway.address, asked).await.status, 200, "{value}");
+        let head = upstream.heads().pop().unwrap();
+        assert!(!head.contains(value), "{head}");
+        assert!(head.contains("accept: text/html;q=0.9"), "{head}");
+    }
+}
