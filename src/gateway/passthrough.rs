@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use http::header::{EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
-use http::{HeaderValue, Request, Response, Uri};
+use http::{HeaderName, HeaderValue, Request, Response, Uri};
 use http_body_util::{Either, Empty};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
@@ -21,11 +21,20 @@ use crate::error::Error;
 use crate::otlp::Span;
 
 /// Headers by which some servers let a request stand for another path or method: with one, an innocent path could be a
-/// query after all.
-const REWRITING_HEADERS: [&str; 6] = [
+/// query after all. Which is why a name is read as the most tolerant server reads it: `-` is whatever is no letter or digit.
+const REWRITING_HEADERS: [&str; 15] = [
     "x-original-url",
     "x-original-uri",
+    "x-original-path",
+    "x-original-method",
+    "x-envoy-original-path",
+    "x-ms-original-url",
+    "x-waws-unencoded-url",
     "x-rewrite-url",
+    "x-forwarded-uri",
+    "x-forwarded-path",
+    "x-forwarded-method",
+    "x-replaced-path",
     "x-http-method",
     "x-http-method-override",
     "x-method-override",
@@ -120,9 +129,7 @@ impl Gateway {
         head.uri = Uri::from(path);
         head.version = http::Version::HTTP_11;
         response::strip_hop_by_hop(&mut head.headers);
-        for name in REWRITING_HEADERS {
-            head.headers.remove(name);
-        }
+        response::strip(&mut head.headers, |name, _| rewrites(name));
         // A token is ours and goes nowhere, whether it was understood or not.
         response::strip(&mut head.headers, |_, value| self.has_token(value));
         // What it stands for goes in its place.
@@ -137,6 +144,12 @@ impl Gateway {
         head.extensions = http::Extensions::new();
         Request::from_parts(head, body)
     }
+}
+
+/// Whether a header may make a server read another path or method.
+fn rewrites(name: &HeaderName) -> bool {
+    let read = name.as_str().replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    REWRITING_HEADERS.contains(&&*read)
 }
 
 /// Whether a raw path stays what it looks like, and is not TaskInfo, however a server may read it.

@@ -223,7 +223,18 @@ async fn an_innocent_path_cannot_be_turned_into_a_query_by_a_header() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(&upstream.url, "").await;
     let mut asked = bare(Method::POST, "/api/v1/echo");
-    for name in ["x-original-url", "x-rewrite-url", "x-http-method-override"] {
+    for name in [
+        "x-original-url",
+        "x-rewrite-url",
+        "x-http-method-override",
+        "x_original_url",
+        "x-original_url",
+        "x.original.url",
+        "x-original-path",
+        "x-envoy-original-path",
+        "x-forwarded-uri",
+        "x-forwarded-path",
+    ] {
         asked.headers_mut().insert(name, TASK_INFO.parse().unwrap());
     }
     let echoed = request(gateway.address, asked).await.json();
