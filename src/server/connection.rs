@@ -266,6 +266,7 @@ fn service(
             // On the heap, so that hyper's side of a connection keeps no room for it.
             let answering = Box::pin(answer(&served, Box::new(request.map(Either::Left))));
             let (mut response, in_flight) = answering.await;
+            busy.answered();
             let is_last = || served.refusal.get().is_some_and(|refused| refused.in_body);
             if served.draining.is_cancelled() || is_last() {
                 close_after(&mut response);

@@ -248,6 +248,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
             }
             Poll::Pending => {
                 let busy = busy.unwrap_or_else(|| self.phases.busy());
+                busy.answered();
                 self.sending = Some(Box::new((sending.slow(), busy)));
                 Ok(false)
             }

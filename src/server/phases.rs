@@ -155,21 +155,38 @@ impl Phases {
 
     /// A request is being answered, until this is dropped.
     pub(super) fn busy(&self) -> Busy {
-        // An answer in words is given when `request_timeout` is over, and has a while to go out.
-        let until = Instant::now() + self.0.request_timeout + LINGER;
+        let time_is_over = Instant::now() + self.0.request_timeout;
+        // An answer in words is given then, and has a while to go out.
+        let until = time_is_over + LINGER;
         self.0.is_starved.store(false, Ordering::Relaxed);
         self.set(Phase::Busy { until });
-        Busy(self.clone())
+        Busy {
+            phases: self.clone(),
+            time_is_over,
+        }
     }
 }
 
 /// A request that is being answered; when dropped, the connection is idle again, or the next one's head has begun.
-pub(super) struct Busy(Phases);
+pub(super) struct Busy {
+    phases: Phases,
+    time_is_over: Instant,
+}
+
+impl Busy {
+    /// Its answer is there: one that is in time has to be at its end in time, too.
+    pub(super) fn answered(&self) {
+        let until = self.time_is_over;
+        if Instant::now() < until {
+            self.phases.set(Phase::Busy { until });
+        }
+    }
+}
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let (now, shared) = (Instant::now(), &self.0.0);
-        self.0.set(if shared.is_next_begun.load(Ordering::Relaxed) {
+        let (now, shared) = (Instant::now(), &self.phases.0);
+        self.phases.set(if shared.is_next_begun.load(Ordering::Relaxed) {
             let until = now + shared.header_timeout;
             Phase::Head { until }
         } else {

@@ -5,7 +5,8 @@ use std::time::Duration;
 use http::Method;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::client::bare;
 use crate::harness::paused::{Behaviour, Paused};
@@ -621,6 +622,31 @@ async fn a_request_that_takes_too_long_is_504_and_its_answer_cut_when_it_has_beg
         .await;
     assert!((refused - 3.0).abs() < 0.1, "{refused}");
     assert_eq!(gateway.admin("/readyz").await.0, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_has_begun_is_cut_when_the_requests_time_is_over() {
+    let paused = Paused::start(
+        Behaviour {
+            answer: |_, _| http::Response::new(vec![b'x'; 1 << 20].into()),
+            ..Behaviour::default()
+        },
+        |_| {},
+    );
+    let in_flight = || paused.metric("crun_gateway_requests_in_flight");
+    for asked in both_kinds("").map(|asked| asked.replace("echo", "echo?task_id=a")) {
+        let mut client = paused.connect(100, CancellationToken::new());
+        // It takes the beginning, and no more.
+        client.send(&asked).await.unwrap();
+        let start = Instant::now();
+        client.some().await.unwrap();
+        sleep_until(start + Duration::from_secs(899)).await;
+        assert!((in_flight() - 1.0).abs() < 0.1, "{asked}");
+        sleep_until(start + Duration::from_millis(900_010)).await;
+        assert!(in_flight() < 0.1, "{asked}");
+    }
+    let refused = paused.metric("crun_gateway_refused_total{reason=\"request_timeout\"}");
+    assert!((refused - 2.0).abs() < 0.1, "{refused}");
 }
 
 #[tokio::test(start_paused = true)]
