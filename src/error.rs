@@ -51,6 +51,12 @@ pub enum Error {
     /// As many requests are being answered as `limits.requests` allows.
     #[error("too many requests at once (limits.requests): try again")]
     Overloaded,
+    /// As many connections are open as this field allows.
+    #[error("too many connections ({0}): keep connections alive and share them")]
+    TooManyConnections(&'static str),
+    /// Plain HTTP where TLS is spoken.
+    #[error("this port speaks TLS: use https://")]
+    PlainHttp,
     /// A request's head has begun and did not end within `limits.header_timeout`.
     #[error("the request's head took longer than limits.header_timeout")]
     HeaderTimeout,
@@ -108,14 +114,16 @@ impl Error {
             Self::MissingKey | Self::MalformedKey | Self::UnknownKey => StatusCode::UNAUTHORIZED,
             Self::TokenMayNotPass => StatusCode::FORBIDDEN,
             Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::Malformed(_) => StatusCode::BAD_REQUEST,
+            Self::Malformed(_) | Self::PlainHttp => StatusCode::BAD_REQUEST,
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::UpstreamUnavailable { .. } | Self::NoConnection | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamUnavailable { .. } | Self::NoConnection | Self::Overloaded | Self::TooManyConnections(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -137,6 +145,8 @@ impl Error {
             Self::HeadTooLarge => "head_too_large",
             Self::BodyTooLarge => "body_too_large",
             Self::Overloaded => "overloaded",
+            Self::TooManyConnections(_) => "connections",
+            Self::PlainHttp => "plain_http",
             Self::HeaderTimeout => "header_timeout",
             Self::RequestTimeout => "request_timeout",
             Self::QueueFull { .. } => "queue_full",
@@ -164,11 +174,14 @@ impl Error {
             | Self::Malformed(_)
             | Self::HeadTooLarge
             | Self::BodyTooLarge
+            | Self::PlainHttp
             | Self::HeaderTimeout
             | Self::RequestTimeout => None,
-            Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } | Self::Overloaded => {
-                Some("http_request_denied")
-            }
+            Self::TooManyAccounts
+            | Self::QueueFull { .. }
+            | Self::BudgetSpent { .. }
+            | Self::Overloaded
+            | Self::TooManyConnections(_) => Some("http_request_denied"),
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
@@ -185,7 +198,7 @@ impl Error {
             | Self::BudgetSpent { retry_after, .. }
             | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
-            Self::Overloaded => Some(Duration::from_secs(1)),
+            Self::Overloaded | Self::TooManyConnections(_) => Some(Duration::from_secs(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey
@@ -197,6 +210,7 @@ impl Error {
             | Self::Malformed(_)
             | Self::HeadTooLarge
             | Self::BodyTooLarge
+            | Self::PlainHttp
             | Self::HeaderTimeout
             | Self::RequestTimeout
             | Self::UpstreamTooLarge
@@ -221,6 +235,8 @@ impl Error {
             | Self::HeadTooLarge
             | Self::BodyTooLarge
             | Self::Overloaded
+            | Self::TooManyConnections(_)
+            | Self::PlainHttp
             | Self::HeaderTimeout
             | Self::RequestTimeout
             | Self::UpstreamUnavailable { .. }

@@ -76,7 +76,7 @@ pub use passthrough::RequestBody;
 use progress::{Landed, Phase, Progress, landing};
 use recall::Recall;
 use response::CacheStatus;
-pub use response::{Body, Data, may_have_body, write_head};
+pub use response::{Body, Data, may_have_body, refusal, write_head};
 pub use status::Status;
 use traced::{FlightTrace, Trace};
 

@@ -21,7 +21,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use http::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
@@ -29,7 +28,8 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::gateway::Gateway;
+use crate::error::Error;
+use crate::gateway::{Gateway, refusal};
 use crate::metrics::Metrics;
 pub use connection::serve_connection;
 pub use tls::{LOOK_INTERVAL, Tls, serve_tls_connection};
@@ -223,8 +223,7 @@ impl Drop for Place {
 
 /// Tells a client why it gets no connection, without reading what it asks.
 async fn turn_away(stream: TcpStream, tls: Option<Arc<Tls>>, limit: &'static str) {
-    let message = format!("too many connections ({limit}): keep connections alive and share them");
-    let answer = refusal(StatusCode::SERVICE_UNAVAILABLE, "Retry-After: 1\r\n", &message);
+    let answer = refusal(&Error::TooManyConnections(limit));
     // Whether it listens is its own business.
     let _ = timeout(GRACE, async {
         match tls {
@@ -238,21 +237,10 @@ async fn turn_away(stream: TcpStream, tls: Option<Arc<Tls>>, limit: &'static str
     .await;
 }
 
-async fn tell<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, answer: &str) -> io::Result<()> {
-    stream.write_all(answer.as_bytes()).await?;
+async fn tell<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, answer: &[u8]) -> io::Result<()> {
+    stream.write_all(answer).await?;
     stream.flush().await?;
     connection::close(&mut stream).await
-}
-
-/// An answer to a connection on which no request was read, and which it closes. `headers` are whole lines.
-fn refusal(status: StatusCode, headers: &str, message: &str) -> String {
-    let code = status.as_u16();
-    let body = format!(r#"{{"code":{code},"message":"crun-gateway: {message}","data":null}}"#);
-    format!(
-        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: no-store\r\nVia: \
-         1.1 crun-gateway\r\n{headers}Connection: close\r\n\r\n{body}",
-        body.len()
-    )
 }
 
 /// Whether an accept failed because of the one connection, which is gone, and not of us.

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
-use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
+use http::header::{AGE, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use serde::Serialize;
@@ -326,6 +326,20 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     response
 }
 
+/// The same as it goes out on a connection of which no request is read, and which closes.
+pub fn refusal(error: &Error) -> Vec<u8> {
+    let mut response = self::error(error);
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, request_id(&HeaderMap::new()));
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    let body = response.body_mut().take();
+    let body = body.as_ref().map_or(&[][..], Data::chunk);
+    let mut bytes = Vec::new();
+    write_head(&mut bytes, &response, body.len());
+    bytes.extend_from_slice(body);
+    bytes
+}
+
 /// Upstream's response to a request that was streamed through: untouched, but for what belongs to one connection.
 pub(super) fn streamed(response: Response<Incoming>, call: Span) -> Response<Body> {
     let mut response = response.map(|body| Body::Streamed(body, call));
@@ -340,7 +354,7 @@ pub(super) fn streamed(response: Response<Incoming>, call: Span) -> Response<Bod
 /// Removes what is meant for the next hop only (RFC 9110 §7.6.1). Framing is hyper's: it writes its own.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
-        .get_all(http::header::CONNECTION)
+        .get_all(CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))

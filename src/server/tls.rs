@@ -9,7 +9,6 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use http::StatusCode;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
@@ -25,11 +24,12 @@ use x509_cert::der::Decode as _;
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
+use super::GRACE;
 use super::connection::{close, serve_connection};
-use super::{GRACE, refusal};
 use crate::account::Caller;
 use crate::config::{self, Demand, Identity, Limits, Problem, Problems, Watched};
-use crate::gateway::Gateway;
+use crate::error::Error;
+use crate::gateway::{Gateway, refusal};
 use crate::metrics::{HandshakeFailure, Metrics};
 
 /// How often the files are looked at: three small files, and a certificate in use soon after it was put in place.
@@ -150,9 +150,7 @@ impl Tls {
             // Whether it listens is its own business.
             let _ = timeout(GRACE, async {
                 if why == HandshakeFailure::PlainHttp {
-                    let message = "this port speaks TLS: use https://";
-                    let answer = refusal(StatusCode::BAD_REQUEST, "", message);
-                    stream.write_all(answer.as_bytes()).await?;
+                    stream.write_all(&refusal(&Error::PlainHttp)).await?;
                 }
                 close(&mut stream).await
             })

@@ -236,6 +236,9 @@ async fn plain_http_is_told_that_tls_is_spoken_here() {
             .unwrap()
             .contains("crun-gateway: this port speaks TLS")
     );
+    for name in ["x-request-id", "cache-status", "age", "date"] {
+        assert!(reply.header(name).is_some(), "{name}: {reply:?}");
+    }
     client.assert_ends().await;
     reaches(&gateway, &failures("plain_http"), 1.0).await;
     let mut client = Raw::connect(gateway.address).await;

@@ -108,6 +108,9 @@ async fn the_third_connection_is_turned_away(limit: &str) {
     assert_eq!(refusal.header("cache-control"), Some("no-store"));
     assert_eq!(refusal.header("via"), Some("1.1 crun-gateway"));
     assert_eq!(refusal.header("retry-after"), Some("1"));
+    for name in ["x-request-id", "cache-status", "age", "date"] {
+        assert!(refusal.header(name).is_some(), "{name}: {refusal:?}");
+    }
     let envelope = refusal.json();
     assert_eq!(envelope["code"], 503);
     assert!(envelope["data"].is_null(), "{envelope}");
