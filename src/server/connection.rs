@@ -17,7 +17,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::header::CONNECTION;
-use http::{HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response, Version};
 use http_body_util::Either;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
@@ -262,14 +262,19 @@ fn service(
 ) -> impl Service<Request<Incoming>, Response = Response<Tracked>, Error = Infallible, Future: Send> + Send {
     service_fn(move |request: Request<Incoming>| {
         let (busy, served) = (served.phase.busy(), Arc::clone(&served));
+        let version = request.version();
         async move {
             // On the heap, so that hyper's side of a connection keeps no room for it.
             let answering = Box::pin(answer(&served, Box::new(request.map(Either::Left))));
             let (mut response, in_flight) = answering.await;
             busy.answered();
+            // To HTTP/1.0 only the connection's end says where a body of unknown length ends.
+            let ends_body = version == Version::HTTP_10 && response.body().size_hint().exact().is_none();
             let is_last = || served.refusal.get().is_some_and(|refused| refused.in_body);
-            if served.draining.is_cancelled() || is_last() {
+            if ends_body || served.draining.is_cancelled() || is_last() {
                 close_after(&mut response);
+                // Or else hyper adds `keep-alive` for a client of HTTP/1.0 that has asked for it.
+                *response.version_mut() = version;
             }
             Ok(response.map(|body| Tracked {
                 body,

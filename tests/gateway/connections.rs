@@ -192,6 +192,25 @@ async fn a_client_that_speaks_http_1_0_is_answered_and_its_connection_closed() {
     }
 }
 
+#[tokio::test]
+async fn a_client_that_speaks_http_1_0_is_told_whether_its_connection_stays_open() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for (target, stays) in [
+        (format!("GET {TASK_INFO}?task_id=ended.a"), true),
+        ("POST /api/v1/echo".to_owned(), true),
+        ("HEAD /api/v1/echo".to_owned(), true),
+        ("POST /api/v1/chat/completions".to_owned(), false),
+    ] {
+        let mut client = Raw::connect(gateway.address).await;
+        let asked = format!("{target} HTTP/1.0\r\nconnection: keep-alive\r\nx-api-key: {KEY}\r\n\r\n");
+        client.send(asked).await.unwrap();
+        let all = client.until("\r\n\r\n").await.to_ascii_lowercase();
+        let says = |word| all.contains(&format!("connection: {word}\r\n"));
+        assert!(says("keep-alive") == stays && says("close") != stays, "{all}");
+    }
+}
+
 /// hyper may come upon an answer's end as it is about to wait, and then waits, though it is to close.
 #[tokio::test]
 async fn a_streamed_answer_of_unknown_length_ends_with_its_connection_whenever_its_end_comes() {
