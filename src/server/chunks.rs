@@ -35,9 +35,7 @@ pub(super) struct Chunks {
 enum State {
     /// The size, of which so many digits were read.
     Size(u32),
-    /// White space behind the size, where an extension must follow.
-    Space,
-    Extension,
+    Extension(Extension),
     SizeLf,
     Data,
     DataCr,
@@ -49,6 +47,50 @@ enum State {
     TrailerLf,
     EndLf,
     End,
+}
+
+/// Where in a chunk's extensions (RFC 9112 §7.1.1) the next byte stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extension {
+    /// White space, behind which a semicolon must follow.
+    Space,
+    /// Behind the semicolon: a name must follow.
+    Begun,
+    Name,
+    /// White space behind the name.
+    Named,
+    /// Behind the `=`: a value must follow.
+    Equals,
+    Value,
+    Quoted,
+    /// Behind a backslash in quotes.
+    Escape,
+    /// Behind the closing quote.
+    Unquoted,
+}
+
+impl Extension {
+    /// Whether the line may end here.
+    fn may_end(self) -> bool {
+        matches!(self, Self::Name | Self::Value | Self::Unquoted)
+    }
+
+    fn step(self, byte: u8) -> Option<Self> {
+        Some(match (self, byte) {
+            (Self::Space | Self::Name | Self::Named | Self::Value | Self::Unquoted, b';') => Self::Begun,
+            (Self::Space | Self::Value | Self::Unquoted, b' ' | b'\t') => Self::Space,
+            (Self::Name | Self::Named, b' ' | b'\t') => Self::Named,
+            (Self::Begun | Self::Equals, b' ' | b'\t') => self,
+            (Self::Begun | Self::Name, _) if is_token(byte) => Self::Name,
+            (Self::Name | Self::Named, b'=') => Self::Equals,
+            (Self::Equals, b'"') => Self::Quoted,
+            (Self::Equals | Self::Value, _) if is_token(byte) => Self::Value,
+            (Self::Quoted, b'"') => Self::Unquoted,
+            (Self::Quoted, b'\\') => Self::Escape,
+            (Self::Quoted | Self::Escape, _) if is_text(byte) => Self::Quoted,
+            _ => return None,
+        })
+    }
 }
 
 impl Chunks {
@@ -92,7 +134,6 @@ impl Chunks {
     }
 
     fn step(&mut self, byte: u8) -> Result<State, Error> {
-        let is_text = matches!(byte, b'\t' | b' '..=b'~' | 0x80..);
         Ok(match (self.state, byte) {
             (State::Size(digits), _) if byte.is_ascii_hexdigit() => {
                 if digits == MOST_DIGITS {
@@ -102,18 +143,16 @@ impl Chunks {
                 self.size = self.size * 16 + u64::from(digit);
                 State::Size(digits + 1)
             }
-            (State::Size(1..) | State::Extension, b'\r') => {
-                self.body_left = self.body_left.checked_sub(self.size).ok_or(Error::BodyTooLarge)?;
-                State::SizeLf
-            }
-            (State::Size(1..) | State::Space, b' ' | b'\t') => {
+            (State::Size(1..), b'\r') => self.sized()?,
+            (State::Extension(extension), b'\r') if extension.may_end() => self.sized()?,
+            (State::Size(1..), b';') => State::Extension(Extension::Begun),
+            (State::Size(1..), b' ' | b'\t') => {
                 spend(&mut self.extensions_left, BAD_FRAMING)?;
-                State::Space
+                State::Extension(Extension::Space)
             }
-            (State::Size(1..) | State::Space, b';') => State::Extension,
-            (State::Extension, _) if is_text => {
+            (State::Extension(extension), _) => {
                 spend(&mut self.extensions_left, BAD_FRAMING)?;
-                State::Extension
+                State::Extension(extension.step(byte).ok_or(BAD_FRAMING)?)
             }
             (State::SizeLf, b'\n') if self.size == 0 => State::Trailer,
             (State::SizeLf, b'\n') => State::Data,
@@ -132,7 +171,7 @@ impl Chunks {
                 State::TrailerName
             }
             (State::TrailerValue, b'\r') => State::TrailerLf,
-            (State::TrailerValue, _) if is_text => {
+            (State::TrailerValue, _) if is_text(byte) => {
                 spend(&mut self.trailers_left, Error::HeadTooLarge)?;
                 State::TrailerValue
             }
@@ -141,18 +180,20 @@ impl Chunks {
             (State::Trailer | State::TrailerName | State::TrailerValue | State::TrailerLf | State::EndLf, _) => {
                 return Err(BAD_TRAILER);
             }
-            (
-                State::Space
-                | State::Extension
-                | State::SizeLf
-                | State::Data
-                | State::DataCr
-                | State::DataLf
-                | State::End,
-                _,
-            ) => return Err(BAD_FRAMING),
+            (State::SizeLf | State::Data | State::DataCr | State::DataLf | State::End, _) => return Err(BAD_FRAMING),
         })
     }
+
+    /// A chunk's size is known.
+    fn sized(&mut self) -> Result<State, Error> {
+        self.body_left = self.body_left.checked_sub(self.size).ok_or(Error::BodyTooLarge)?;
+        Ok(State::SizeLf)
+    }
+}
+
+/// What a value may hold.
+fn is_text(byte: u8) -> bool {
+    matches!(byte, b'\t' | b' '..=b'~' | 0x80..)
 }
 
 fn spend(left: &mut u32, or: Error) -> Result<(), Error> {

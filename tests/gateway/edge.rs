@@ -138,6 +138,8 @@ async fn chunks_that_are_not_framed_as_they_must_be_never_get_past() {
         "0x3\r\nabc\r\n",
         ";\r\n",
         "3;a\nb\r\nabc\r\n0\r\n\r\n",
+        "3;=x\r\nabc\r\n0\r\n\r\n",
+        "3;a=\"b\r\nabc\r\n0\r\n\r\n",
         "0\r\nContent-Length : 3\r\n\r\n",
     ] {
         let mut client = Raw::connect(gateway.address).await;
