@@ -310,6 +310,7 @@ fn fields_that_contradict_each_other_are_refused() {
     );
     // A longer wait than drain is the operator's choice: what has not finished by then is cut.
     accepts("budget: { max_wait: 45s }");
+    accepts("drain: 5s");
     // A field that is wrong by itself is not also held against the others' defaults.
     refuses_fields("cache: { fresh: { floor: x, ceiling: 1s } }", &["cache.fresh.floor"]);
 }
