@@ -91,10 +91,13 @@ fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> 
     let metrics = Arc::new(Metrics::new().context("metrics")?);
     log.count_in(&metrics)?;
     let available = descriptors::raise().context("file descriptors")?;
-    if let Some(shortfall) = Shortfall::of(&config.limits, available) {
+    let written = config.clone();
+    let mut said = Shortfall::of(&config.limits, available);
+    if let Some(shortfall) = &said {
         tracing::warn!("{shortfall}");
         shortfall.fit(&mut config.limits);
     }
+    let upstream_connections = config.limits.upstream_connections;
     let runtime = runtime(config.worker_threads)?;
     let done = runtime.block_on(async {
         let shutdown = Shutdown::default();
@@ -103,11 +106,17 @@ fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> 
         tokio::spawn(notify_on_hangup(Arc::clone(&now))?);
         let source = Source {
             path: file.config,
+            written,
             now,
-            fit: Box::new(move |config| {
-                if let Some(shortfall) = Shortfall::of(&config.limits, available) {
-                    shortfall.fit(&mut config.limits);
+            fit: Box::new(move |limits| {
+                let shortfall = Shortfall::of_clients(limits, upstream_connections, available);
+                if let Some(shortfall) = &shortfall {
+                    if said.as_ref() != Some(shortfall) {
+                        tracing::warn!("{shortfall}");
+                    }
+                    shortfall.fit(limits);
                 }
+                said = shortfall;
             }),
             set_level,
         };

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::config::{Config, Problems};
+use crate::config::{Config, Limits, Problems};
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 
@@ -24,10 +24,12 @@ const INTERVAL: Duration = Duration::from_secs(5);
 pub struct Source {
     /// The file.
     pub path: PathBuf,
+    /// What it said when it was last taken over, before anything was lowered: what is read anew is compared with that.
+    pub written: Config,
     /// Notified: read it now.
     pub now: Arc<Notify>,
-    /// Lowers what does not fit this host, as at start.
-    pub fit: Box<dyn Fn(&mut Config) + Send>,
+    /// Lowers what does not fit this host, as at start, and says so.
+    pub fit: Box<dyn FnMut(&mut Limits) + Send>,
     /// Sets the log's level.
     pub set_level: Box<dyn Fn(tracing::Level) + Send>,
 }
@@ -48,7 +50,7 @@ struct Said {
 }
 
 /// Takes over what changes in `source`, for as long as it is polled.
-pub async fn watch(source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>) {
+pub async fn watch(mut source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>) {
     let mut said = Said::default();
     loop {
         let is_asked = timeout(INTERVAL, source.now.notified()).await.is_ok();
@@ -60,10 +62,9 @@ pub async fn watch(source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>)
         let load = tokio::task::spawn_blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
         let Ok(loaded) = load.await else { continue };
         match loaded {
-            Ok(mut config) => {
-                (source.fit)(&mut config);
+            Ok(config) => {
                 said.problems = None;
-                take_over(config, &source, &gateway, &metrics, &mut said, is_asked);
+                take_over(config, &mut source, &gateway, &metrics, &mut said, is_asked);
                 metrics.config_reload_success.set(1);
             }
             Err(problems) if said.problems.as_ref() == Some(&problems) => {}
@@ -78,11 +79,19 @@ pub async fn watch(source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>)
     }
 }
 
-fn take_over(config: Config, source: &Source, gateway: &Gateway, metrics: &Metrics, said: &mut Said, is_asked: bool) {
-    let running = gateway.config();
-    let (config, needs_restart) = config.taken_over(&running);
-    let is_changed = config != *running;
+fn take_over(
+    config: Config,
+    source: &mut Source,
+    gateway: &Gateway,
+    metrics: &Metrics,
+    said: &mut Said,
+    is_asked: bool,
+) {
+    let (mut config, needs_restart) = config.taken_over(&source.written);
+    let is_changed = config != source.written;
     if is_changed {
+        source.written.clone_from(&config);
+        (source.fit)(&mut config.limits);
         (source.set_level)(config.log.level);
         let (limit, accounts) = (config.budget.limit, config.accounts.len());
         gateway.configure(config);

@@ -1,7 +1,7 @@
 //! File descriptors: each connection takes one, and where they run out nobody gets in, the platform's probes included.
 //!
 //! So the soft limit is raised to the hard one at start, and where that is not enough for what `limits` allow, they are
-//! lowered to what fits: then whoever is too many is told so, and the admin port goes on answering.
+//! lowered to what fits, then and when they change: whoever is too many is told so, and the admin port goes on answering.
 
 use std::fmt;
 use std::io;
@@ -40,35 +40,50 @@ pub struct Shortfall {
     connections: usize,
     upstream_connections: usize,
     available: u64,
-    /// As many of each as fit, in proportion.
+    /// As many of each as fit.
     fitting: (usize, usize),
 }
 
 impl Shortfall {
-    /// What is missing when this many descriptors are `available`; `None` when nothing is.
+    /// What is missing when this many descriptors are `available`; `None` when nothing is. Upstream connections get their
+    /// part in proportion.
     pub fn of(limits: &Limits, available: u64) -> Option<Self> {
-        let (connections, upstream_connections) = (limits.connections, limits.upstream_connections);
-        let wanted = (connections + upstream_connections) as u64;
-        let room = available - SPARE.min(available / 2);
-        if wanted <= room {
-            return None;
-        }
-        let part = |of: usize| {
-            let fitting = u128::from(room) * of as u128 / u128::from(wanted);
-            usize::try_from(fitting).map_or(of, |fitting| fitting.clamp(1, of))
-        };
-        Some(Self {
-            connections,
-            upstream_connections,
-            available,
-            fitting: (part(connections), part(upstream_connections)),
+        let most = limits.upstream_connections;
+        let wanted = (limits.connections + most) as u64;
+        let room = room(available);
+        (wanted > room).then(|| {
+            let part = u128::from(room) * most as u128 / u128::from(wanted);
+            let upstream = usize::try_from(part).map_or(most, |part| part.clamp(1, most));
+            Self::beside(limits, upstream, available)
         })
+    }
+
+    /// The same where `upstream` connections are allowed whatever `limits` say, as long as the process runs.
+    pub fn of_clients(limits: &Limits, upstream: usize, available: u64) -> Option<Self> {
+        let wanted = (limits.connections + upstream) as u64;
+        (wanted > room(available)).then(|| Self::beside(limits, upstream, available))
+    }
+
+    fn beside(limits: &Limits, upstream: usize, available: u64) -> Self {
+        let connections = limits.connections;
+        let left = usize::try_from(room(available)).map_or(connections, |room| room.saturating_sub(upstream));
+        Self {
+            connections,
+            upstream_connections: limits.upstream_connections,
+            available,
+            fitting: (left.clamp(1, connections), upstream),
+        }
     }
 
     /// `limits`, lowered to what fits.
     pub fn fit(&self, limits: &mut Limits) {
         (limits.connections, limits.upstream_connections) = self.fitting;
     }
+}
+
+/// Descriptors for what `limits` count.
+fn room(available: u64) -> u64 {
+    available - SPARE.min(available / 2)
 }
 
 impl fmt::Display for Shortfall {
@@ -131,12 +146,26 @@ mod tests {
     }
 
     #[test]
+    fn in_a_running_process_clients_get_what_upstream_connections_leave() {
+        let fitting = |connections| {
+            let mut limits = limits(connections, 200);
+            Shortfall::of_clients(&limits, 134, 1000).map(|shortfall| {
+                shortfall.fit(&mut limits);
+                (limits.connections, limits.upstream_connections)
+            })
+        };
+        assert_eq!(fitting(674), None);
+        assert_eq!(fitting(675), Some((674, 134)));
+        assert_eq!(fitting(100_000), Some((674, 134)));
+    }
+
+    #[test]
     fn a_shortfall_names_field_and_fix() {
         let said = Shortfall::of(&limits(20_000, 2000), 1024).unwrap().to_string();
         assert_eq!(
             said,
             "limits.connections: 20000 and limits.upstream_connections of 2000 take 22192 file descriptors, and a process \
-             may have 1024 here, so that 756 and 75 are let in: raise the hard limit (ulimit -Hn, LimitNOFILE=), or lower \
+             may have 1024 here, so that 757 and 75 are let in: raise the hard limit (ulimit -Hn, LimitNOFILE=), or lower \
              them"
         );
     }

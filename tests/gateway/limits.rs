@@ -48,7 +48,7 @@ async fn a_shortfall_of_descriptors_is_named_at_start_and_by_check() {
     let config = "limits: { connections: 2000, upstream_connections: 200 }";
     let gateway = Gateway::start_with_descriptors(&upstream.url, config, 1024, 1024).await;
     let said = "limits.connections: 2000 and limits.upstream_connections of 200 take 2392 file descriptors, and a process \
-                may have 1024 here, so that 756 and 75 are let in";
+                may have 1024 here, so that 757 and 75 are let in";
     assert!(gateway.log().contains(said), "{}", gateway.log());
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
 
@@ -71,6 +71,33 @@ async fn a_shortfall_of_descriptors_is_named_at_start_and_by_check() {
 }
 
 #[tokio::test]
+async fn where_descriptors_are_few_a_change_names_what_was_changed_and_what_is_short() {
+    let upstream = quick().await;
+    let config = "limits: { connections: 1000, upstream_connections: 200 }";
+    let gateway = Gateway::start_with_descriptors(&upstream.url, config, 1000, 1000).await;
+    let taken_over = "the changed configuration is taken over";
+    let limit = async || gateway.metric("crun_gateway_connections_limit").await.to_string();
+    assert_eq!(limit().await, "674");
+    gateway.reconfigure("limits: { connections: 600, upstream_connections: 200 }");
+    gateway.logged(taken_over, 1).await;
+    assert_eq!(limit().await, "600");
+    gateway.reconfigure("limits: { connections: 5000, upstream_connections: 200 }");
+    gateway.logged(taken_over, 2).await;
+    let said = "limits.connections: 5000 and limits.upstream_connections of 200 take 5392 file descriptors, and a process \
+                may have 1000 here, so that 674 and 134 are let in";
+    gateway.logged(said, 1).await;
+    assert_eq!(limit().await, "674");
+    assert!(!gateway.log().contains("need a restart"), "{}", gateway.log());
+    gateway.reconfigure("limits: { connections: 5000, upstream_connections: 300 }");
+    gateway.logged("need a restart", 1).await;
+    assert!(
+        gateway.log().contains("fields=\"limits.upstream_connections\""),
+        "{}",
+        gateway.log()
+    );
+}
+
+#[tokio::test]
 async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() {
     let upstream = quick().await;
     let gateway = Gateway::start_with_descriptors(&upstream.url, "", 512, 512).await;
@@ -83,7 +110,7 @@ async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() 
     }
     assert!(!gateway.log().contains("need a restart"), "{}", gateway.log());
     // 512 less 192 for everything else, shared 10 to 1.
-    let fitting = 290;
+    let fitting = 291;
     let limit = gateway.metric("crun_gateway_connections_limit").await;
     assert!((limit - f64::from(fitting)).abs() < 0.5, "{limit}");
     let mut let_in = Vec::new();
