@@ -586,6 +586,15 @@ impl Metrics {
         }
     }
 
+    /// Shows no longer what only a listed account has: its rate, live tasks and freshness lifetime. Handles that are still
+    /// about set nothing that is shown.
+    pub fn forget(&self, account: &str) {
+        // One that is not there is forgotten already.
+        let _ = self.budget_rate.remove_label_values(&[account]);
+        let _ = self.live_tasks.remove_label_values(&[account]);
+        let _ = self.freshness.remove_label_values(&[account]);
+    }
+
     /// The handles of one client of an account, those that configuration does not name under `other`.
     pub fn client(&self, account: &str, client: &str) -> ClientRequests {
         let of = |served: &Served| {

@@ -193,6 +193,11 @@ impl Accounts {
                 account.superseded.cancel();
             }
         }
+        for account in listed_before.values() {
+            if !config.accounts.iter().any(|listed| *listed.name == *account.label) {
+                self.make.metrics.forget(&account.label);
+            }
+        }
         retired.extend(
             listed_before
                 .into_iter()

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::harness::paused::{Behaviour, Paused, most_in_a_second};
+use crate::harness::paused::{Behaviour, Paused, most_in_a_second, running};
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Scripted, Simulator, poll, poll_as};
 
@@ -249,4 +249,26 @@ async fn a_key_that_comes_under_another_budget_brings_nothing_more_upstream() {
     let pause = arrivals[asked] - arrivals[asked - 1];
     assert!(pause >= Duration::from_millis(1030), "{pause:?}");
     assert!(pause <= Duration::from_millis(1130), "{pause:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_that_is_removed_shows_neither_rate_nor_live_tasks_any_more() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    let live = "crun_gateway_live_tasks{account=\"music\"}";
+    gateway.list(&[("music", &[KEY]), ("film", &["ak_film"])]);
+    gateway.poll(KEY, "a").await;
+    assert!((gateway.metric(live) - 1.0).abs() < 0.1);
+    gateway.list(&[("film", &["ak_film"])]);
+    for family in ["budget_rate", "live_tasks", "freshness_seconds"] {
+        let shown = gateway.series(&format!("crun_gateway_{family}"));
+        assert!(!shown.contains("music") && shown.contains("film"), "{shown}");
+    }
+    gateway.list(&[("music", &[KEY]), ("film", &["ak_film"])]);
+    assert!(gateway.metric(live).abs() < 0.1, "it is another one");
+    gateway.poll(KEY, "b").await;
+    assert!((gateway.metric(live) - 1.0).abs() < 0.1);
 }

@@ -203,6 +203,16 @@ impl Paused {
         serde_json::to_value(self.gateway.status()).unwrap()
     }
 
+    /// The lines of `/metrics` that begin with `family`.
+    pub fn series(&self, family: &str) -> String {
+        self.gateway.refresh_metrics();
+        let text = String::from_utf8(self.metrics.render().unwrap()).unwrap();
+        text.lines()
+            .filter(|line| line.starts_with(family))
+            .map(|line| line.to_owned() + "\n")
+            .collect()
+    }
+
     /// The value of one series, named as in `/metrics`.
     pub fn metric(&self, series: &str) -> f64 {
         self.gateway.refresh_metrics();
