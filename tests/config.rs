@@ -255,7 +255,7 @@ fn every_field_has_a_range() {
         ("cache.not_found", &["5", "366d"]),
         ("cache.fresh.floor", &["2", "31s"]),
         ("cache.fresh.ceiling", &["0s"]),
-        ("cache.max_stale", &["10", "never"]),
+        ("cache.max_stale", &["10", "never", "10M", "1w"]),
         ("cache.disk", &["''", "7", "/var/lib/crun-gateway/"]),
         ("cache.disk_max_bytes", &["1MiB", "0"]),
         ("cache.disk_max_age", &["0s", "7"]),
@@ -626,7 +626,7 @@ accounts:
 unknown_keys: reject
 max_accounts: 3
 client_header: X-Team
-budget: {{ limit: 1000000, margin: 1ns, max_wait: 30m 1s, max_queue: 1 }}
+budget: {{ limit: 1000000, margin: 0.000001ms, max_wait: 30m 1s, max_queue: 1 }}
 cache: {{ max_bytes: 1TiB, terminal: 364d 1ms, not_found: 0s, fresh: {{ floor: 0s, ceiling: 1ms }}, max_stale: 0s, disk: /a/b, disk_max_bytes: 17MiB, disk_max_age: 2d }}
 passthrough: []
 limits: {{ header_bytes: 1KiB, headers: 1000, request_body: 0, request_timeout: 31m, requests: 1, header_timeout: 1m, idle_timeout: 1d, connections: 1, connections_per_address: 2, upstream_connections: 3, body_bytes: 2MB }}

@@ -17,6 +17,9 @@ use super::reader::is_not;
 /// More digits than any sane duration has. humantime 2.4 panics where 20 digits of seconds meet a carry.
 const MAX_DURATION_DIGITS: usize = 12;
 
+/// The units of a duration. humantime knows many more, of which `M` is a month.
+const DURATION_UNITS: [&str; 5] = ["ms", "s", "m", "h", "d"];
+
 /// Headers that carry something else, so that they name no client.
 const TAKEN: [&str; 14] = [
     "x-api-key",
@@ -76,14 +79,16 @@ pub(super) fn whole(value: &Value, range: &RangeInclusive<u64>) -> Result<u64, W
     }
 }
 
-/// A duration with its unit.
+/// A duration with its unit, or a sum of such.
 pub(super) fn duration(value: &Value, range: &RangeInclusive<Duration>) -> Result<Duration, Wrong> {
     let bare = |text: &str| text.trim().parse::<f64>().is_ok();
     if value.is_number() || value.as_str().is_some_and(bare) {
         return wrong("has no unit", r#"write it with a unit, e.g. "3s""#);
     }
     let text = text(value, "3s")?;
-    let parsed = (text.chars().filter(char::is_ascii_digit).count() <= MAX_DURATION_DIGITS)
+    let mut words = text.split(|c: char| !c.is_alphabetic()).filter(|word| !word.is_empty());
+    let is_known = words.all(|word| DURATION_UNITS.contains(&word));
+    let parsed = (is_known && text.chars().filter(char::is_ascii_digit).count() <= MAX_DURATION_DIGITS)
         .then(|| humantime::parse_duration(text).ok())
         .flatten();
     match parsed {
@@ -247,21 +252,24 @@ pub(super) fn prefix(value: &Value) -> Result<String, Wrong> {
     Ok(prefix.to_owned())
 }
 
-/// `10m`: the largest unit that leaves no remainder.
+/// `10m`: the largest unit that leaves no remainder; a part of a millisecond is a fraction of it.
 pub(super) fn written_duration(duration: Duration) -> String {
-    const UNITS: [(u128, &str); 6] = [
+    const UNITS: [(u128, &str); 5] = [
         (86_400_000_000_000, "d"),
         (3_600_000_000_000, "h"),
         (60_000_000_000, "m"),
         (1_000_000_000, "s"),
-        (1_000_000, "ms"),
-        (1_000, "us"),
+        (NANOS_PER_MS, "ms"),
     ];
+    const NANOS_PER_MS: u128 = 1_000_000;
     let nanos = duration.as_nanos();
     match UNITS.iter().find(|(unit, _)| nanos > 0 && nanos.is_multiple_of(*unit)) {
         Some((unit, name)) => format!("{}{name}", nanos / unit),
         None if nanos == 0 => "0s".to_owned(),
-        None => format!("{nanos}ns"),
+        None => {
+            let written = format!("{}.{:06}", nanos / NANOS_PER_MS, nanos % NANOS_PER_MS);
+            written.trim_end_matches('0').to_owned() + "ms"
+        }
     }
 }
 
@@ -303,6 +311,34 @@ mod tests {
         );
         for bad in ["three", "-3s", "3 parsecs", "3s!", "1.s"] {
             assert_eq!(parse(json!(bad)).unwrap_err().what, "is not a duration", "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_duration_has_a_unit_that_its_error_names() {
+        let parse = |text: &str| duration(&json!(text), &ANY_DURATION);
+        let minutes = |minutes| Ok(Duration::from_mins(minutes));
+        for sum in ["90m", "1h 30m", "1h30m", "1.5h", "60 m 30 m"] {
+            assert_eq!(parse(sum), minutes(90), "{sum}");
+        }
+        assert_eq!(parse("2d"), minutes(2880));
+        let fix = r#"write a number and a unit (ms, s, m, h, d), e.g. "3s""#;
+        for other in [
+            "10M",
+            "1w",
+            "1y",
+            "10us",
+            "10µs",
+            "10ns",
+            "3sec",
+            "3 seconds",
+            "10min",
+            "2hours",
+            "1day",
+            "1h 10M",
+            "3S",
+        ] {
+            assert_eq!(parse(other), wrong("is not a duration", fix), "{other}");
         }
     }
 
