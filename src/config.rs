@@ -93,7 +93,7 @@ impl Config {
         let tree = reader::tree(text)?;
         let mut reader = Reader::new(env);
         let config = reader.root(&tree, fields::config);
-        reader.finish().map(|()| config)
+        reader.finish(text).map(|()| config)
     }
 
     /// The whole configuration as YAML in the shape of the file, every field, keys masked: what `check` prints.

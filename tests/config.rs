@@ -438,6 +438,22 @@ fn a_key_that_cannot_be_had_is_refused() {
 }
 
 #[test]
+fn an_unknown_field_that_is_not_quoted_has_its_line() {
+    for name in ["http2", "a.b", "'a b'"] {
+        let problems = refused(&format!("listen: '127.0.0.1:0'\n{name}: true\n")).to_string();
+        assert!(
+            problems.starts_with("<unknown>: no such field, on line 2: "),
+            "{problems}"
+        );
+    }
+    refuses(
+        "accounts:\n  - name: a\n    keys:\n      - value: x",
+        "accounts[0].keys[0]: has neither `file` nor `env`: write { file: PATH } or { env: NAME }\n\
+         accounts[0].keys[0].<unknown>: no such field, on line 4: the fields here are file, env",
+    );
+}
+
+#[test]
 fn a_secret_is_never_told() {
     for text in [
         "accounts: [{ name: a, keys: [SECRET] }]",

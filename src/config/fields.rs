@@ -3,6 +3,7 @@
 //! This is the one list. `Config::default()` is what it makes of an empty file; the shipped `config.yaml` and
 //! [`Config::render`] have the same fields in the same order, which the tests hold them to.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
@@ -15,7 +16,7 @@ use serde_json::Value;
 use tracing::Level;
 
 use super::problem::{Wrong, wrong};
-use super::reader::Reader;
+use super::reader::{self, Reader};
 use super::secret;
 use super::values::{self, written_duration, written_size};
 use super::{
@@ -43,6 +44,25 @@ pub(super) const LOG_LEVELS: [(&str, Level); 5] = [
     ("warn", Level::WARN),
     ("error", Level::ERROR),
 ];
+
+/// One of each section that is not there by default.
+const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }] }], tls: {}, shared: {} }";
+
+/// Every field that is asked for when there is an account, TLS and a store, as `accounts.keys.file`.
+fn known() -> Vec<String> {
+    let tree = reader::tree(ONE_OF_EACH).unwrap_or_default();
+    let mut reader = Reader::new(&|_| Some("key".to_owned()));
+    reader.root(&tree, config);
+    reader.known().iter().cloned().collect()
+}
+
+/// The last names of all fields.
+pub(super) fn names() -> BTreeSet<String> {
+    let names = known().into_iter();
+    names
+        .filter_map(|field| field.rsplit('.').next().map(str::to_owned))
+        .collect()
+}
 
 /// Reads the whole configuration.
 pub(super) fn config(r: &mut Reader<'_>) -> Config {
@@ -305,19 +325,9 @@ impl Reader<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::reader;
     use super::*;
 
     const SHIPPED: &str = include_str!("../../config.yaml");
-    const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }] }], tls: {}, shared: {} }";
-
-    /// Every field that is asked for when there is an account, and TLS, as `accounts.keys.file`.
-    fn known() -> Vec<String> {
-        let tree = reader::tree(ONE_OF_EACH).unwrap();
-        let mut reader = Reader::new(&|_| Some("key".to_owned()));
-        reader.root(&tree, config);
-        reader.known().iter().cloned().collect()
-    }
 
     /// Whether a line of `yaml` begins with `field`'s last name, as a field or within `{ … }`, perhaps commented out.
     fn shows(yaml: &str, field: &str) -> bool {

@@ -8,6 +8,7 @@ use std::mem;
 
 use serde_json::{Map, Value};
 
+use super::fields;
 use super::problem::{Problem, Problems, Wrong, quotable, wrong};
 use super::secret::Seen;
 
@@ -35,8 +36,11 @@ fn not_yaml(error: &serde_saphyr::Error) -> Wrong {
 
     let (what, fix) = if let Error::AliasError { error, .. } = error {
         return not_yaml(error);
-    } else if let Error::DuplicateMappingKey { .. } = error {
-        ("this field is given twice".to_owned(), "keep one of the two")
+    } else if let Error::DuplicateMappingKey { key, .. } = error {
+        // Any other name may be a secret.
+        let field = key.as_ref().filter(|key| fields::names().contains(*key));
+        let field = field.map_or_else(|| "this field".to_owned(), |field| format!("`{field}`"));
+        (format!("{field} is given twice"), "keep one of the two")
     } else if let Error::MultipleDocuments { .. } = error {
         ("a second YAML document begins here".to_owned(), "keep one document")
     } else if let Error::ExternalMessage { msg, .. } = error {
@@ -248,24 +252,26 @@ impl<'a> Reader<'a> {
     }
 
     /// Every field that was asked for, as `accounts.keys.file`.
-    #[cfg(test)]
     pub(super) fn known(&self) -> &BTreeSet<String> {
         &self.known
     }
 
-    /// All problems, when there is one.
-    pub(super) fn finish(mut self) -> Result<(), Problems> {
+    /// All problems of `text`, when there is one.
+    pub(super) fn finish(mut self, text: &str) -> Result<(), Problems> {
         for unknown in mem::take(&mut self.unknown) {
             let section = if unknown.section.is_empty() {
                 String::new()
             } else {
                 format!("{}.", unknown.section)
             };
-            let name = quotable(&unknown.name)
-                .filter(|_| !unknown.secret)
-                .unwrap_or("<unknown>");
+            let quoted = quotable(&unknown.name).filter(|_| !unknown.secret);
+            let name = quoted.unwrap_or("<unknown>");
+            let line = line_of(&unknown.name, text).filter(|_| quoted.is_none());
             let wrong = Wrong {
-                what: "no such field".into(),
+                what: line.map_or_else(
+                    || "no such field".to_owned(),
+                    |line| format!("no such field, on line {line}"),
+                ),
                 fix: self.suggest(&unknown),
             };
             self.problems.push(Problem::new(format!("{section}{name}"), wrong));
@@ -314,6 +320,23 @@ pub(super) fn is_not(value: &Value, wanted: &str, example: &str) -> Wrong {
     }
 }
 
+/// The only line of `text` on which `name` is followed by a colon: where it stands, since the tree does not tell.
+fn line_of(name: &str, text: &str) -> Option<usize> {
+    let is_field = |line: &str| {
+        line.match_indices(name).any(|(at, _)| {
+            let (before, after) = (&line[..at], &line[at + name.len()..]);
+            let begins = before
+                .chars()
+                .next_back()
+                .is_none_or(|c| c.is_whitespace() || "{,'\"".contains(c));
+            begins && after.trim_start_matches(['\'', '"']).trim_start().starts_with(':')
+        })
+    };
+    let mut lines = (1..).zip(text.lines()).filter(|(_, line)| is_field(line));
+    let (line, _) = lines.next()?;
+    lines.next().is_none().then_some(line)
+}
+
 /// `accounts[1].keys[0].file` without the numbers.
 fn without_indices(path: &str) -> String {
     path.split('[')
@@ -343,7 +366,11 @@ mod tests {
         let said = |text: &str| tree(text).unwrap_err().to_string();
         assert_eq!(
             said("drain: 3s\ndrain: 4s\n"),
-            "line 2, column 1: this field is given twice: keep one of the two"
+            "line 2, column 1: `drain` is given twice: keep one of the two"
+        );
+        assert_eq!(
+            said("accounts:\n- name: a\n  keys: [{ env: A, env: B }]\n"),
+            "line 3, column 20: `env` is given twice: keep one of the two"
         );
         assert!(
             said("budget: {\n  limit: 15\n").starts_with("line "),
@@ -358,6 +385,17 @@ mod tests {
         assert!(said("ak_77secret: 1\nak_77secret: 2\n").contains("this field is given twice"));
         assert!(!said("a: !!int ak_77secret\n").contains("secret"));
         assert!(!said("a: &ak_77secret 1\nb: *ak_78secret\n").contains("secret"));
+    }
+
+    #[test]
+    fn a_field_is_found_where_it_stands_and_nowhere_else() {
+        let text = "# http2 is none\na: { http2: true, \"a b\": 1 }\nc:\n  - x.y : 1\nd: 1\ne: { d: 2 }\nxd: 3\n";
+        for (name, line) in [("http2", 2), ("a b", 2), ("x.y", 4), ("xd", 7)] {
+            assert_eq!(line_of(name, text), Some(line), "{name}");
+        }
+        for name in ["d", "http", "2", "nowhere"] {
+            assert_eq!(line_of(name, text), None, "{name}");
+        }
     }
 
     #[test]
