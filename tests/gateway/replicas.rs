@@ -763,3 +763,37 @@ async fn the_store_may_speak_tls_and_ask_for_a_password() {
         assert!(!log.contains("horse"), "{log}");
     }
 }
+
+#[tokio::test]
+async fn what_is_wrong_with_the_store_is_said_in_the_words_of_the_runbook() {
+    let runbook = include_str!("../../deploy/RUNBOOK.md");
+    let upstream = Simulator::start(&[]).await;
+    for (wrong, login, word) in [
+        ("CONFIG SET requirepass right", "", "unauthenticated"),
+        (
+            "CONFIG SET requirepass right",
+            ", password: { env: WRONG }",
+            "AuthenticationFailed",
+        ),
+        (
+            "ACL SETUSER me on >right ~* +ping",
+            ", username: me, password: { env: RIGHT }",
+            "NoPerm",
+        ),
+        ("REPLICAOF 127.0.0.1 1", "", "ReadOnly"),
+        ("CONFIG SET maxmemory 1", "", "OOM"),
+    ] {
+        let store = Store::start().await;
+        store.must(&wrong.split(' ').collect::<Vec<_>>());
+        let config = format!(
+            "shared: {{ max_replicas: 3, url: \"redis://{}\"{login} }}",
+            store.address
+        );
+        let env = [("RIGHT", "right"), ("WRONG", "wrong")];
+        let gateway = Gateway::start_with_env(&upstream.url, &config, &env).await;
+        let log = gateway.logged("cut off from the shared store", 1).await;
+        let line = log.lines().find(|line| line.contains("cut off from the shared store"));
+        assert!(line.is_some_and(|line| line.contains(word)), "{word}: {log}");
+        assert!(runbook.contains(&format!("`{word}`")), "{word}");
+    }
+}
