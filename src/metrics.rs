@@ -259,7 +259,7 @@ impl Metrics {
             IntCounterVec::new(
                 opts(
                     "passthrough_requests_total",
-                    "Requests streamed through, by the answer's class.",
+                    "Requests for other paths than TaskInfo, streamed through or refused, by the answer's class.",
                 ),
                 &["code"],
             )?,
@@ -630,7 +630,7 @@ impl Metrics {
         done.map_err(|_| self.panics.inc()).ok()
     }
 
-    /// Counts a request that was streamed through.
+    /// Counts a request for another path than TaskInfo: streamed through, or refused.
     pub fn passed_through(&self, code: u16) {
         self.passthrough_requests[code_class(code)].inc();
     }

@@ -81,6 +81,21 @@ async fn create_task_passes_and_costs_no_query() {
 }
 
 #[tokio::test]
+async fn requests_for_other_paths_are_counted_whether_they_pass_or_not() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let refused = request(gateway.address, bare(Method::GET, "/not/served")).await;
+    assert_eq!(refused.status, 404);
+    let counted = gateway
+        .metric("crun_gateway_passthrough_requests_total{code=\"4xx\"}")
+        .await;
+    assert!((counted - 1.0).abs() < 0.1, "{counted}");
+    let (_, text) = gateway.admin("/metrics").await;
+    let help = "# HELP crun_gateway_passthrough_requests_total Requests for other paths than TaskInfo, streamed through or refused";
+    assert!(text.contains(help), "{text}");
+}
+
+#[tokio::test]
 async fn method_path_headers_and_body_arrive_as_they_were_sent() {
     let upstream = quick().await;
     let gateway = Gateway::start(&upstream.url, "").await;
