@@ -148,15 +148,13 @@ impl Asker {
 
     /// Whether upstream refuses none of its keys, and none is to be asked about.
     pub(super) fn is_settled(&self, now: Instant) -> bool {
-        !self.keys().iter().any(|key| key.is_refused()) && self.due(now, false).is_none()
+        !self.keys().iter().any(|key| key.is_refused()) && self.due(now).is_none()
     }
 
-    /// Its key if upstream has not said anything of it lately, or one before it that it would rather use. A key that just
-    /// `flew` needs no other query.
-    pub(super) fn due(&self, now: Instant, flew: bool) -> Option<&Arc<Key>> {
+    /// Its key if upstream has not said anything of it lately, or one before it that it would rather use.
+    pub(super) fn due(&self, now: Instant) -> Option<&Arc<Key>> {
         let keys = self.keys();
         let own = keys.iter().position(|key| Arc::ptr_eq(key, &self.key))?;
-        let is_due = |key: &&Arc<Key>| key.is_due(now) && !(flew && Arc::ptr_eq(key, &self.key));
-        keys[..=own].iter().find(is_due)
+        keys[..=own].iter().find(|key| key.is_due(now))
     }
 }

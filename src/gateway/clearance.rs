@@ -38,17 +38,17 @@ impl Gateway {
                 Ok(_) | Err(_) => Ok(remembered(refusal, KEY_REFUSED)),
             };
         }
-        if let Ok(answered) = &answered {
-            self.confirm(poll, answered.served == Served::Miss);
+        if answered.is_ok() {
+            self.confirm(poll);
         }
         answered
     }
 
     /// Asks upstream about a key that it has said nothing of lately, on nobody's behalf: a paid query like any other, for
-    /// the task just polled, whatever is kept of it. The poll's own key may just have `flown`.
-    fn confirm(self: &Arc<Self>, poll: &Poll<'_>, flown: bool) {
+    /// the task just polled, whatever is kept of it.
+    fn confirm(self: &Arc<Self>, poll: &Poll<'_>) {
         let (now, account) = (poll.arrived, &poll.asker.account);
-        let Some(key) = poll.asker.due(now, flown) else { return };
+        let Some(key) = poll.asker.due(now) else { return };
         if self.upstream.breaker().is_open() || !key.claim(now) {
             return;
         }
@@ -122,7 +122,7 @@ pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
             }
         }
         // Whatever stands before the API may say that, without having looked at the key.
-        _ if answer.class().yields_to_snapshot() => key.asked_in_vain(answer.asked()),
+        _ if answer.class().yields_to_snapshot() => key.asked_in_vain(answer.received()),
         _ => {
             key.heard(answer.asked());
             if key.refusal.clear(answer.asked()) {

@@ -45,6 +45,8 @@ pub(super) struct Key {
     epoch: Instant,
     /// Microseconds after `epoch` from which on upstream's last word is too old; 0 when there is none.
     due_us: AtomicU64,
+    /// When upstream last answered a query with it and said nothing of it.
+    in_vain_us: AtomicU64,
 }
 
 impl Key {
@@ -58,6 +60,7 @@ impl Key {
             refusal: Refusal::new(refused),
             epoch,
             due_us: AtomicU64::new(0),
+            in_vain_us: AtomicU64::new(0),
         }
     }
 
@@ -66,9 +69,10 @@ impl Key {
         self.refusal.stands()
     }
 
-    /// Whether upstream has not said anything of it for [`CONFIRMED`].
+    /// Whether upstream has not said anything of it for [`CONFIRMED`], and whoever arrived at `now` has not waited for it to.
     pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.due_us.load(Ordering::Relaxed) <= self.us(now)
+        let now = self.us(now);
+        self.due_us.load(Ordering::Relaxed) <= now && self.in_vain_us.load(Ordering::Relaxed) <= now
     }
 
     /// Claims the query that finds out, for one of those who saw that it is due.
@@ -87,9 +91,9 @@ impl Key {
         self.due_us.fetch_min(self.us(now + REMEMBERED), Ordering::Relaxed);
     }
 
-    /// Upstream was `asked` with it at this instant, and said nothing of it: who asks at once would hear the same.
-    pub(super) fn asked_in_vain(&self, asked: Instant) {
-        self.due_us.fetch_max(self.us(asked + REMEMBERED), Ordering::Relaxed);
+    /// Upstream said something to a query with it at this instant, and nothing of it.
+    pub(super) fn asked_in_vain(&self, received: Instant) {
+        self.in_vain_us.fetch_max(self.us(received), Ordering::Relaxed);
     }
 
     /// Upstream said something of it, to a question `asked` at this instant.
