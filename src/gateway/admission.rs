@@ -16,12 +16,22 @@ use super::{Answered, Gateway, Phase, Poll, Progress, forwarded};
 use crate::error::Error;
 use crate::metrics::Shed;
 
+/// What upstream is thought to take before its first answer, if that is a small part of `budget.max_wait`: of the first rush
+/// after a start whoever has the last turns would else wait for an answer that comes too late.
+const UNKNOWN: Duration = Duration::from_millis(300);
+
 impl Gateway {
     /// The latest instant at which a turn serves a poll that `arrived` then: upstream needs its time, too. Half of
     /// `budget.max_wait` at most: where upstream is slower than that, trying is the only way to learn that it no longer is.
     pub(super) fn latest_turn(&self, arrived: Instant) -> Instant {
         let max_wait = self.config.load().budget.max_wait;
-        arrived + max_wait - self.upstream.p90().min(max_wait / 2)
+        let p90 = self.upstream.p90();
+        let takes = if p90.is_zero() {
+            UNKNOWN.min(max_wait / 10)
+        } else {
+            p90.min(max_wait / 2)
+        };
+        arrived + max_wait - takes
     }
 
     /// Answers a poll whose flight has not landed: at its deadline or, where its turn would come `late_by` too late, before.

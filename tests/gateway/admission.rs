@@ -101,6 +101,27 @@ async fn whoever_cannot_be_served_in_time_hears_so_at_once_and_is_served_when_to
 }
 
 #[tokio::test(start_paused = true)]
+async fn in_the_first_rush_after_a_start_nobody_waits_for_an_answer_that_comes_too_late() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
+    let started = Instant::now();
+    let mut again = JoinSet::new();
+    for polled in rush(&gateway, GREEDY, tasks("task", 300)).await {
+        if polled.reply.status != 200 {
+            assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
+            let come_back = started + Duration::from_secs(polled.retry_after());
+            let gateway = Arc::clone(&gateway);
+            again.spawn(async move {
+                sleep_until(come_back).await;
+                gateway.poll_from(GREEDY, KEY, &polled.task).await
+            });
+        }
+    }
+    for reply in again.join_all().await {
+        assert_eq!(reply.status, 200, "came back when it was told to: {reply:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn upstreams_own_time_counts() {
     let slow = Behaviour {
         latency: Duration::from_secs(3),

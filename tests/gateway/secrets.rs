@@ -286,7 +286,7 @@ async fn comes_out_clean(upstream: &str, format: &str, more: &str, brings: &[u16
     let scan = files.scan();
     let collector = Collector::start(Takes::Everything);
     let config = format!(
-        "log: {{ level: trace, format: {format} }}\nbudget: {{ limit: 1000, max_wait: 1s }}\notlp: {{ endpoint: \
+        "log: {{ level: trace, format: {format} }}\nbudget: {{ limit: 1000, max_wait: 2s }}\notlp: {{ endpoint: \
          \"http://{}\", sample_ratio: 1.0 }}\n{more}{}",
         collector.address,
         files.accounts()
