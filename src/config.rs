@@ -104,7 +104,7 @@ impl Config {
 
     /// The configuration, with the default for what is wrong, and what is wrong.
     fn read(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<(Self, Result<(), Problems>), Problem> {
-        let tree = reader::tree(text)?;
+        let tree = reader::tree(text, &fields::is_one)?;
         let mut reader = Reader::new(env);
         let config = reader.root(&tree, fields::config);
         Ok((config, reader.finish(text)))

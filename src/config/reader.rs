@@ -8,15 +8,15 @@ use std::mem;
 
 use serde_json::{Map, Value};
 
-use super::fields;
 use super::problem::{Problem, Problems, Wrong, quotable, wrong};
 use super::secret::Seen;
 
 /// How alike an unknown name and a known one must be (Jaro-Winkler, 0 to 1) for the one to be offered for the other.
 const SIMILAR: f64 = 0.82;
 
-/// Text to tree. Quoted numbers stay text; a duplicate key, a second document and YAML's own bombs are refused.
-pub(super) fn tree(text: &str) -> Result<Value, Problem> {
+/// Text to tree. Quoted numbers stay text; a duplicate key, a second document and YAML's own bombs are refused. What
+/// `is_field` is named in an error; any other name may be a secret.
+pub(super) fn tree(text: &str, is_field: &dyn Fn(&str) -> bool) -> Result<Value, Problem> {
     let options = serde_saphyr::options! {
         strict_booleans: true,
         with_snippet: false,
@@ -26,19 +26,18 @@ pub(super) fn tree(text: &str) -> Result<Value, Problem> {
             || "the file".to_owned(),
             |at| format!("line {}, column {}", at.line(), at.column()),
         );
-        Problem::new(field, not_yaml(&error))
+        Problem::new(field, not_yaml(&error, is_field))
     })
 }
 
 /// Says what the parser said, without any piece of the file that it may have quoted.
-fn not_yaml(error: &serde_saphyr::Error) -> Wrong {
+fn not_yaml(error: &serde_saphyr::Error, is_field: &dyn Fn(&str) -> bool) -> Wrong {
     use serde_saphyr::Error;
 
     let (what, fix) = if let Error::AliasError { error, .. } = error {
-        return not_yaml(error);
+        return not_yaml(error, is_field);
     } else if let Error::DuplicateMappingKey { key, .. } = error {
-        // Any other name may be a secret.
-        let field = key.as_ref().filter(|key| fields::names().contains(*key));
+        let field = key.as_ref().filter(|key| is_field(key));
         let field = field.map_or_else(|| "this field".to_owned(), |field| format!("`{field}`"));
         (format!("{field} is given twice"), "keep one of the two")
     } else if let Error::MultipleDocuments { .. } = error {
@@ -356,6 +355,7 @@ mod tests {
         let expected = json!({
             "a": "15", "b": 15, "c": null, "d": true, "e": "yes", "f": 1.5, "g": -3, "h": null, "i": "30s", "j": "~",
         });
+        let tree = |text| tree(text, &|_| false);
         assert_eq!(tree(text), Ok(expected));
         assert_eq!(tree(""), Ok(Value::Null));
         assert_eq!(tree("# nothing\n"), Ok(Value::Null));
@@ -363,7 +363,11 @@ mod tests {
 
     #[test]
     fn broken_yaml_has_a_place() {
-        let said = |text: &str| tree(text).unwrap_err().to_string();
+        let said = |text: &str| {
+            tree(text, &|name| ["drain", "env"].contains(&name))
+                .unwrap_err()
+                .to_string()
+        };
         assert_eq!(
             said("drain: 3s\ndrain: 4s\n"),
             "line 2, column 1: `drain` is given twice: keep one of the two"
