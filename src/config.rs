@@ -76,20 +76,12 @@ impl Config {
     /// # Errors
     /// Every problem of the file at once; or the one that keeps it from being read.
     pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Problems> {
-        let (config, problems) = Self::read(&text(path)?, env)?;
-        problems.map(|()| config)
-    }
-
-    /// The same for a process that runs with `running`. Where all that is wrong is what the files of `tls` hold, and
-    /// nothing else has changed, that is no problem here: the clients' edge looks at them itself, and says so.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub fn load_anew(path: &Path, env: &dyn Fn(&str) -> Option<String>, running: &Self) -> Result<Self, Problems> {
-        let (config, problems) = Self::read(&text(path)?, env)?;
-        match problems {
-            Err(problems) if config == *running && problems.iter().all(tls::is_of_a_file) => Ok(config),
-            problems => problems.map(|()| config),
+        let text = secret::read_file(path).and_then(|bytes| {
+            String::from_utf8(bytes).or_else(|_| problem::wrong("the file is not UTF-8", "save it as UTF-8"))
+        });
+        match text {
+            Ok(text) => Self::parse(&text, env),
+            Err(wrong) => Err(Problem::new(path.display().to_string(), wrong).into()),
         }
     }
 
@@ -98,16 +90,10 @@ impl Config {
     /// # Errors
     /// Every problem of the text at once. When it is not YAML, that is the one problem.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Problems> {
-        let (config, problems) = Self::read(text, env)?;
-        problems.map(|()| config)
-    }
-
-    /// The configuration, with the default for what is wrong, and what is wrong.
-    fn read(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<(Self, Result<(), Problems>), Problem> {
         let tree = reader::tree(text, &fields::is_one)?;
         let mut reader = Reader::new(env);
         let config = reader.root(&tree, fields::config);
-        Ok((config, reader.finish(text)))
+        reader.finish(text).map(|()| config)
     }
 
     /// The whole configuration as YAML in the shape of the file, every field, keys masked: what `check` prints.
@@ -116,13 +102,6 @@ impl Config {
     pub fn render(&self) -> String {
         render::yaml(self)
     }
-}
-
-fn text(path: &Path) -> Result<String, Problem> {
-    let text = secret::read_file(path).and_then(|bytes| {
-        String::from_utf8(bytes).or_else(|_| problem::wrong("the file is not UTF-8", "save it as UTF-8"))
-    });
-    text.map_err(|wrong| Problem::new(path.display().to_string(), wrong))
 }
 
 impl Default for Config {

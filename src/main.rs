@@ -91,7 +91,7 @@ fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> 
     let metrics = Arc::new(Metrics::new().context("metrics")?);
     log.count_in(&metrics)?;
     let available = descriptors::raise().context("file descriptors")?;
-    let written = Arc::new(config.clone());
+    let written = config.clone();
     let mut said = Shortfall::of(&config.limits, available);
     if let Some(shortfall) = &said {
         tracing::warn!("{shortfall}");

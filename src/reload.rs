@@ -25,7 +25,7 @@ pub struct Source {
     /// The file.
     pub path: PathBuf,
     /// What it said when it was last taken over, before anything was lowered: what is read anew is compared with that.
-    pub written: Arc<Config>,
+    pub written: Config,
     /// Notified: read it now.
     pub now: Arc<Notify>,
     /// Lowers what does not fit this host, as at start, and says so.
@@ -57,10 +57,9 @@ pub async fn watch(mut source: Source, gateway: Arc<Gateway>, metrics: Arc<Metri
         if is_asked {
             said = Said::default();
         }
-        let (path, running) = (source.path.clone(), Arc::clone(&source.written));
+        let path = source.path.clone();
         // Files may lie on a network's disk.
-        let load =
-            tokio::task::spawn_blocking(move || Config::load_anew(&path, &|name| std::env::var(name).ok(), &running));
+        let load = tokio::task::spawn_blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
         let Ok(loaded) = load.await else { continue };
         match loaded {
             Ok(config) => {
@@ -89,9 +88,9 @@ fn take_over(
     is_asked: bool,
 ) {
     let (mut config, needs_restart) = config.taken_over(&source.written);
-    let is_changed = config != *source.written;
+    let is_changed = config != source.written;
     if is_changed {
-        source.written = Arc::new(config.clone());
+        source.written.clone_from(&config);
         (source.fit)(&mut config.limits);
         (source.set_level)(config.log.level);
         let (limit, accounts) = (config.budget.limit, config.accounts.len());

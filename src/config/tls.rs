@@ -115,12 +115,6 @@ impl Tls {
     }
 }
 
-/// Whether what is wrong is what a file holds, as long as the section itself is sound.
-pub(super) fn is_of_a_file(problem: &Problem) -> bool {
-    let field = problem.field.strip_prefix("tls.");
-    field.is_some_and(|field| [CERT_FILE, KEY_FILE, CLIENT_CA_FILE].contains(&field))
-}
-
 /// Reads the section `tls`, and checks the files that it names.
 pub(super) fn section(r: &mut Reader<'_>) -> Option<Tls> {
     let cert_file = required(r, CERT_FILE, "/run/secrets/tls/tls.crt");

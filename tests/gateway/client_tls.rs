@@ -335,32 +335,6 @@ async fn a_certificate_that_cannot_be_served_changes_nothing() {
     assert_eq!(client.sees(address).await, renewed.der());
 }
 
-#[tokio::test]
-async fn a_certificate_that_cannot_be_served_is_no_wrong_configuration_until_that_changes() {
-    let authority = Authority::new();
-    let upstream = quick().await;
-    let gateway = Gateway::start(&upstream.url, &authority.section("")).await;
-    let (renewed, other) = (authority.server(), authority.server());
-    authority.mount(&Pair {
-        key: other.key,
-        ..renewed.clone()
-    });
-    reaches(&gateway, "crun_gateway_tls_reload_success", 0.0).await;
-    gateway.signal(nix::sys::signal::SIGHUP);
-    gateway.logged("the configuration has not changed", 1).await;
-    assert!(!gateway.log().contains("is not taken over"), "{}", gateway.log());
-    assert_eq!(gateway.log().matches("tls.key_file").count(), 1, "{}", gateway.log());
-    reaches(&gateway, "crun_gateway_config_reload_success", 1.0).await;
-
-    gateway.reconfigure(&(authority.section("") + "max_accounts: 7"));
-    gateway.logged("is not taken over", 1).await;
-    reaches(&gateway, "crun_gateway_config_reload_success", 0.0).await;
-    authority.mount(&renewed);
-    gateway.signal(nix::sys::signal::SIGHUP);
-    gateway.logged("the changed configuration is taken over", 1).await;
-    reaches(&gateway, "crun_gateway_config_reload_success", 1.0).await;
-}
-
 #[test]
 fn what_is_refused_is_said_once_with_field_and_fix_however_often_it_is_looked_at() {
     let authority = Authority::new();
