@@ -288,6 +288,13 @@ impl Accounts {
         self.directory.load().listed.get(key).is_some_and(Asker::has_token)
     }
 
+    /// How many bytes the shortest client token has, if there is one.
+    pub(super) fn shortest_token(&self) -> Option<usize> {
+        let directory = self.directory.load();
+        let tokens = directory.listed.iter().filter(|(_, asker)| asker.has_token());
+        tokens.map(|(token, _)| token.expose().len()).min()
+    }
+
     /// Whether what a client calls itself is a secret that is known: an account's key, or a token. That is nobody's name.
     pub(super) fn is_secret(&self, name: &HeaderValue) -> bool {
         let Some(key) = name.to_str().ok().and_then(ApiKey::new) else {

@@ -1,7 +1,8 @@
 //! What a request presents: an account's key, or a client token that stands for one.
 
 use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use http::header::{AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION};
 use http::{HeaderMap, HeaderValue};
 
@@ -28,11 +29,18 @@ impl Gateway {
         bearers(headers).filter(|key| self.accounts.is_token(key.expose()))
     }
 
-    /// Whether a header's value has a client token in it, whatever its scheme, and whatever stands around it.
-    pub(super) fn has_token(&self, value: &HeaderValue) -> bool {
-        let text = String::from_utf8_lossy(value.as_bytes());
-        let is_token = |part: &str| self.accounts.is_token(part);
-        parts(&text).any(|part| is_token(part) || basic(part).iter().any(|part| is_token(part)))
+    /// Tells whether a header's value has a client token in it, whatever its scheme: as a word of its own, or as
+    /// `Authorization: Basic` hides it.
+    pub(super) fn has_token(&self) -> impl Fn(&HeaderValue) -> bool {
+        let shortest = self.accounts.shortest_token();
+        move |value| {
+            let Some(shortest) = shortest else { return false };
+            let is_token = |part: &str| self.accounts.is_token(part);
+            let text = String::from_utf8_lossy(value.as_bytes());
+            // Or a long list of nothing would take a while.
+            let mut parts = parts(&text).filter(|part| part.len() >= shortest);
+            parts.any(|part| is_token(part) || basic(part).iter().any(|part| is_token(part)))
+        }
     }
 }
 
@@ -81,7 +89,7 @@ pub(super) fn bearers(headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
 /// name that it is given.
 fn parts(text: &str) -> impl Iterator<Item = &str> {
     let members = std::iter::once(text).chain(text.split(',')).map(str::trim);
-    let words = text.split(|c: char| !c.is_ascii_graphic() || ",;\"".contains(c));
+    let words = text.split(|c: char| !c.is_ascii_graphic() || ",;:'\"&?".contains(c));
     let members = members.flat_map(|member| [Some(member), behind(member, &[' ', '\t'])]);
     let words = words.flat_map(|word| [Some(word), behind(word, &['='])]);
     members.chain(words).flatten()
@@ -93,7 +101,11 @@ fn behind<'t>(text: &'t str, separators: &[char]) -> Option<&'t str> {
 
 /// User and password, as `Authorization: Basic` hides them.
 fn basic(credentials: &str) -> Vec<String> {
-    let decoded = STANDARD.decode(credentials).unwrap_or_default();
+    const PADDED_OR_NOT: GeneralPurpose = GeneralPurpose::new(
+        &STANDARD,
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+    );
+    let decoded = PADDED_OR_NOT.decode(credentials).unwrap_or_default();
     let decoded = String::from_utf8_lossy(&decoded);
     decoded.splitn(2, ':').map(str::to_owned).collect()
 }

@@ -131,7 +131,8 @@ impl Gateway {
         response::strip_hop_by_hop(&mut head.headers);
         response::strip(&mut head.headers, |name, _| rewrites(name));
         // A token is ours and goes nowhere, whether it was understood or not.
-        response::strip(&mut head.headers, |_, value| self.has_token(value));
+        let has_token = self.has_token();
+        response::strip(&mut head.headers, |_, value| has_token(value));
         // What it stands for goes in its place.
         if let Some(key) = key {
             head.headers.insert(API_KEY, key.header_value());
