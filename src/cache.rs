@@ -1,8 +1,8 @@
 //! The answers that are kept, by account and task.
 //!
 //! moka evicts by LRU (under `TinyLFU` a task that just ended would not get in) and by weight in bytes. Freshness is the
-//! stored value's own business, since moka's clock is not ours. This module adds what moka has not: a state only moves
-//! forward, not-found answers live apart so that random ids push nothing out, and one account may hold at most half while
+//! stored value's own business, since moka's clock is not ours. This module adds what moka has not: a late answer takes
+//! nothing back, not-found answers live apart so that random ids push nothing out, and one account may hold at most half while
 //! others need room. It knows nothing of budgets or flights.
 //!
 //! What an answer of 2,050 bytes takes at a million of them, id and body included, is 2,440 bytes of resident memory
@@ -159,7 +159,7 @@ impl Cache {
         kept(&self.tasks, self.key(account, task), account, task, now)
     }
 
-    /// Keeps an answer that says for how long; not if what is kept tells of a later state, or it alone would take more
+    /// Keeps an answer that says for how long; not if it is late ([`Answer::replaces`]), or alone would take more
     /// than an account's share.
     pub fn put(&self, account: AccountId, task: &TaskId, answer: &Answer, now: Instant) {
         self.put_after(account, task, now, |_| answer.clone());

@@ -36,7 +36,7 @@ pub struct Draft {
     pub content_type: Option<HeaderValue>,
     /// The Retry-After, if there was one; of errors only, which are never kept.
     pub retry_after: Option<HeaderValue>,
-    /// The Location, if there was one; of redirections only, which are never kept.
+    /// The Location, if there was one; it goes out with what is not kept, as redirections are not.
     pub location: Option<HeaderValue>,
     /// The body, byte for byte.
     pub body: Bytes,
@@ -273,7 +273,7 @@ impl Answer {
         self.beside.as_ref()?.retry_after.as_ref()
     }
 
-    /// The Location, if there was one; of redirections only, which are never kept.
+    /// The Location, if there was one and it is not kept.
     pub fn location(&self) -> Option<&HeaderValue> {
         self.beside.as_ref()?.location.as_ref()
     }

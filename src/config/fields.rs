@@ -45,7 +45,8 @@ pub(super) const LOG_LEVELS: [(&str, Level); 5] = [
 ];
 
 /// One of each section that is not there by default.
-const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }] }], tls: {}, shared: {} }";
+const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }], clients: [{ name: c, token: { env: TOKEN } }] }], \
+                           tls: {}, shared: {} }";
 
 /// Every field that is asked for when there is an account, TLS and a store, as `accounts.keys.file`.
 fn known() -> Vec<String> {
@@ -345,8 +346,11 @@ mod tests {
         let files = tempfile::tempdir().unwrap();
         let path = files.path().join("key");
         std::fs::write(&path, "other-key").unwrap();
-        let text = format!("accounts: [{{ name: a, keys: [{{ env: KEY }}, {{ file: {path:?} }}] }}]");
-        let mut config = Config::parse(&text, &|_| Some("key".to_owned())).unwrap();
+        let text = format!(
+            "accounts: [{{ name: a, keys: [{{ env: KEY }}, {{ file: {path:?} }}], clients: [{{ name: c, token: {{ env: \
+             TOKEN }} }}] }}]"
+        );
+        let mut config = Config::parse(&text, &|name| Some(name.to_lowercase())).unwrap();
         config.tls = Some(tls::Tls {
             cert_file: "cert".into(),
             key_file: "key".into(),

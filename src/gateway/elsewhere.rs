@@ -179,10 +179,14 @@ impl Gateway {
             Some((key, draft.of(account.id, task)))
         })?;
         key.heard(answer.asked());
+        let had_ended = self
+            .cache
+            .snapshot(account.id, task, now.at)
+            .is_some_and(|kept| kept.has_ended());
         self.cache.put(account.id, task, &answer, now.at);
         if answer.has_ended() {
             account.watch.ended(task);
-        } else if answer.is_live() {
+        } else if answer.is_live() && !had_ended {
             account.watch.goes_on(task, now.at);
         }
         Some(answer)

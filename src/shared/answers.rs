@@ -3,8 +3,8 @@
 //! What is kept is sealed before it comes here, and opened and judged by whoever asked; here it is bytes with a label that says
 //! how far the task has come and when upstream was asked and heard. In the store, every key with a time to live:
 //! - `answer:…`, the label and the sealed answer. Of two that cross, the one of the later stage stays, and of one stage
-//!   the one that was asked for later; so a fetch that outlives its claim takes nothing back. Beyond `shared.max_bytes` of memory in use nothing is
-//!   written, and answers that nobody reads make room.
+//!   the one that was asked for later; so a fetch that outlives its claim takes nothing back. Beyond `shared.max_bytes` of
+//!   memory in use nothing is written, and answers that nobody reads make room.
 //! - `flight:…`, the claim of the process that fetches it: 2 s, renewed every 500 ms in one call for all claims of a process.
 //!   Whoever dies or stands still renews nothing, so another takes over. A claim only ever saves queries: each is paid for
 //!   all the same, so a store that forgets claims, or tells of them late, costs queries and never breaks a limit.
@@ -383,12 +383,13 @@ impl Answers {
     where
         S: FnOnce(Clock) -> Option<(Label, Vec<u8>, Duration)> + Send + 'static,
     {
-        let claim = self.0.claims.take(place);
         let (inner, writes) = (Arc::clone(&self.0), Arc::clone(&self.0.writes));
         let clock = inner.clock();
         let (Ok(room), Some(clock)) = (writes.try_acquire_owned(), clock) else {
             return inner.metrics.wrote(SharedWrite::Dropped);
         };
+        // Only now: a claim that is not ended with the answer is ended by whoever holds it.
+        let claim = inner.claims.take(place);
         tokio::spawn(async move {
             let _room = room;
             let now = clock.on(Instant::now());

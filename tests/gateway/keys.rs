@@ -442,6 +442,27 @@ async fn an_answer_that_says_nothing_of_the_key_sets_no_other_query_off() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_task_that_always_fails_puts_no_confirmation_off() {
+    let behaviour = Behaviour {
+        answer: |count, task| match (task, count) {
+            ("fails", _) => refusal(500, 500),
+            (_, 0) => success(task),
+            _ => running(task),
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, one_account(&[GOOD]));
+    let ended = || gateway.queries().iter().filter(|query| query.task == "ended").count();
+    let start = Instant::now();
+    while start.elapsed() < seconds(620) {
+        assert_eq!(gateway.poll(GOOD, "ended").await.status, 200);
+        assert_code(&gateway.poll(GOOD, "fails").await, 500);
+        sleep(seconds(2)).await;
+    }
+    assert_eq!(ended(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_known_of_an_unlisted_key_outlives_its_idle_account() {
     // Accepted: polled every two minutes, so forgotten in between.
     let start = Instant::now();
