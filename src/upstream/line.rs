@@ -47,7 +47,7 @@ impl Line {
     /// Whether it has been closed, by either side.
     pub(super) fn is_closed(&mut self) -> bool {
         self.driver.look();
-        self.driver.is_over || self.sender.is_closed()
+        self.driver.http.is_none() || self.sender.is_closed()
     }
 
     /// Whether the next request may go.
@@ -66,9 +66,8 @@ impl Line {
 
 /// A connection's part in what goes over it.
 pub(super) struct Driver {
-    http: Http,
-    /// It must not be polled any more.
-    is_over: bool,
+    /// Until it is over. Then it is dropped, or whoever waits for the next request to go would never be told.
+    http: Option<Http>,
     nudge: Arc<Nudge>,
     /// The same.
     waker: Waker,
@@ -78,8 +77,7 @@ impl Driver {
     fn new(http: Http) -> Self {
         let nudge = Arc::new(Nudge::new());
         Self {
-            http,
-            is_over: false,
+            http: Some(http),
             waker: Waker::from(Arc::clone(&nudge)),
             nudge,
         }
@@ -105,8 +103,12 @@ impl Driver {
 
     fn poll(&mut self) {
         let mut cx = Context::from_waker(&self.waker);
-        // How it ends, whoever uses it learns from the exchange.
-        self.is_over = self.is_over || Pin::new(&mut self.http).poll(&mut cx).is_ready();
+        if let Some(http) = &mut self.http
+            && Pin::new(http).poll(&mut cx).is_ready()
+        {
+            // How it ends, whoever uses it learns from the exchange.
+            self.http = None;
+        }
     }
 
     /// Lets both go on for as long as one can because the other did.
@@ -196,16 +198,16 @@ mod tests {
         let (_sender, mut driver, far) = open().await;
         drop(far);
         driver.look();
-        assert!(driver.is_over, "before anybody has looked");
+        assert!(driver.http.is_none(), "before anybody has looked");
 
         let (_sender, mut driver, far) = open().await;
         for _ in 0..2 {
             driver.look();
-            assert!(!driver.is_over);
+            assert!(driver.http.is_some());
         }
         drop(far);
         driver.look();
-        assert!(driver.is_over, "while it was idle");
+        assert!(driver.http.is_none(), "while it was idle");
 
         let (mut sender, mut driver, mut far) = open().await;
         let mut request = http::Request::new(Empty::new());
@@ -220,10 +222,10 @@ mod tests {
         let response = driver.run(pin!(sender.send_request(request))).await.unwrap();
         assert_eq!(response.status(), 204);
         driver.look();
-        assert!(sender.is_ready() && !driver.is_over);
+        assert!(sender.is_ready() && driver.http.is_some());
         drop(answers.await.unwrap());
         driver.look();
-        assert!(driver.is_over, "after it was used");
+        assert!(driver.http.is_none(), "after it was used");
 
         let (_sender, mut driver, far) = open().await;
         driver.look();
@@ -231,7 +233,7 @@ mod tests {
         // Done before the connection had to be polled for it.
         driver.run(pin!(std::future::ready(()))).await;
         driver.look();
-        assert!(driver.is_over, "just before it was used");
+        assert!(driver.http.is_none(), "just before it was used");
     }
 
     #[tokio::test]

@@ -481,3 +481,38 @@ async fn connections(gateway: &Gateway, wanted: u32) {
         sleep(Duration::from_millis(5)).await;
     }
 }
+
+#[tokio::test]
+async fn a_connection_that_closes_with_its_answer_makes_room_for_the_next() {
+    let close = |headers: &str, task| response("200 OK", headers, &ended(task));
+    let until_closed = |version: &str, task| {
+        let head = format!("{version} 200 OK\r\n\r\n").into_bytes();
+        [head, ended(task)].concat()
+    };
+    let chunked = |task| {
+        let body = String::from_utf8(ended(task)).unwrap();
+        let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close";
+        format!("{head}\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n", body.len()).into_bytes()
+    };
+    let endings = vec![
+        ("announced", close("Connection: close\r\n", "announced")),
+        ("unannounced", close("", "unannounced")),
+        ("until-closed", until_closed("HTTP/1.1", "until-closed")),
+        ("http-1.0", until_closed("HTTP/1.0", "http-1.0")),
+        ("chunked", chunked("chunked")),
+    ];
+    let script = endings
+        .into_iter()
+        .map(|(task, bytes)| (task, sends(bytes, Then::Closes)));
+    let upstream = Upstream::start(script.clone().collect()).await;
+    let config = format!(
+        "upstream: {{ url: \"{}\", connections: 1 }}\nbudget: {{ limit: 1000 }}",
+        upstream.url
+    );
+    let gateway = Gateway::start(&upstream.url, &config).await;
+    for (task, _) in script {
+        assert_eq!(poll(gateway.address, task).await.status, 200, "{task}");
+        let next = format!("behind-{task}");
+        assert_eq!(poll(gateway.address, &next).await.status, 200, "{next}");
+    }
+}
