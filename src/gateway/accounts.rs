@@ -8,7 +8,7 @@ mod maker;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -105,6 +105,8 @@ pub(super) struct Accounts {
     dormant: Mutex<HashMap<ApiKey, Arc<Key>>>,
     /// What keys spend that were listed once: upstream does not forget because we do.
     retired: Mutex<HashMap<ApiKey, Budget>>,
+    /// Accounts of earlier configurations: flights may still be under way with what they were.
+    earlier: Mutex<Vec<Weak<Account>>>,
     started: Instant,
     make: Maker,
 }
@@ -141,6 +143,7 @@ impl Accounts {
             unlisted: RwLock::default(),
             dormant: Mutex::default(),
             retired: Mutex::default(),
+            earlier: Mutex::default(),
             started,
             make,
         }
@@ -187,9 +190,14 @@ impl Accounts {
             .collect();
         let listed = self.make.askers(&config.accounts, accounts);
         let directory = Directory { listed, rules };
-        for (key, account) in listed_before.iter().chain(unlisted.iter()) {
-            let asker = directory.listed.get(key);
-            if asker.is_some_and(|asker| !asker.account.budget.is(&account.budget)) {
+        let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        earlier.extend(listed_before.values().chain(unlisted.values()).map(Arc::downgrade));
+        let mut seen = HashSet::new();
+        earlier.retain(|account| account.strong_count() > 0 && seen.insert(account.as_ptr()));
+        for account in earlier.iter().filter_map(Weak::upgrade) {
+            let asker = |key: &Arc<Key>| directory.listed.get(&key.secret);
+            let mut askers = account.keys.iter().filter_map(asker);
+            if askers.any(|asker| !asker.account.budget.is(&account.budget)) {
                 account.superseded.cancel();
             }
         }

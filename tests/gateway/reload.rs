@@ -252,6 +252,40 @@ async fn a_key_that_comes_under_another_budget_brings_nothing_more_upstream() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nor_does_what_queued_before_the_change_before() {
+    let (key, other) = ("ak_moves", "ak_stays");
+    let (both, three) = ([other, key], [other, key, "ak_new"]);
+    let (one, more) = ([("music", &both[..])], [("music", &three[..])]);
+    let (without, two) = ([("music", &both[..1])], [("music", &both[..1]), ("film", &both[1..])]);
+    // A key is added, the account goes, and it loses the key: always the same budget, until `film` has one of its own.
+    for (before, between) in [(&one[..], &more[..]), (&one, &[]), (&one, &without)] {
+        let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+            config.budget.max_wait = Duration::from_mins(1);
+        }));
+        gateway.list(before);
+        let mut polls = JoinSet::new();
+        let mut poll_all = |name: &str| {
+            for task in 0..100 {
+                let (gateway, task) = (Arc::clone(&gateway), format!("{name}-{task}"));
+                polls.spawn(async move { gateway.poll(key, &task).await });
+            }
+        };
+        poll_all("old");
+        sleep(Duration::from_secs(3)).await;
+        gateway.list(between);
+        sleep(Duration::from_millis(500)).await;
+        gateway.list(&two);
+        poll_all("new");
+        for reply in polls.join_all().await {
+            assert_eq!(reply.status, 200, "{reply:?}");
+        }
+        let arrivals = gateway.arrivals_with(key);
+        assert_eq!(arrivals.len(), 200, "nobody was asked about twice");
+        assert!(most_in_a_second(&arrivals) <= 15, "{}", most_in_a_second(&arrivals));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_account_that_is_removed_shows_neither_rate_nor_live_tasks_any_more() {
     let behaviour = Behaviour {
         answer: |_, task| running(task),
