@@ -65,6 +65,23 @@ fn tasks(name: &str, count: u32) -> impl Iterator<Item = String> {
     (0..count).map(move |number| format!("{name}-{number}"))
 }
 
+/// Whoever asked at `started` and was `refused` heard so at once, and is served when told to come back.
+async fn are_served_when_told_to_come_back(gateway: &Arc<Paused>, started: Instant, refused: Vec<Polled>) {
+    let mut again = JoinSet::new();
+    for polled in refused {
+        assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
+        let come_back = started + Duration::from_secs(polled.retry_after());
+        let gateway = Arc::clone(gateway);
+        again.spawn(async move {
+            sleep_until(come_back).await;
+            gateway.poll_from(GREEDY, KEY, &polled.task).await
+        });
+    }
+    for reply in again.join_all().await {
+        assert_eq!(reply.status, 200, "came back when it was told to: {reply:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn whoever_cannot_be_served_in_time_hears_so_at_once_and_is_served_when_told_to_come_back() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
@@ -79,19 +96,7 @@ async fn whoever_cannot_be_served_in_time_hears_so_at_once_and_is_served_when_to
     for polled in &served {
         assert!(polled.took <= MAX_WAIT, "{:?}", polled.took);
     }
-    let mut again = JoinSet::new();
-    for polled in refused {
-        assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
-        let come_back = started + Duration::from_secs(polled.retry_after());
-        let gateway = Arc::clone(&gateway);
-        again.spawn(async move {
-            sleep_until(come_back).await;
-            gateway.poll_from(GREEDY, KEY, &polled.task).await
-        });
-    }
-    for reply in again.join_all().await {
-        assert_eq!(reply.status, 200, "came back when it was told to: {reply:?}");
-    }
+    are_served_when_told_to_come_back(&gateway, started, refused).await;
     assert!(started.elapsed() < Duration::from_secs(23), "{:?}", started.elapsed());
     assert_eq!(gateway.arrivals().len(), 301, "whoever was refused cost nothing");
     assert!(most_in_a_second(&gateway.arrivals()) <= 15);
@@ -104,21 +109,9 @@ async fn whoever_cannot_be_served_in_time_hears_so_at_once_and_is_served_when_to
 async fn in_the_first_rush_after_a_start_nobody_waits_for_an_answer_that_comes_too_late() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
     let started = Instant::now();
-    let mut again = JoinSet::new();
-    for polled in rush(&gateway, GREEDY, tasks("task", 300)).await {
-        if polled.reply.status != 200 {
-            assert!(polled.took <= AT_ONCE, "{:?}", polled.took);
-            let come_back = started + Duration::from_secs(polled.retry_after());
-            let gateway = Arc::clone(&gateway);
-            again.spawn(async move {
-                sleep_until(come_back).await;
-                gateway.poll_from(GREEDY, KEY, &polled.task).await
-            });
-        }
-    }
-    for reply in again.join_all().await {
-        assert_eq!(reply.status, 200, "came back when it was told to: {reply:?}");
-    }
+    let mut refused = rush(&gateway, GREEDY, tasks("task", 300)).await;
+    refused.retain(|polled| polled.reply.status != 200);
+    are_served_when_told_to_come_back(&gateway, started, refused).await;
 }
 
 #[tokio::test(start_paused = true)]
