@@ -27,7 +27,8 @@ use crate::error::Error;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::outcome::Served;
 use crate::shared::Shared;
-use crate::stored::Owner;
+use crate::stored::{Answer, Owner};
+use crate::task::TaskId;
 use crate::upstream::{Pool, Upstream};
 use crate::watch::Watch;
 use maker::{Maker, Rules};
@@ -67,6 +68,16 @@ impl Account {
     pub(super) fn place(&self, key: &Key) -> usize {
         let place = self.keys.iter().position(|own| own.number == key.number);
         place.map_or(0, |place| place + 1)
+    }
+
+    /// Upstream said `answer` of a task, which was known to have ended or not: whether it goes on, as of `at`.
+    pub(super) fn told(&self, task: &TaskId, answer: &Answer, had_ended: bool, at: Instant) {
+        if answer.has_ended() {
+            self.watch.ended(task);
+        } else if answer.is_live() && !had_ended {
+            // A late `running` says nothing about a task that is known to have ended.
+            self.watch.goes_on(task, at);
+        }
     }
 
     /// The freshness lifetime of its live answers at `now`.

@@ -120,12 +120,7 @@ impl Gateway {
             };
             draft.of(account.id, task)
         });
-        // A late `running` says nothing about a task that is known to have ended.
-        if answer.has_ended() {
-            account.watch.ended(task);
-        } else if answer.is_live() && !had_ended {
-            account.watch.goes_on(task, received);
-        }
+        account.told(task, &answer, had_ended, received);
         answer
     }
 }

@@ -179,16 +179,12 @@ impl Gateway {
             Some((key, draft.of(account.id, task)))
         })?;
         key.heard(answer.asked());
-        let had_ended = self
-            .cache
-            .snapshot(account.id, task, now.at)
-            .is_some_and(|kept| kept.has_ended());
-        self.cache.put(account.id, task, &answer, now.at);
-        if answer.has_ended() {
-            account.watch.ended(task);
-        } else if answer.is_live() && !had_ended {
-            account.watch.goes_on(task, now.at);
-        }
+        let mut had_ended = false;
+        self.cache.put_after(account.id, task, now.at, |before| {
+            had_ended = before.is_some_and(Answer::has_ended);
+            answer.clone()
+        });
+        account.told(task, &answer, had_ended, now.at);
         Some(answer)
     }
 }

@@ -129,10 +129,9 @@ impl Gateway {
         head.uri = Uri::from(path);
         head.version = http::Version::HTTP_11;
         response::strip_hop_by_hop(&mut head.headers);
-        response::strip(&mut head.headers, |name, _| rewrites(name));
         // A token is ours and goes nowhere, whether it was understood or not.
         let has_token = self.has_token();
-        response::strip(&mut head.headers, |_, value| has_token(value));
+        response::strip(&mut head.headers, |name, value| rewrites(name) || has_token(value));
         // What it stands for goes in its place.
         if let Some(key) = key {
             head.headers.insert(API_KEY, key.header_value());
