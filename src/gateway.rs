@@ -648,6 +648,9 @@ impl Gateway {
             };
             leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
             trace.approached();
+            if let Some(claim) = &mut claim {
+                claim.asks();
+            }
             match self
                 .ask(&account, &key, &task, Attempt::new(attempt, &trace), ready, permit)
                 .await

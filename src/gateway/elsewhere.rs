@@ -129,6 +129,10 @@ impl Gateway {
                 Way::On(turn)
             }
             Whose::Nobodys => Way::On(turn),
+            Whose::Each => {
+                store.metrics().flies(SharedFlight::Alone);
+                Way::On(turn)
+            }
             Whose::Theirs => {
                 store.metrics().flies(SharedFlight::Theirs);
                 drop(turn);

@@ -186,7 +186,7 @@ pub enum SharedFlight {
     Ours,
     /// Another, and this one waits.
     Theirs,
-    /// This replica, for itself: the store was away.
+    /// This replica, for itself: the store was away, or what one had fetched for all could not be shared.
     Alone,
 }
 

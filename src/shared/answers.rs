@@ -11,7 +11,9 @@
 //!
 //! A flight looks once before it queues, and claims when its turn has come (`look.lua`, one round trip each): were the claim
 //! taken before the queue, a greedy client's flights in one replica's queue would hold up a modest client of another. It ends
-//! with the script that keeps the answer, or alone where there is none to keep. Those who wait for another's claim are
+//! with the script that keeps the answer, or alone where there is none to keep: where upstream was asked in vain, by whatever
+//! may not be kept, those who waited ask at the same time then, since one after the other the last would wait for as many
+//! answers as there are replicas. Those who wait for another's claim are
 //! found out by one MGET every 50 ms, whatever their number: no subscription that can be lost unnoticed, no second connection, and a
 //! mean of 25 ms beside what upstream takes.
 //!
@@ -66,6 +68,12 @@ const STEADY: Duration = Duration::from_secs(5);
 const CLAIM: Duration = Duration::from_secs(2);
 const RENEW: Duration = Duration::from_millis(500);
 const WATCH: Duration = Duration::from_millis(50);
+
+/// How long after an answer that could not be shared each replica fetches it for itself: those who waited have had their turn
+/// by then, unless there is a queue.
+const EACH: Duration = Duration::from_secs(1);
+/// Then it stands where the claim was.
+const EACH_OWN: &[u8] = b"each";
 
 /// Claims in one call: some 20 KB.
 const BATCH: usize = 256;
@@ -225,6 +233,8 @@ pub enum Whose {
     Ours(Claim),
     /// Another replica's.
     Theirs,
+    /// Each replica's own: what was fetched for all just now could not be shared.
+    Each,
 }
 
 /// The right to fetch an answer for all replicas. Dropping it gives it back.
@@ -233,18 +243,32 @@ pub struct Claim {
     answers: Answers,
     place: u128,
     name: Arc<str>,
+    asks: bool,
+}
+
+impl Claim {
+    /// Upstream is asked now: if the claim is given back all the same, there was nothing to share, and each is to ask for itself.
+    pub fn asks(&mut self) {
+        self.asks = true;
+    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let Self { answers, place, name } = self;
+        let Self {
+            answers,
+            place,
+            name,
+            asks,
+        } = self;
+        let each = if *asks { EACH } else { Duration::ZERO };
         // Published, or the runtime is ending: then it ends by itself.
         if let (true, Ok(runtime)) = (
             answers.0.claims.end(*place, name),
             tokio::runtime::Handle::try_current(),
         ) {
             let (answers, place, name) = (answers.clone(), *place, Arc::clone(name));
-            runtime.spawn(async move { answers.0.land(place, &name, b"", Duration::ZERO).await });
+            runtime.spawn(async move { answers.0.land(place, &name, b"", Duration::ZERO, each).await });
         }
     }
 }
@@ -326,12 +350,13 @@ impl Answers {
         let how = if before.is_some() { "insist" } else { "claim" };
         let claim = match before {
             Some(Whose::Ours(claim)) => claim,
-            Some(Whose::Theirs | Whose::Nobodys) | None => {
+            Some(Whose::Theirs | Whose::Nobodys | Whose::Each) | None => {
                 let number = self.0.next_claim.fetch_add(1, Ordering::Relaxed);
                 Claim {
                     answers: self.clone(),
                     place,
                     name: format!("{}:{number}", self.0.who).into(),
+                    asks: false,
                 }
             }
         };
@@ -359,6 +384,7 @@ impl Answers {
                     Whose::Ours(claim)
                 }
                 ("theirs", _) => Whose::Theirs,
+                ("each", _) => Whose::Each,
                 _ => Whose::Nobodys,
             };
             Ok((found, whose))
@@ -405,7 +431,7 @@ impl Answers {
             let (value, keep) = sealed.unwrap_or_default();
             let claim = claim.as_deref().unwrap_or_default();
             if !(value.is_empty() && claim.is_empty()) {
-                inner.land(place, claim, &value, keep).await;
+                inner.land(place, claim, &value, keep, EACH).await;
             }
         });
     }
@@ -461,13 +487,14 @@ impl Inner {
     }
 
     /// Calls `publish.lua`.
-    async fn land(&self, place: u128, claim: &str, value: &[u8], keep: Duration) {
+    async fn land(&self, place: u128, claim: &str, value: &[u8], keep: Duration, each: Duration) {
         let mut call = self.publish.key(self.answer(place));
         call.key(self.flight(place))
             .arg(claim)
             .arg(value)
             .arg(millis(keep).max(1));
         call.arg(self.max_bytes).arg(format!("{}answer:", self.prefix));
+        call.arg(millis(each));
         let landed = match self.line() {
             Some(line) => self.call::<(String, u64)>(&line, &call).await,
             None => Err(Away),
@@ -619,7 +646,8 @@ impl Inner {
             let mut calls = line.calls.clone();
             let reply = call.query_async::<Vec<Option<Vec<u8>>>>(&mut calls);
             if let Ok(holders) = self.in_time(line, reply).await {
-                let over = batch.iter().zip(holders).filter(|(_, holder)| holder.is_none());
+                let is_over = |holder: &Option<Vec<u8>>| holder.as_deref().is_none_or(|holder| holder == EACH_OWN);
+                let over = batch.iter().zip(holders).filter(|(_, holder)| is_over(holder));
                 over.for_each(|(place, _)| self.claims.tell(*place));
             }
         }

@@ -188,6 +188,34 @@ async fn when_the_replica_that_asks_is_killed_another_asks_and_everybody_is_answ
 }
 
 #[tokio::test]
+async fn what_may_not_be_shared_is_fetched_by_the_others_at_the_same_time() {
+    let replicas = Replicas::start(3, &["--latency", "3s"], "").await;
+    let asked = Instant::now();
+    let first = hundreds([replicas.gateways[0].address], "http-500.a");
+    replicas
+        .shows(0, "crun_gateway_shared_flights_total{whose=\"ours\"}", 1.0)
+        .await;
+    let others = hundreds(
+        replicas.gateways[1..].iter().map(|gateway| gateway.address),
+        "http-500.a",
+    );
+    for clients in [first, others] {
+        for reply in timeout(PATIENCE, clients.join_all()).await.unwrap() {
+            assert_eq!(reply.unwrap().status, 500);
+        }
+    }
+    // One after the other they would take 9 s.
+    assert!(asked.elapsed() < 8 * SECOND, "{:?}", asked.elapsed());
+    assert_eq!(replicas.upstream.queries().await, 3);
+    for replica in [1, 2] {
+        for whose in ["theirs", "alone"] {
+            let series = format!("crun_gateway_shared_flights_total{{whose=\"{whose}\"}}");
+            replicas.shows(replica, &series, 1.0).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_replica_that_stands_still_while_it_asks_is_not_waited_for() {
     let replicas = Replicas::start(2, &[], "").await;
     let first = tokio::spawn(try_request(

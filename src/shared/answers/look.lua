@@ -5,7 +5,7 @@
 --          long in ms; how old a live answer may be in ms; when the answer that the caller has was asked for (ms since 1970,
 --          0: none); how the answer begins that could not be opened ('': none)
 -- returns  the time in µs; the answer, if it is newer than the caller's ('': none); whose the flight is: 'none', for an
---          answer stands there that will do, 'ours' or 'theirs'
+--          answer stands there that will do, 'ours', 'theirs', or 'each', for each fetches it for itself
 
 local function get(key)
   local value = redis.pcall('GET', key)
@@ -43,6 +43,9 @@ if ARGV[1] == 'look' or (will_do and ARGV[1] ~= 'insist') then
 end
 
 local holder = get(KEYS[2])
+if holder == 'each' then
+  return {now, answer, 'each'}
+end
 if holder and holder ~= ARGV[2] then
   return {now, answer, 'theirs'}
 end

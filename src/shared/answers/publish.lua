@@ -2,7 +2,8 @@
 --
 -- KEYS[1]  the answer; KEYS[2]  the claim on its flight
 -- ARGV     whose claim ends ('': nobody's); the answer ('': none); for how long it is kept in ms; the most memory, in bytes,
---          that the server may use for one more to be kept; what the names of answers begin with
+--          that the server may use for one more to be kept; what the names of answers begin with; for how long in ms, where
+--          none was kept, each is to fetch the answer for itself (0: one for all again)
 -- returns  'stored', 'older', 'full' or 'released'; how many answers made room
 
 local function get(key)
@@ -10,11 +11,19 @@ local function get(key)
   return type(value) == 'string' and value
 end
 
-if ARGV[1] ~= '' and get(KEYS[2]) == ARGV[1] then
+local ends = ARGV[1] ~= '' and get(KEYS[2]) == ARGV[1]
+if ends then
   redis.call('UNLINK', KEYS[2])
 end
+
+local function nothing(result, evicted)
+  if ends and ARGV[6] ~= '0' then
+    redis.call('SET', KEYS[2], 'each', 'PX', ARGV[6])
+  end
+  return {result, evicted}
+end
 if ARGV[2] == '' then
-  return {'released', 0}
+  return nothing('released', 0)
 end
 
 local function read(value)
@@ -72,7 +81,7 @@ while evicted < 4 and is_full() do
   evicted = evicted + 1
 end
 if is_full() then
-  return {'full', evicted}
+  return nothing('full', evicted)
 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return {'stored', evicted}

@@ -23,6 +23,10 @@ fn value(label: Label) -> String {
 }
 
 fn publish(connection: &mut Connection, claim: &str, value: &str, most: u64) -> String {
+    land(connection, claim, value, most, 0)
+}
+
+fn land(connection: &mut Connection, claim: &str, value: &str, most: u64, each: u64) -> String {
     let script = Script::new(PUBLISH_LUA);
     let mut call = script.key(ANSWER);
     call.key(FLIGHT)
@@ -30,7 +34,8 @@ fn publish(connection: &mut Connection, claim: &str, value: &str, most: u64) -> 
         .arg(value)
         .arg(60_000)
         .arg(most)
-        .arg("answer:");
+        .arg("answer:")
+        .arg(each);
     call.invoke::<(String, u64)>(connection).unwrap().0
 }
 
@@ -171,6 +176,35 @@ fn a_claim_is_one_process_s_until_it_lands_or_stops_renewing() {
         look(connection, "insist", "b:2", (0, 0), &found),
         (String::new(), "ours".to_owned())
     );
+}
+
+#[test]
+fn after_what_could_not_be_shared_each_fetches_for_itself_for_a_while() {
+    let (_server, mut connection) = Server::start();
+    let connection = &mut connection;
+    let whose = |connection: &mut Connection, how, who: &str| look(connection, how, who, (0, 0), "").1;
+    for (answer, most, lands) in [("", u64::MAX, "released"), (&*value(label(4, false, 1)), 1, "full")] {
+        forget(connection);
+        assert_eq!(whose(connection, "claim", "a:1"), "ours");
+        // Only who holds it ends it.
+        land(connection, "b:1", answer, most, 1000);
+        assert_eq!(whose(connection, "claim", "b:2"), "theirs");
+        assert_eq!(land(connection, "a:1", answer, most, 1000), lands);
+        for (how, who) in [("claim", "a:2"), ("claim", "b:2"), ("insist", "b:2")] {
+            assert_eq!(whose(connection, how, who), "each");
+        }
+        assert!((900..=1000).contains(&ttl(connection, FLIGHT)));
+        // What one of them brings, they share again.
+        assert_eq!(publish(connection, "", &value(label(4, false, 1)), u64::MAX), "stored");
+        assert_eq!(whose(connection, "claim", "a:3"), "none");
+    }
+    forget(connection);
+    assert_eq!(whose(connection, "claim", "a:1"), "ours");
+    assert_eq!(
+        land(connection, "a:1", &value(label(4, false, 1)), u64::MAX, 1000),
+        "stored"
+    );
+    assert_eq!(text(connection, FLIGHT), None);
 }
 
 #[test]
