@@ -121,8 +121,8 @@ pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
                 tracing::warn!(account = label, "upstream says that this account has no credits");
             }
         }
-        // Whatever stands before the API may say that, without having looked at the key.
-        _ if answer.class().yields_to_snapshot() => key.asked_in_vain(answer.received()),
+        // Whatever stands before the API may say anything else, without having looked at the key.
+        _ if !answer.class().is_stored() => key.asked_in_vain(answer.received()),
         _ => {
             key.heard(answer.asked());
             if key.refusal.clear(answer.asked()) {

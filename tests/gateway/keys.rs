@@ -231,6 +231,42 @@ async fn a_refused_key_gets_nothing_that_is_kept_until_it_is_accepted_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn only_what_tells_of_a_task_shows_that_a_refused_key_is_accepted_again() {
+    let start = Instant::now();
+    let gateway = Paused::start(
+        Behaviour {
+            answer: |_, task| success(task),
+            to_key: |key, after| match after.as_secs() {
+                100..110 if key == BAD => Some(refusal(401, 401)),
+                110..120 if key == BAD => Some(refusal(302, 302)),
+                120..130 if key == BAD => Some(refusal(400, 400)),
+                130..140 if key == BAD => Some(refusal(200, 422)),
+                140..150 if key == BAD => Some(refusal(200, 200)),
+                150..160 if key == BAD => Some(refusal(200, 404)),
+                _ => None,
+            },
+            ..Behaviour::default()
+        },
+        one_account(&[GOOD, BAD]),
+    );
+    gateway.poll(GOOD, "ended").await;
+    sleep_until(start + seconds(101)).await;
+    assert_code(&gateway.poll(BAD, "new").await, 401);
+    for (at, code) in [(111, 302), (121, 400), (131, 422), (141, 200)] {
+        sleep_until(start + seconds(at)).await;
+        let own = gateway.poll(BAD, "new").await;
+        assert_code(&own, code);
+        assert_eq!(detail(&own), None);
+        let kept = gateway.poll(BAD, "ended").await;
+        assert_code(&kept, 401);
+        assert_eq!(detail(&kept), Some("key_refused"), "after {code}");
+    }
+    sleep_until(start + seconds(151)).await;
+    assert_code(&gateway.poll(BAD, "new").await, 404);
+    assert_hit(&gateway.poll(BAD, "ended").await);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_refused_key_stays_refused_wherever_a_changed_configuration_lists_it() {
     let start = Instant::now();
     let gateway = Paused::start(bad_for_a_while(), one_account(&[BAD, GOOD]));
