@@ -474,6 +474,9 @@ impl Gateway {
                 Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
                 // Fresh enough for the client that opened the flight, but not for this one.
                 Some(Landed::Kept(_) | Landed::InVain) => continue,
+                // It may have been the account as it was before this poll's, under the same name.
+                Some(Landed::Superseded) if !account.superseded.is_cancelled() => continue,
+                Some(Landed::Superseded) => Err(self.unavailable()),
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
                 // Another key's refusal says nothing about this one, and a token stands for all of its account's keys.
                 Some(Landed::Fetched(answer, key))
@@ -566,7 +569,7 @@ impl Gateway {
         trace.step("shared store");
         let looking = Box::pin(self.look_elsewhere(account, task, live));
         match while_awaited(leader, account, self.upstream.breaker(), looking).await {
-            None => Some(Landed::Failed(self.unavailable())),
+            None => Some(self.given_up(account)),
             Some(answer) => answer.filter(is_fresh).map(Landed::Kept),
         }
     }
@@ -597,7 +600,7 @@ impl Gateway {
             trace.step("wait for turn");
             let entry = if is_again { Entry::Again } else { Entry::InTurn };
             let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
-                None => return self.give_up(leader),
+                None => return self.give_up(leader, &account),
                 Some(Ok(turn)) => turn,
                 Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account)).stage()),
             };
@@ -606,7 +609,7 @@ impl Gateway {
             }
             let claiming = self.claim(&leader, (&account, &task), live, turn, &mut claim);
             let turn = match while_awaited(&leader, &account, breaker, claiming).await {
-                None => return self.give_up(leader),
+                None => return self.give_up(leader, &account),
                 Some(Way::Kept(answer)) => return leader.land(Landed::Kept(answer).stage()),
                 Some(Way::Back) => {
                     is_again = true;
@@ -620,7 +623,7 @@ impl Gateway {
                 // After an unanswered attempt any other idle connection may be as dead.
                 let connecting = shown(&leader, Phase::Connecting, account.pool.connect(&task, attempt > 1));
                 match while_awaited(&leader, &account, breaker, connecting).await {
-                    None => return self.give_up(leader),
+                    None => return self.give_up(leader, &account),
                     Some(Ok(ready)) => break ready,
                     Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
@@ -629,7 +632,7 @@ impl Gateway {
             trace.step("wait for permit");
             let permit = shown(&leader, |_| Phase::Waiting, turn.permit(&ready));
             let Some(Some(permit)) = while_awaited(&leader, &account, breaker, permit).await else {
-                return self.give_up(leader);
+                return self.give_up(leader, &account);
             };
             if is_in_vain(&account, &key, launched) {
                 return leader.land(Landed::InVain.stage());
@@ -639,7 +642,7 @@ impl Gateway {
             let ready = if ready.is_closed() {
                 leader.update(|progress| progress.phase = Phase::Waiting);
                 match while_awaited(&leader, &account, breaker, account.pool.connect(&task, true)).await {
-                    None => return self.give_up(leader),
+                    None => return self.give_up(leader, &account),
                     Some(Ok(ready)) => ready,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
                 }

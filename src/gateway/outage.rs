@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::accounts::Account;
 use super::admission::leave_behind;
 use super::asker::Asker;
 use super::attempt::Attempt;
@@ -39,9 +40,18 @@ impl Gateway {
         self.unavailable()
     }
 
-    /// Lands a flight that may go no further, unspent: the breaker is open, or nobody is there to hear it.
-    pub(super) fn give_up(&self, leader: Leader<FlightKey, Progress>) {
-        leader.land(Landed::Failed(self.unavailable()).stage());
+    /// Lands a flight of `account` that may go no further, unspent.
+    pub(super) fn give_up(&self, leader: Leader<FlightKey, Progress>, account: &Account) {
+        leader.land(self.given_up(account).stage());
+    }
+
+    /// How such a flight ends: the account is no longer what it was, or the breaker is open, or nobody is there to hear it.
+    pub(super) fn given_up(&self, account: &Account) -> Landed {
+        if account.superseded.is_cancelled() {
+            Landed::Superseded
+        } else {
+            Landed::Failed(self.unavailable())
+        }
     }
 
     /// Why nobody flies while the breaker is open.
@@ -64,7 +74,13 @@ impl Gateway {
             let permit = turn.permit(&ready).await?;
             Some((ready, permit))
         };
-        if let Ok(Some((ready, permit))) = timeout(PROBE_PATIENCE, approach).await {
+        let approached = tokio::select! {
+            biased;
+            // Its key may be another budget's by now.
+            () = account.superseded.cancelled() => None,
+            approached = timeout(PROBE_PATIENCE, approach) => approached.ok().flatten(),
+        };
+        if let Some((ready, permit)) = approached {
             // What comes of it, `ask` tells the breaker.
             let trace = FlightTrace::begin(self.exporter.as_ref(), "probe");
             let attempt = Attempt::new(FIRST, &trace);

@@ -43,6 +43,8 @@ pub(super) enum Landed {
     Fetched(Answer, Arc<Key>),
     /// Unspent: meanwhile upstream refused the key, or had no credits for the account.
     InVain,
+    /// Unspent: a changed configuration has taken a key of the account that flew elsewhere.
+    Superseded,
     Failed(Error),
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-use crate::harness::paused::{Behaviour, Paused, most_in_a_second, running};
+use crate::harness::paused::{Away, Behaviour, Paused, json, most_in_a_second, running, success};
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Scripted, Simulator, poll, poll_as};
 
@@ -283,6 +284,77 @@ async fn nor_does_what_queued_before_the_change_before() {
         assert_eq!(arrivals.len(), 200, "nobody was asked about twice");
         assert!(most_in_a_second(&arrivals) <= 15, "{}", most_in_a_second(&arrivals));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_polls_after_a_change_is_not_refused_with_a_flight_from_before() {
+    let behaviour = Behaviour {
+        latency: Duration::from_secs(3),
+        answer: |count, task| match count {
+            0 => json(&serde_json::json!({ "code": 429, "message": "slow down", "data": null })),
+            _ => success(task),
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    gateway.list(&[("music", &["ak_stays", "ak_moves"])]);
+    sleep(Duration::from_secs(2)).await;
+    let poll = || {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move { gateway.poll("ak_stays", "task").await })
+    };
+    let before = poll();
+    sleep(Duration::from_secs(1)).await;
+    gateway.list(&[("music", &["ak_stays"]), ("film", &["ak_moves"])]);
+    let after = poll();
+    // The first attempt is under way, and what would follow it is on the old account's behalf.
+    for reply in [before.await.unwrap(), after.await.unwrap()] {
+        assert_eq!(
+            (reply.status.as_u16(), &reply.json()["code"]),
+            (200, &200.into()),
+            "{reply:?}"
+        );
+    }
+    assert_eq!(gateway.arrivals().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_is_not_sent_on_behalf_of_a_budget_that_its_key_has_left() {
+    let second = Duration::from_secs(1);
+    let behaviour = Behaviour {
+        outage: Some((2 * second..10 * second, Away::Status(503))),
+        // So that a probe takes a while before it is sent.
+        idle: Some(second),
+        opening: |_| Duration::from_millis(300),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.budget.limit = NonZeroU32::MIN;
+        config.budget.max_wait = 100 * second;
+    }));
+    gateway.list(&[("music", &["ak_stays", "ak_moves"])]);
+    let start = Instant::now();
+    sleep(2 * second).await;
+    for task in ["a", "b", "a", "b", "a"] {
+        assert_eq!(gateway.poll("ak_moves", task).await.status, 503, "upstream's own words");
+    }
+    sleep(start + 11 * second - Instant::now()).await;
+    let (sent, dials) = (gateway.arrivals().len(), gateway.dials().len());
+    while gateway.dials().len() == dials {
+        gateway.poll("ak_moves", "c").await.assert_is_our_error(503);
+        sleep(second / 100).await;
+    }
+    assert_eq!(gateway.arrivals().len(), sent, "the probe has yet to be sent");
+    gateway.list(&[("music", &["ak_stays"]), ("film", &["ak_moves"])]);
+    let mut polls = 0;
+    while gateway.poll("ak_moves", "d").await.status != 200 {
+        polls += 1;
+        assert!(polls < 1000);
+        sleep(second / 100).await;
+    }
+    let arrivals = gateway.arrivals();
+    assert!(arrivals.len() > sent);
+    assert_eq!(most_in_a_second(&arrivals), 1, "{arrivals:?}");
 }
 
 #[tokio::test(start_paused = true)]
