@@ -62,7 +62,8 @@ impl Last {
     }
 
     /// The poll that `bytes` begin with, if its head differs in the query alone, and not in how long that is. Whether the
-    /// query is one is not looked at.
+    /// query is one is not looked at: it may hold the end of a request line, fields, even another request. Whoever answers it
+    /// has read the query as a plain id ([`TaskId::plain`](crate::task::TaskId::plain)), or reads the whole head ([`request`]).
     fn again<'b>(&self, bytes: &'b [u8]) -> Option<(usize, PlainPoll<'b>)> {
         let last = self.head.expose_secret();
         let head = bytes.get(..last.len())?;
@@ -77,11 +78,15 @@ impl Last {
     }
 }
 
-/// The request that a plain poll's `head` is, as hyper would read it. `None` where that may be refused.
+/// The request that a plain poll's `head` is, as hyper would read it. `None` where that may be refused, or where it is not
+/// the head of one plain poll after all.
 pub(super) fn request(head: &[u8], most: &Most) -> Option<Request<RequestBody>> {
     let bytes = Bytes::copy_from_slice(head);
     let part = |of: &[u8]| bytes.slice_ref(of);
-    let read = |read: &httparse::Request<'_, '_>, _| {
+    let read = |read: &httparse::Request<'_, '_>, length| {
+        if length != bytes.len() || poll(read).is_none() || !head::has_clean_lines(&bytes) {
+            return None;
+        }
         let target = read.path.filter(|target| head::is_target("GET", target))?;
         let mut request = Request::new(Either::Right(Empty::new()));
         *request.uri_mut() = Uri::from_maybe_shared(part(target.as_bytes())).ok()?;
@@ -216,8 +221,22 @@ mod tests {
         let before = head("task_id=0123456789abcdef", "ak_one", "");
         let smuggled = head("task_id=0 HTTP/1.1\r\naa:b", "ak_one", "");
         assert_eq!(before.len(), smuggled.len());
-        let (_, _, query) = read_after(&before, &smuggled).unwrap();
+        let (length, _, query) = read_after(&before, &smuggled).unwrap();
         assert_eq!(crate::task::TaskId::plain(query), None);
+        // It is a poll, with a field more; and these are none, or not plain.
+        assert!(request(&smuggled.as_bytes()[..length], &MOST).is_some());
+        for hidden in [
+            "a HTTP/1.1\r\ncontent-length: 1\r\nb:c",
+            "a HTTP/1.1\nb:c",
+            "a HTTP/1.1\r\n\r\nGET /?b",
+            "a HTTP/1.1\r\nhost: b\r\nc:d",
+            "a b",
+        ] {
+            assert!(
+                request(head(hidden, "ak_one", "").as_bytes(), &MOST).is_none(),
+                "{hidden}"
+            );
+        }
     }
 
     #[test]

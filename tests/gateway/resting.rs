@@ -150,3 +150,68 @@ async fn an_unread_body_is_no_request() {
     }
     assert!(gateway.queries().iter().all(|query| query.task != "smuggled"));
 }
+
+/// What comes of `bytes` at a new gateway, behind a poll of `before` on the same connection: the answers' statuses, and the
+/// tasks that upstream is asked for.
+async fn comes_of(before: Option<&str>, bytes: &str) -> (Vec<String>, Vec<String>) {
+    let gateway = start();
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    if let Some(task) = before {
+        assert!(client.poll(task).await.is(200));
+    }
+    let asked = gateway.queries().len();
+    client.send(bytes).await.unwrap();
+    let end = "GET / HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\r\n";
+    // Whatever was refused has closed the connection.
+    let _ = client.send(end).await;
+    let mut statuses = Vec::new();
+    while let Some(reply) = client.try_reply().await.unwrap() {
+        statuses.push(reply.head.split(' ').nth(1).unwrap().to_owned());
+    }
+    let queries = gateway.queries();
+    (
+        statuses,
+        queries[asked..].iter().map(|query| query.task.clone()).collect(),
+    )
+}
+
+/// A poll is compared with the one before it, and what differs may be as long and no query at all.
+#[tokio::test(start_paused = true)]
+async fn a_request_is_read_as_it_would_be_had_no_poll_come_before_it() {
+    let (head, tail) = raw::poll("\n")
+        .split_once('\n')
+        .map(|(head, tail)| (head.to_owned(), tail.to_owned()))
+        .unwrap();
+    let poll = |task: &str| format!("{head}{task}{tail}");
+    let hidden = poll("hidden");
+    let length = hidden.len();
+    let chunked = format!("{length:x}\r\n{hidden}\r\n0\r\n\r\n");
+    for (asked, body) in [
+        (format!("a HTTP/1.1\r\ncontent-length: {length}\r\nz: q"), &*hidden),
+        ("a HTTP/1.1\r\ntransfer-encoding: chunked\r\nz: q".to_owned(), &*chunked),
+        (
+            "a HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\nz: q".to_owned(),
+            &*chunked,
+        ),
+        ("a HTTP/1.1\r\ncontent-length: +1\r\nz: q".to_owned(), "{"),
+        ("a HTTP/1.1\nz: q".to_owned(), ""),
+        ("a HTTP/1.1\r\nhost: another\r\nz: q".to_owned(), ""),
+        ("a HTTP/1.1\r\nconnection: close\r\nz: q".to_owned(), ""),
+        ("a HTTP/1.1\r\nupgrade: websocket\r\nz: q".to_owned(), ""),
+        ("a HTTP/1.1\r\nx-api-key: another\r\nz: q".to_owned(), ""),
+        ("a HTTP/1.0\r\nz: q".to_owned(), ""),
+        ("a b".to_owned(), ""),
+        ("a#b".to_owned(), ""),
+        // Two polls, as long together as the one before them.
+        (format!("a{tail}{head}b"), ""),
+    ] {
+        let bytes = poll(&asked) + body;
+        let alike = "x".repeat(asked.len());
+        assert_eq!(poll(&alike).len(), poll(&asked).len());
+        assert_eq!(
+            comes_of(Some(&alike), &bytes).await,
+            comes_of(None, &bytes).await,
+            "{bytes}"
+        );
+    }
+}
