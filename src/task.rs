@@ -40,7 +40,8 @@ pub enum Class {
     Failed,
     /// A code, or a body with a code of success, that means nothing to us.
     Unrecognised,
-    /// HTTP 2xx with a body that is not one JSON object with one integer `code` and at most one `data`.
+    /// HTTP 200 to 203 with a body that is not one JSON object with one integer `code` and at most one `data`; or any other
+    /// 2xx, which brings a part of something, or nothing (RFC 9110 §15.3).
     Unreadable,
 }
 
@@ -146,12 +147,13 @@ impl Reading {
 
 /// Reads upstream's answer to the question about the task `asked`: its HTTP status and its whole, decoded body.
 pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
-    let is_success = (200..300).contains(&http_status);
+    let is_success = (200..204).contains(&http_status);
     // Of an error in HTTP's form only the body of 501 can change the meaning.
     let envelope = (is_success || http_status == 501)
         .then(|| Envelope::read(body))
         .flatten();
     let code = match (is_success, &envelope) {
+        (false, _) if (204..300).contains(&http_status) => return Reading::unreadable(),
         (false, _) => i64::from(http_status),
         (true, Some(envelope)) => envelope.code,
         (true, None) => return Reading::unreadable(),

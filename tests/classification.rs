@@ -170,6 +170,16 @@ fn the_http_status_decides_when_it_is_not_2xx() {
 }
 
 #[test]
+fn a_part_of_an_answer_is_none() {
+    for http_status in [204, 205, 206, 207, 226, 299] {
+        for body in [fixture("success.json"), fixture("code_404.json"), Vec::new()] {
+            let reading = read(http_status, &body, &id("t"));
+            assert_eq!(reading.class, Unreadable, "HTTP {http_status}");
+        }
+    }
+}
+
+#[test]
 fn the_code_decides_when_the_http_status_is_2xx() {
     for (code, class) in [
         ("201", Unrecognised),
