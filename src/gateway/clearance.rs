@@ -116,7 +116,7 @@ pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
         }
         402 => {
             // It has looked at the key, or it would not know whose credits are missing.
-            key.heard(answer.asked());
+            accepts(account, key, answer);
             if account.credits.set(answer, retry_after(answer)) {
                 tracing::warn!(account = label, "upstream says that this account has no credits");
             }
@@ -124,14 +124,19 @@ pub(super) fn learn(account: &Account, key: &Key, answer: &Answer) {
         // Whatever stands before the API may say anything else, without having looked at the key.
         _ if !answer.class().is_stored() => key.asked_in_vain(answer.received()),
         _ => {
-            key.heard(answer.asked());
-            if key.refusal.clear(answer.asked()) {
-                tracing::info!(account = label, key = place, "upstream accepts this key again");
-            }
+            accepts(account, key, answer);
             if account.credits.clear(answer.asked()) {
                 tracing::info!(account = label, "upstream says nothing of missing credits any more");
             }
         }
+    }
+}
+
+fn accepts(account: &Account, key: &Key, answer: &Answer) {
+    key.heard(answer.asked());
+    if key.refusal.clear(answer.asked()) {
+        let (account, key) = (&*account.label, account.place(key));
+        tracing::info!(account, key, "upstream accepts this key again");
     }
 }
 

@@ -267,6 +267,33 @@ async fn only_what_tells_of_a_task_shows_that_a_refused_key_is_accepted_again() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn missing_credits_say_that_a_refused_key_is_good_again() {
+    let start = Instant::now();
+    let gateway = Paused::start(
+        Behaviour {
+            to_key: |_, after| match after.as_secs() {
+                100..110 => Some(refusal(401, 401)),
+                110.. => Some(refusal(200, 402)),
+                _ => None,
+            },
+            ..Behaviour::default()
+        },
+        one_account(&[GOOD]),
+    );
+    gateway.poll(GOOD, "ended").await;
+    sleep_until(start + seconds(101)).await;
+    assert_code(&gateway.poll(GOOD, "new").await, 401);
+    sleep_until(start + seconds(111)).await;
+    assert_code(&gateway.poll(GOOD, "new").await, 402);
+    assert_hit(&gateway.poll(GOOD, "ended").await);
+    let reply = gateway.poll(GOOD, "new").await;
+    assert_code(&reply, 402);
+    assert_eq!(detail(&reply), Some("no_credits"));
+    let refused = "crun_gateway_upstream_keys_refused{account=\"music\"}";
+    assert!(gateway.metric(refused).abs() < 0.1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_refused_key_stays_refused_wherever_a_changed_configuration_lists_it() {
     let start = Instant::now();
     let gateway = Paused::start(bad_for_a_while(), one_account(&[BAD, GOOD]));
