@@ -186,6 +186,10 @@ impl Cache {
 
     fn put_under(&self, key: Key, account: AccountId, answer: &Answer, kept: Option<&Answer>) {
         if answer.class() == Class::NotFound {
+            if let Some(kept) = kept.filter(|kept| answer.asked() >= kept.asked()) {
+                // A hit looks at the state alone.
+                kept.outdate();
+            }
             self.not_found.insert(key, answer.block().clone());
             return;
         }

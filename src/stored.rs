@@ -389,10 +389,19 @@ impl Answer {
         self.block.note_read();
     }
 
+    /// Notes that upstream has said since that it knows the task no longer: a live answer is fresh no longer, then.
+    pub fn outdate(&self) {
+        self.block.outdate();
+    }
+
     /// The freshness lifetime, where that of live answers is `live`; `None` for what is not kept.
     fn lifetime(&self, live: Duration) -> Option<Duration> {
         let keep = || Some(self.block.keep()).filter(|keep| !keep.is_zero());
-        if self.is_live() { Some(live) } else { keep() }
+        match (self.is_live(), self.block.is_outdated()) {
+            (true, true) => Some(Duration::ZERO),
+            (true, false) => Some(live),
+            (false, _) => keep(),
+        }
     }
 }
 

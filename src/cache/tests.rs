@@ -261,6 +261,23 @@ async fn a_not_found_does_not_hide_a_fresh_state() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_newer_not_found_counts_though_a_live_state_would_be_fresh_yet() {
+    let (cache, [account]) = (cache(MIB), accounts());
+    let early = Instant::now();
+    advance(Duration::from_millis(1)).await;
+    cache.put_now(account, "task", draft(Stage::Running, "running", Instant::now()));
+    cache.put_now(account, "task", draft(Stage::NotFound, "nowhere", early));
+    let state = || cache.state(account, "task", Instant::now()).unwrap();
+    assert!(state().is_fresh(Instant::now(), LIVE), "it was asked for later");
+    cache.put_now(account, "task", draft(Stage::NotFound, "nowhere", Instant::now()));
+    assert!(!state().is_fresh(Instant::now(), LIVE));
+    assert_eq!(cache.body(account, "task").unwrap(), "nowhere");
+    cache.put_now(account, "task", draft(Stage::Running, "again", Instant::now()));
+    assert!(state().is_fresh(Instant::now(), LIVE));
+    assert_eq!(cache.body(account, "task").unwrap(), "again");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_newer_not_found_counts_once_the_state_is_stale() {
     let (cache, [account]) = (cache(MIB), accounts());
     cache.put_now(account, "task", draft(Stage::Running, "running", Instant::now()));

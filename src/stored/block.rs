@@ -46,6 +46,8 @@ const ENDED: u8 = 4;
 const SETTLING: u8 = 8;
 /// The body is packed.
 const PACKED: u8 = 16;
+/// Upstream has said since that it knows the task no longer.
+const OUTDATED: u8 = 32;
 
 /// In no place.
 const NOWHERE: u32 = u32::MAX;
@@ -277,6 +279,15 @@ impl Block {
     /// Whether it was read since this was last asked.
     pub fn take_read(&self) -> bool {
         self.0.header.marks.fetch_and(!READ, Ordering::Relaxed) & READ != 0
+    }
+
+    /// Notes that a newer word than this is kept, in another place.
+    pub(super) fn outdate(&self) {
+        self.0.header.marks.fetch_or(OUTDATED, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_outdated(&self) -> bool {
+        self.is_marked(OUTDATED)
     }
 
     /// Notes where it stands among its account's answers.

@@ -24,11 +24,12 @@ fn running(task: &str) -> Response<Full<Bytes>> {
     json(&serde_json::json!({ "code": 200, "message": "success", "data": { "task_id": task, "status": "running" } }))
 }
 
-/// Tasks go on, but for those that are named after how they end: `ended…`, `lost…`, and after the first answer `ends…`.
+/// Tasks go on, but for those that are named after how they end: `ended…`, `lost…`, and after the first answer `ends…` and
+/// `goes…`.
 fn as_named(count: usize, task: &str) -> Response<Full<Bytes>> {
     if task.starts_with("ended") || (task.starts_with("ends") && count > 0) {
         success(task)
-    } else if task.starts_with("lost") {
+    } else if task.starts_with("lost") || (task.starts_with("goes") && count > 0) {
         json(&serde_json::json!({ "code": 404, "message": "Task not found", "data": null }))
     } else {
         running(task)
@@ -218,6 +219,29 @@ async fn a_fresh_answer_may_be_older_than_a_snapshot() {
     poll_all(&gateway, "live", 100).await;
     sleep(Duration::from_secs(5)).await;
     assert_hit(&gateway.poll(KEY, "live-99").await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_a_task_is_not_found_any_more_is_the_newer_word_though_it_was_running() {
+    let gateway = start();
+    poll_all(&gateway, "live", 200).await;
+    assert_eq!(gateway.poll(KEY, "goes").await.status, 200);
+    sleep(Duration::from_secs(3)).await;
+    let newer = poll_with(&gateway, "goes", "max-age=0").await;
+    assert_eq!(newer.json()["code"], 404);
+    for _ in 0..4 {
+        let reply = gateway.poll(KEY, "goes").await;
+        assert_eq!(reply.json()["code"], 404, "{reply:?}");
+        assert_hit(&reply);
+        let reply = poll_with(&gateway, "goes", "max-age=0").await;
+        assert_eq!(reply.json()["code"], 404, "{reply:?}");
+        sleep(Duration::from_secs(1)).await;
+    }
+    // Once it is kept no longer, upstream is asked, and not believed what it said before.
+    sleep(Duration::from_secs(2)).await;
+    let again = gateway.poll(KEY, "goes").await;
+    assert_eq!(again.json()["code"], 404, "{again:?}");
+    assert_refetched(&again);
 }
 
 #[tokio::test(start_paused = true)]
