@@ -4,24 +4,29 @@
 //! probes: a probe is paid for like every query, its answer is kept like any other, and no client waits for it.
 
 use std::future::pending;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::accounts::Account;
 use super::admission::leave_behind;
 use super::asker::Asker;
 use super::attempt::Attempt;
 use super::{Answered, FlightKey, FlightTrace, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
-use crate::budget::Entry;
+use crate::budget::{Entry, Permit};
 use crate::error::Error;
 use crate::flight::Leader;
 use crate::task::TaskId;
-use crate::upstream::Probe;
+use crate::upstream::{Probe, Ready};
 
-/// How long a probe waits for connection and permit before another account's may go: its own may have been paused.
+/// How long a probe waits for its connection before another may go: an upstream that is back is found out soon, and so is
+/// one that is not.
+const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
+
+/// How long a probe waits for its permit before another account's may go: its own may have been paused.
 const PROBE_PATIENCE: Duration = Duration::from_millis(1500);
 
 /// The first attempt, and a probe's only one.
@@ -65,28 +70,44 @@ impl Gateway {
     /// `probe` lets the next one start.
     async fn probe(self: Arc<Self>, probe: Probe, asker: Asker, task: TaskId) {
         let account = &asker.account;
-        let standing = account.budget.standing(None);
-        // In the background lane: nobody stands in the queue for it.
-        standing.keep();
-        let approach = async {
-            let turn = standing.enter(Entry::InTurn).await.ok()?;
-            let ready = account.pool.connect_to_probe(&task).await.ok()?;
-            let permit = turn.permit(&ready).await?;
-            Some((ready, permit))
-        };
         let approached = tokio::select! {
             biased;
             // Its key may be another budget's by now.
             () = account.superseded.cancelled() => None,
-            approached = timeout(PROBE_PATIENCE, approach) => approached.ok().flatten(),
+            approached = self.approach(probe, account, &task) => approached,
         };
-        if let Some((ready, permit)) = approached {
+        if let Some((probe, ready, permit)) = approached {
             // What comes of it, `ask` tells the breaker.
             let trace = FlightTrace::begin(self.exporter.as_ref(), "probe");
             let attempt = Attempt::new(FIRST, &trace);
             let _ = self.ask(account, &asker.key, &task, attempt, ready, permit).await;
+            drop(probe);
         }
-        drop(probe);
+    }
+
+    /// A probe's way to its permit. Nobody waits in the queue meanwhile, so the connection may come first.
+    async fn approach(&self, probe: Probe, account: &Account, task: &TaskId) -> Option<(Probe, Ready, Permit)> {
+        let mut connecting = pin!(account.pool.connect(task, false));
+        let (probe, mut ready) = if let Ok(ready) = timeout(PROBE_CONNECT_TIMEOUT, &mut connecting).await {
+            (probe, ready.ok()?)
+        } else {
+            // Another account's may go meanwhile. But where all of them take that long, each would leave its connection
+            // behind, and the next one begin anew: so whoever has one is the next to ask.
+            drop(probe);
+            let patience = self.config.load().upstream.connect_timeout;
+            let ready = timeout(patience, connecting).await.ok()?.ok()?;
+            (self.upstream.breaker().next_probe(task).await?, ready)
+        };
+        if ready.is_closed() {
+            return None;
+        }
+        let standing = account.budget.standing(None);
+        // In the background lane: nobody stands in the queue for it.
+        standing.keep();
+        let latest = Instant::now() + PROBE_PATIENCE;
+        let turn = timeout_at(latest, standing.enter(Entry::InTurn)).await.ok()?.ok()?;
+        let permit = timeout_at(latest, turn.permit(&ready)).await.ok()??;
+        Some((probe, ready, permit))
     }
 
     /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is no snapshot any more.

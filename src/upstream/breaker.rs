@@ -17,6 +17,9 @@ use crate::error::Error;
 use crate::task::TaskId;
 use state::{Change, State};
 
+/// How often whoever wants to probe looks whether it may.
+const NEXT_LOOK: Duration = Duration::from_millis(50);
+
 /// What the upstream's health allows. Its changes are logged once each, here.
 #[derive(Debug)]
 pub struct Breaker {
@@ -65,6 +68,21 @@ impl Breaker {
             breaker: Arc::clone(self),
             number,
         })
+    }
+
+    /// The same, as soon as one is due; `None` once it is closed.
+    ///
+    /// Cancel safe.
+    pub async fn next_probe(self: &Arc<Self>, task: &TaskId) -> Option<Probe> {
+        while self.is_open() {
+            let now = Instant::now();
+            if let Some(probe) = self.probe(task, now) {
+                return Some(probe);
+            }
+            // One that is due may still not start: another is under way, or another task is to be asked for.
+            sleep_until(now + self.until_probe(now).max(NEXT_LOOK)).await;
+        }
+        None
     }
 
     /// An attempt that was begun at `asked` got an answer that says that upstream is there.

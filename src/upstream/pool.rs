@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::Inner;
 use super::line::Line;
@@ -17,9 +17,6 @@ use crate::task::TaskId;
 /// Connections idle for longer are closed by us: most servers close theirs after 60 s or more, and one that closes just as
 /// a request is written costs a second permit.
 const IDLE_LIFETIME: Duration = Duration::from_secs(30);
-
-/// How long a probe waits for its connection: an upstream that is back is found out soon, and so is one that is not.
-const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// Every connection there is.
 #[derive(Default)]
@@ -109,21 +106,6 @@ impl Pool {
                     freed.await;
                 }
             }
-        }
-    }
-
-    /// A connection to probe upstream with, within 400 ms. One that takes longer is finished all the same, within
-    /// `upstream.connect_timeout`, and then idle: so an upstream that is slow to connect to is found out by the next probe.
-    ///
-    /// # Errors
-    /// [`Error::NoConnection`] when there is none by then.
-    pub async fn connect_to_probe(&self, task: &TaskId) -> Result<Ready, Error> {
-        let (pool, task) = (self.clone(), task.clone());
-        let patience = self.0.upstream.settings.connect_timeout;
-        let connecting = tokio::spawn(async move { timeout(patience, pool.connect(&task, false)).await });
-        match timeout(PROBE_CONNECT_TIMEOUT, connecting).await {
-            Ok(Ok(Ok(connected))) => connected,
-            Ok(Ok(Err(_)) | Err(_)) | Err(_) => Err(Error::NoConnection),
         }
     }
 

@@ -222,6 +222,35 @@ async fn what_queues_when_it_opens_is_answered_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn many_accounts_find_an_upstream_back_whose_connections_open_slowly() {
+    for (opening, within) in [(|_| seconds(0.6), 5.0), (|_| seconds(2.2), 7.0)] as [(fn(usize) -> Duration, f64); 2] {
+        let behaviour = Behaviour {
+            opening,
+            outage: Some((seconds(AWAY)..seconds(10.0), Away::Refuses)),
+            ..Behaviour::default()
+        };
+        let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+        let start = Instant::now();
+        sleep(seconds(AWAY)).await;
+        // Each account asks once in a minute, and none twice while it lasts.
+        let mut account = 0;
+        let mut polls = JoinSet::new();
+        let back = loop {
+            account += 1;
+            let (asked, key) = (Arc::clone(&gateway), format!("ak_{account}"));
+            polls.spawn(async move { asked.poll(&key, "task").await.status });
+            sleep(seconds(0.1)).await;
+            let since = start.elapsed().saturating_sub(seconds(10.0));
+            if !since.is_zero() && gateway.metric(BREAKER).abs() < f64::EPSILON {
+                break since;
+            }
+            assert!(since < seconds(60.0), "it is still open");
+        };
+        assert!(back < seconds(within), "{back:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_task_that_always_fails_never_opens_it() {
     for how in [Away::Status(502), Away::Code(504), Away::Silent] {
         let outage = Some((seconds(2.0)..seconds(1e6), how));
