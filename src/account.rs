@@ -20,6 +20,9 @@ pub const API_KEY_HEADER: &str = "x-api-key";
 /// The same, for a map of headers: which would read the name anew each time.
 pub const API_KEY: HeaderName = HeaderName::from_static(API_KEY_HEADER);
 
+/// The most characters that a key may have. Upstream's have some 40; each unlisted one is kept, and strangers choose them.
+pub const LONGEST_KEY: usize = 512;
+
 /// An API key: zeroised when its last clone is dropped, compared in constant time, never printed. Cheap to clone.
 ///
 /// Maps keyed by it hash with SipHash under a random key, so neither a bucket nor a comparison tells an outsider how
@@ -28,10 +31,10 @@ pub const API_KEY: HeaderName = HeaderName::from_static(API_KEY_HEADER);
 pub struct ApiKey(Arc<SecretString>);
 
 impl ApiKey {
-    /// A key from configuration or from a request's header. `None` when it is empty or could not be sent as a header
-    /// value (anything but visible ASCII).
+    /// A key from configuration or from a request's header. `None` when it is empty, could not be sent as a header
+    /// value (anything but visible ASCII), or is longer than [`LONGEST_KEY`].
     pub fn new(key: &str) -> Option<Self> {
-        let visible = !key.is_empty() && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
+        let visible = (1..=LONGEST_KEY).contains(&key.len()) && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
         visible.then(|| Self(Arc::new(key.into())))
     }
 
@@ -237,6 +240,8 @@ mod tests {
     #[test]
     fn a_key_that_no_header_could_carry_is_no_key() {
         assert!(ApiKey::new("").is_none());
+        assert!(ApiKey::new(&"a".repeat(LONGEST_KEY)).is_some());
+        assert!(ApiKey::new(&"a".repeat(LONGEST_KEY + 1)).is_none());
         assert!(ApiKey::new("a b").is_none());
         assert!(ApiKey::new("a\r\nx: y").is_none());
         assert!(ApiKey::new("ключ").is_none());

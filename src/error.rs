@@ -18,8 +18,9 @@ pub enum Error {
     /// The request carries no key.
     #[error("no API key: send it in the x-api-key header")]
     MissingKey,
-    /// The request carries two different keys, or one that no header may hold.
-    #[error("the API key is ambiguous or malformed: send one x-api-key header of visible ASCII characters")]
+    /// The request carries two different keys, one that no header may hold, or one longer than
+    /// [`LONGEST_KEY`](crate::account::LONGEST_KEY).
+    #[error("the API key is ambiguous or malformed: send one x-api-key header of at most 512 visible ASCII characters")]
     MalformedKey,
     /// `unknown_keys: reject`, and the key is listed nowhere.
     #[error("this API key is not configured here: ask the gateway's operator to list it under accounts")]

@@ -376,6 +376,7 @@ fn a_key_that_cannot_be_had_is_refused() {
     let files = tempfile::tempdir().unwrap();
     let empty = file(&files, "empty", "\n");
     let binary = file(&files, "binary", b"ak_\xff\xfe");
+    let long = file(&files, "long", "a".repeat(513));
     let directory = files.path();
     for (key, expected) in [
         (
@@ -386,6 +387,10 @@ fn a_key_that_cannot_be_had_is_refused() {
             format!("{{ file: {binary:?} }}"),
             "keys[0].file: the key has a character that a header cannot carry: \
              keep the key alone, on one line, in visible ASCII",
+        ),
+        (
+            format!("{{ file: {long:?} }}"),
+            "keys[0].file: the key is longer than 512 characters: put the key alone in",
         ),
         (
             format!("{{ file: {directory:?} }}"),

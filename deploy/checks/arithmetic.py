@@ -22,6 +22,8 @@ SIZES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "KiB": 1 << 10, "Mi
 PER_CLIENT = 24 << 10
 PER_TLS_CLIENT = 40 << 10
 PER_UPSTREAM = 48 << 10
+# An unlisted account with its key and a refusal as large as is remembered, when strangers make up as many as there may be.
+PER_ACCOUNT = 26 << 10
 PROCESS = 32 << 20
 # Answers on their way to the disk, once as they are and once sealed; redb's pages; 16 bytes for each answer there.
 DISK = 64 << 20
@@ -135,6 +137,7 @@ def main(binary, files):
             + quantity(limits["body_bytes"], SIZES) * SLACK
             + limits["connections"] * (PER_TLS_CLIENT if config.get("tls") else PER_CLIENT)
             + limits["upstream_connections"] * PER_UPSTREAM
+            + config["max_accounts"] * PER_ACCOUNT
             + PROCESS
             + (DISK if config["cache"]["disk"] else 0)
         )

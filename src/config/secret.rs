@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::problem::{Wrong, wrong};
 use super::reader::{Reader, list};
 use super::values;
-use crate::account::ApiKey;
+use crate::account::{ApiKey, LONGEST_KEY};
 
 /// More than any key, certificate bundle or configuration has, in bytes.
 const MAX_FILE: u64 = 4 << 20;
@@ -125,6 +125,9 @@ fn sendable(bytes: &[u8]) -> Result<ApiKey, Wrong> {
     let key = bytes.trim_ascii();
     if key.is_empty() {
         return wrong("the key is empty", "put the key in");
+    }
+    if key.len() > LONGEST_KEY {
+        return wrong("the key is longer than 512 characters", "put the key alone in");
     }
     let key = std::str::from_utf8(key).ok().and_then(ApiKey::new);
     key.map_or_else(

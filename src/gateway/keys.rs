@@ -30,8 +30,9 @@ const LONGEST_REMEMBERED: Duration = Duration::from_mins(1);
 /// left alone.
 pub(super) const CONFIRMED: Duration = Duration::from_mins(10);
 
-/// The largest body that is remembered for each key: refusals are some hundred bytes, an HTML page some thousand.
-const LARGEST_BODY: usize = 64 << 10;
+/// The largest body that is remembered for each key: refusals are some hundred bytes. Whoever makes keys up has as many of
+/// them remembered as there may be unlisted accounts.
+const LARGEST_BODY: usize = 4 << 10;
 
 /// A key, and what upstream thinks of it.
 #[derive(Debug)]

@@ -135,13 +135,16 @@ async fn keys_are_one_rule() {
     let upstream = recording().await;
     let gateway = Gateway::start(&upstream.url, "").await;
     let target = format!("{TASK_INFO}?task_id=a");
+    let (longest, longer) = ("a".repeat(512), "a".repeat(513));
     for (keys, status) in [
         (vec![], 401),
         (vec![""], 401),
+        (vec![&*longer], 401),
         (vec!["ak_1", "ak_2"], 401),
         (vec!["ak 1"], 401),
         (vec!["ak_1", "ak_1"], 200),
         (vec!["ak_1"], 200),
+        (vec![&*longest], 200),
     ] {
         let mut asked = bare(Method::GET, &target);
         for key in &keys {
@@ -159,7 +162,7 @@ async fn keys_are_one_rule() {
         .headers_mut()
         .insert("authorization", "Bearer ak_1".parse().unwrap());
     request(gateway.address, bearer).await.assert_is_our_error(401);
-    assert_eq!(upstream.queries(), 1);
+    assert_eq!(upstream.queries(), 2, "one for each account");
 }
 
 #[tokio::test]
