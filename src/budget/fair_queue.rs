@@ -118,6 +118,11 @@ impl Standing {
         let (snapshot, arrival) = (self.snapshot, self.arrival?);
         Some(Order { snapshot, arrival })
     }
+
+    /// Whether it stands in any client's queue.
+    fn has_place(&self) -> bool {
+        self.clients.values().any(|waiters| waiters.place.is_some())
+    }
 }
 
 impl FairQueue {
@@ -146,16 +151,18 @@ impl FairQueue {
         };
         if let Some(waiters) = standing.clients.get_mut(client) {
             waiters.polls += 1;
-            return;
-        }
-        standing.clients.insert(
-            client.clone(),
-            Waiters {
+            // Else it has given way, and this poll stands anew.
+            if waiters.place.is_some() {
+                return;
+            }
+        } else {
+            let waiters = Waiters {
                 polls: 1,
                 weight,
                 place: None,
-            },
-        );
+            };
+            standing.clients.insert(client.clone(), waiters);
+        }
         if let Some(order) = standing.order() {
             self.background.remove(&(order, flight));
             if !standing.is_again {
@@ -178,14 +185,14 @@ impl FairQueue {
         }
         let place = standing.clients.remove(client).and_then(|waiters| waiters.place);
         self.unplace(place);
-        self.rest(flight);
+        self.stand(flight);
     }
 
     /// Whether nobody waits or not: the flight's answer is wanted.
     pub(super) fn keep(&mut self, flight: Flight) {
         if let Some(standing) = self.flights.get_mut(&flight) {
             standing.is_kept = true;
-            self.rest(flight);
+            self.stand(flight);
         }
     }
 
@@ -203,11 +210,7 @@ impl FairQueue {
             self.again.insert((self.arrivals, flight));
             return;
         }
-        let clients: Vec<_> = standing.clients.keys().cloned().collect();
-        for client in clients {
-            self.place(flight, &client);
-        }
-        self.rest(flight);
+        self.stand(flight);
     }
 
     /// Where nobody waits, a flight that would has its turn at once, as if it had entered: false, and nothing is done, where
@@ -250,10 +253,7 @@ impl FairQueue {
             return Shedding::Nothing;
         };
         self.unplace(Some(place));
-        let standing = self.flights.get(&flight);
-        let has_place =
-            standing.is_some_and(|standing| standing.clients.values().any(|waiters| waiters.place.is_some()));
-        if has_place {
+        if self.flights.get(&flight).is_some_and(Standing::has_place) {
             return Shedding::Place;
         }
         self.withdraw(flight);
@@ -363,15 +363,22 @@ impl FairQueue {
         self.waiting -= 1;
     }
 
-    /// Puts a waiting flight that no client waits for into the background, if it is to be kept.
-    fn rest(&mut self, flight: Flight) {
-        if let Some(standing) = self.flights.get(&flight)
-            && let Some(order) = standing.order()
-            && standing.clients.is_empty()
-            && standing.is_kept
-            && !standing.is_again
-        {
+    /// Sees to it that a waiting flight stands somewhere: in the queue of everybody who waits for it, also of those who have
+    /// given way where others had a place; where nobody waits, in the background if it is to be kept.
+    fn stand(&mut self, flight: Flight) {
+        let Some(standing) = self.flights.get(&flight) else {
+            return;
+        };
+        let Some(order) = standing.order() else { return };
+        if standing.is_again || standing.has_place() {
+            return;
+        }
+        if standing.clients.is_empty() && standing.is_kept {
             self.background.insert((order, flight));
+        }
+        let clients: Vec<_> = standing.clients.keys().cloned().collect();
+        for client in clients {
+            self.place(flight, &client);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -139,6 +140,38 @@ async fn weights_are_shares_of_what_is_spent() {
     let ratio = studio / (300.0 - studio);
     assert!((1.9..=2.1).contains(&ratio), "{studio} of 300");
     assert!(goodput(&gateway.arrivals()) >= 14.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_gave_way_in_a_flight_that_another_client_leaves_is_served_all_the_same() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.limit = NonZeroU32::new(2).unwrap();
+        config.budget.max_queue = 5;
+    }));
+    // From here on a permit is due at once, and then every 515 ms.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let started = Instant::now();
+    let polled = |peer, task: &'static str| {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move { gateway.poll_from(peer, KEY, task).await })
+    };
+    let _ahead = ["one", "two", "three", "four", "five"].map(|task| polled(GREEDY, task));
+    let stays = polled(GREEDY, "shared");
+    let settle = || tokio::time::sleep(Duration::from_millis(1));
+    settle().await;
+    let leaves = polled(MODEST, "shared");
+    settle().await;
+    // One too many: the greedy client gives way, first of all where the modest one stands, too.
+    let newcomer = polled(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 0)), "new");
+    settle().await;
+    leaves.abort();
+    assert_eq!(stays.await.unwrap().status, 200);
+    assert_eq!(newcomer.await.unwrap().status, 200);
+    // Five at most went before it.
+    let took = started.elapsed();
+    assert!(took < Duration::from_millis(515 * 6), "{took:?}");
+    let length = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
+    assert!(gateway.metric(length) < 0.5, "nobody is left behind");
 }
 
 #[tokio::test(start_paused = true)]

@@ -181,6 +181,36 @@ fn the_youngest_place_of_the_client_with_most_gives_way() {
     assert_eq!(queue.shed(), Shedding::Nothing);
 }
 
+/// Four flights of client 1 and two of client 2, who waits for the last of the other's, too: there client 1 has given way.
+fn with_a_place_given_up() -> FairQueue {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..4, &client(1), 1);
+    wait_for(&mut queue, 4..6, &client(2), 1);
+    queue.join(3, &client(2), 1);
+    assert_eq!(queue.shed(), Shedding::Place);
+    queue
+}
+
+#[test]
+fn whoever_has_given_a_place_up_has_one_again_when_nobody_else_waits() {
+    let mut queue = with_a_place_given_up();
+    queue.leave(3, &client(2));
+    assert_eq!(queue.forecast().collect::<Vec<_>>(), [0, 4, 1, 5, 2, 3]);
+    assert_eq!(pops(&mut queue, 9), [0, 4, 1, 5, 2, 3]);
+    assert_eq!(queue.waiting(), 0);
+}
+
+#[test]
+fn whoever_has_given_a_place_up_has_one_again_with_the_next_poll() {
+    let mut queue = with_a_place_given_up();
+    for flight in 0..3 {
+        queue.leave(flight, &client(1));
+    }
+    queue.join(3, &client(1), 1);
+    assert!(pops(&mut queue, 2).contains(&3), "in a turn of its own");
+    assert_eq!(queue.charged(3), Some(&client(1)));
+}
+
 #[test]
 fn the_background_gives_way_first() {
     let mut queue = FairQueue::default();
@@ -214,6 +244,20 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Shed),
         1 => any::<usize>().prop_map(|flight| Step::Close { flight }),
     ]
+}
+
+/// Whether a flight that waits and is wanted stands where its turn comes from.
+fn stands(queue: &FairQueue, flight: Flight) -> bool {
+    let standing = &queue.flights[&flight];
+    let order = standing.order().unwrap();
+    if standing.is_again {
+        return queue.again.contains(&(order.arrival, flight));
+    }
+    if standing.clients.is_empty() {
+        return !standing.is_kept || queue.background.contains(&(order, flight));
+    }
+    let mut lanes = queue.callers.values().flat_map(|caller| caller.names.values());
+    lanes.any(|lane| lane.places.values().any(|stands| *stands == flight))
 }
 
 proptest! {
@@ -271,6 +315,9 @@ proptest! {
                 },
             }
             prop_assert_eq!(queue.waiting(), waiting.len());
+            for flight in &waiting {
+                prop_assert!(stands(&queue, *flight), "{} waits for a turn that never comes", flight);
+            }
         }
         let forecast: Vec<_> = queue.forecast().collect();
         let mut served = Vec::new();
