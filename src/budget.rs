@@ -316,7 +316,7 @@ impl Standing {
     ///
     /// # Errors
     /// [`Shed`] when `max_queue` flights wait and this one has to give way: the youngest place of the client with most
-    /// places. Also when the dispatcher panics.
+    /// places, of equals the one served last. Also when the dispatcher panics.
     pub async fn enter(&self, entry: Entry) -> Result<Turn, Shed> {
         let (call, called) = oneshot::channel();
         let flight = self.0.flight;

@@ -404,6 +404,7 @@ impl Dispatcher {
         Shares {
             clients: places.len(),
             places: places
+                .into_iter()
                 .take(MOST_SHOWN)
                 .map(|(client, places)| (client.clone(), places))
                 .collect(),

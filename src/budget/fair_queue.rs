@@ -8,15 +8,26 @@
 //! waits for but whose answer is wanted form the background lane, in the same order: it gets what foreground leaves, and at
 //! least one turn in ten.
 //!
-//! Every step is O(log n), but for the forecast (`fair_queue/forecast.rs`), which looks at every place once.
+//! When too many wait, whoever has most places gives way, on the same two levels: one caller under many names shall not push
+//! the others out. Of equals it is the one served last, also when it left the queue in between (`fair_queue/lately.rs`), and
+//! of those not served lately the last to come. By an order that stays, such as of their names, the same would give way for
+//! ever; and if it were always the last to come, whoever is served and comes right back would have the place that has just
+//! become free, and those turned away would find the queue full for ever. As it is, whoever comes back, however seldom, keeps
+//! its place before all who were served since it was.
+//!
+//! Every step is O(log n), but for giving way, which looks at every name of one caller, for the forecast
+//! (`fair_queue/forecast.rs`), which looks at every place once, and for the list of the clients, which people look at.
 
 mod forecast;
+mod lately;
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use tokio::time::Instant;
 
 use crate::account::{Caller, Client};
+use lately::{Lately, Served};
 
 /// A flight, by the number it was given.
 pub(super) type Flight = u64;
@@ -49,6 +60,23 @@ struct Order {
 /// A position in a round; whoever was served gets a new one, behind all others.
 type Turn = u64;
 
+/// A flight's place in the queue of one client.
+#[derive(Debug)]
+struct Place {
+    /// Another than the poll's own once names are many.
+    client: Client,
+    order: Order,
+}
+
+/// Who gives way first: the greatest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    places: usize,
+    /// If it was lately.
+    served: Option<Served>,
+    turn: Turn,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct FairQueue {
     flights: BTreeMap<Flight, Standing>,
@@ -61,8 +89,10 @@ pub(super) struct FairQueue {
     background: BTreeSet<(Order, Flight)>,
     /// Turns of others since the background had one.
     since_background: u32,
-    /// Clients by how many places they have.
-    by_places: BTreeSet<(usize, Client)>,
+    /// Callers with places; the last one gives way first.
+    ranks: BTreeMap<Rank, Caller>,
+    served_callers: Lately<Caller>,
+    served_clients: Lately<Client>,
     names: usize,
     /// Of all callers with places, together.
     weights: u32,
@@ -91,9 +121,8 @@ struct Standing {
 struct Waiters {
     polls: usize,
     weight: u32,
-    /// The client in whose queue the place stands, and where: another than the poll's own once names are many. Mostly there
-    /// is none, and it takes no room.
-    place: Option<Box<(Client, Order)>>,
+    /// Mostly there is none, and it takes no room.
+    place: Option<Box<Place>>,
 }
 
 #[derive(Debug)]
@@ -101,6 +130,10 @@ struct CallerQueue {
     weight: u32,
     /// Flights that this caller may still send in this round.
     deficit: u32,
+    /// Of all its names, together.
+    places: usize,
+    /// When one of them was served last, if that is remembered.
+    served: Option<Served>,
     turn: Turn,
     names: HashMap<Client, NameQueue>,
     turns: BTreeMap<Turn, Client>,
@@ -108,8 +141,29 @@ struct CallerQueue {
 
 #[derive(Debug)]
 struct NameQueue {
+    served: Option<Served>,
     turn: Turn,
     places: BTreeMap<Order, Flight>,
+}
+
+impl CallerQueue {
+    fn rank(&self) -> Rank {
+        Rank {
+            places: self.places,
+            served: self.served,
+            turn: self.turn,
+        }
+    }
+}
+
+impl NameQueue {
+    fn rank(&self) -> Rank {
+        Rank {
+            places: self.places.len(),
+            served: self.served,
+            turn: self.turn,
+        }
+    }
 }
 
 impl Standing {
@@ -243,13 +297,14 @@ impl FairQueue {
         self.flights.remove(&flight);
     }
 
-    /// Makes one flight give way: the background's youngest, else the youngest place of the client with most places.
+    /// Makes one flight give way: the background's youngest, else the youngest place of the caller with most places, under
+    /// the name that has most of them.
     pub(super) fn shed(&mut self) -> Shedding {
         if let Some((_, flight)) = self.background.last().copied() {
             self.withdraw(flight);
             return Shedding::Flight(flight);
         }
-        let Some((flight, place)) = self.youngest_of_the_largest() else {
+        let Some((flight, place)) = self.first_to_give_way() else {
             return Shedding::Nothing;
         };
         self.unplace(Some(place));
@@ -260,12 +315,12 @@ impl FairQueue {
         Shedding::Flight(flight)
     }
 
-    fn youngest_of_the_largest(&mut self) -> Option<(Flight, Box<(Client, Order)>)> {
-        let (_, largest) = self.by_places.last()?;
-        let name = self.callers.get(&largest.caller)?.names.get(largest)?;
-        let (order, flight) = name.places.last_key_value()?;
+    fn first_to_give_way(&mut self) -> Option<(Flight, Box<Place>)> {
+        let (_, caller) = self.ranks.last_key_value()?;
+        let names = self.callers.get(caller)?.names.values();
+        let (order, flight) = names.max_by_key(|name| name.rank())?.places.last_key_value()?;
         let clients = &mut self.flights.get_mut(flight)?.clients;
-        let stands = |waiters: &&mut Waiters| waiters.place.as_ref().is_some_and(|place| place.1 == *order);
+        let stands = |waiters: &&mut Waiters| waiters.place.as_ref().is_some_and(|place| place.order == *order);
         let place = clients.values_mut().find(stands)?.place.take()?;
         Some((*flight, place))
     }
@@ -302,8 +357,11 @@ impl FairQueue {
     }
 
     /// Clients with places and how many each has, most first.
-    pub(super) fn places(&self) -> impl ExactSizeIterator<Item = (&Client, usize)> {
-        self.by_places.iter().rev().map(|(places, client)| (client, *places))
+    pub(super) fn places(&self) -> Vec<(&Client, usize)> {
+        let names = self.callers.values().flat_map(|caller| &caller.names);
+        let mut places: Vec<_> = names.map(|(client, name)| (client, name.places.len())).collect();
+        places.sort_unstable_by_key(|(client, places)| Reverse((*places, *client)));
+        places
     }
 
     fn next(&mut self) -> Option<Flight> {
@@ -327,15 +385,19 @@ impl FairQueue {
             queue.deficit = queue.weight;
         }
         queue.deficit -= 1;
+        let caller = self.ranks.remove(&queue.rank())?;
+        queue.served = Some(self.served_callers.serve(&caller));
         if queue.deficit == 0 {
             self.next_turn += 1;
             let (_, caller) = self.turns.pop_first()?;
             queue.turn = self.next_turn;
             self.turns.insert(queue.turn, caller);
         }
+        self.ranks.insert(queue.rank(), caller);
         self.next_turn += 1;
         let (_, name) = queue.turns.pop_first()?;
         let served = queue.names.get_mut(&name)?;
+        served.served = Some(self.served_clients.serve(&name));
         served.turn = self.next_turn;
         let (_, flight) = served.places.first_key_value()?;
         self.flights.get_mut(flight)?.charged = Some(name.clone());
@@ -400,6 +462,8 @@ impl FairQueue {
             CallerQueue {
                 weight: 1,
                 deficit: 0,
+                places: 0,
+                served: self.served_callers.last(&client.caller),
                 turn: self.next_turn,
                 names: HashMap::new(),
                 turns: BTreeMap::new(),
@@ -420,35 +484,39 @@ impl FairQueue {
             queue.turns.insert(self.next_turn, client.clone());
             self.names += 1;
             NameQueue {
+                served: self.served_clients.last(&client),
                 turn: self.next_turn,
                 places: BTreeMap::new(),
             }
         });
-        self.by_places.remove(&(name.places.len(), client.clone()));
         name.places.insert(order, flight);
-        self.by_places.insert((name.places.len(), client.clone()));
-        waiters.place = Some(Box::new((client, order)));
+        let caller = self.ranks.remove(&queue.rank());
+        queue.places += 1;
+        let caller = caller.unwrap_or_else(|| client.caller.clone());
+        self.ranks.insert(queue.rank(), caller);
+        waiters.place = Some(Box::new(Place { client, order }));
     }
 
-    fn unplace(&mut self, place: Option<Box<(Client, Order)>>) {
+    fn unplace(&mut self, place: Option<Box<Place>>) {
         let Some(place) = place else { return };
-        let (client, order) = *place;
+        let Place { client, order } = *place;
         let Some(queue) = self.callers.get_mut(&client.caller) else {
             return;
         };
         let Some(name) = queue.names.get_mut(&client) else {
             return;
         };
-        self.by_places.remove(&(name.places.len(), client.clone()));
         name.places.remove(&order);
-        if !name.places.is_empty() {
-            self.by_places.insert((name.places.len(), client));
-            return;
+        if name.places.is_empty() {
+            queue.turns.remove(&name.turn);
+            queue.names.remove(&client);
+            self.names -= 1;
         }
-        queue.turns.remove(&name.turn);
-        queue.names.remove(&client);
-        self.names -= 1;
-        if queue.names.is_empty() {
+        let caller = self.ranks.remove(&queue.rank());
+        queue.places -= 1;
+        if let Some(caller) = caller.filter(|_| queue.places > 0) {
+            self.ranks.insert(queue.rank(), caller);
+        } else {
             self.turns.remove(&queue.turn);
             self.weights -= queue.weight;
             self.callers.remove(&client.caller);

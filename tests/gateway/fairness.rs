@@ -174,6 +174,53 @@ async fn whoever_gave_way_in_a_flight_that_another_client_leaves_is_served_all_t
     assert!(gateway.metric(length) < 0.5, "nobody is left behind");
 }
 
+/// How many answers each of twelve clients gets in half a minute, of whom six may wait at once. Each asks for one new task
+/// after the other, and who is turned away comes back `after` so long, or when told to.
+async fn served_of_twelve(latency: Duration, after: Option<Duration>) -> Vec<usize> {
+    let upstream = Behaviour {
+        latency,
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(upstream, |config| config.budget.max_queue = 6));
+    let end = Instant::now() + Duration::from_secs(31);
+    let clients = (1..=12).map(|number| {
+        let gateway = Arc::clone(&gateway);
+        async move {
+            let mut served = 0;
+            for task in 0.. {
+                let task = format!("{number}-{task}");
+                let reply = gateway.poll_from(IpAddr::from([10, 0, 0, number]), KEY, &task).await;
+                if Instant::now() > end {
+                    break;
+                }
+                if reply.status == 200 {
+                    served += 1;
+                } else {
+                    let told = || Duration::from_secs(reply.header("retry-after").unwrap().parse().unwrap());
+                    tokio::time::sleep(after.unwrap_or_else(told)).await;
+                }
+            }
+            served
+        }
+    });
+    futures_util::future::join_all(clients).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_those_who_find_the_queue_full_again_and_again_all_are_served_alike() {
+    for latency in [Duration::ZERO, Duration::from_millis(100)] {
+        for after in [Some(Duration::from_millis(200)), None] {
+            let served = served_of_twelve(latency, after).await;
+            let (least, all) = (served.iter().min().unwrap(), served.iter().sum::<usize>());
+            assert!(
+                all >= 14 * 30,
+                "{latency:?}, {after:?}: the budget is spent: {served:?}"
+            );
+            assert!(least * 2 * 12 >= all, "{latency:?}, {after:?}: {served:?}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn clients_that_hang_up_hold_nobody_up_and_what_was_not_sent_for_them_costs_nothing() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));

@@ -212,6 +212,96 @@ fn whoever_has_given_a_place_up_has_one_again_with_the_next_poll() {
 }
 
 #[test]
+fn of_equals_the_one_served_last_gives_way_also_when_it_has_come_back_since() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..1, &client(1), 1);
+    assert_eq!(pops(&mut queue, 9), [0]);
+    wait_for(&mut queue, 1..2, &client(1), 1);
+    wait_for(&mut queue, 2..3, &client(2), 1);
+    wait_for(&mut queue, 3..4, &client(3), 1);
+    assert_eq!(queue.shed(), Shedding::Flight(1));
+    assert_eq!(
+        queue.shed(),
+        Shedding::Flight(3),
+        "of those who were not served the last to come"
+    );
+}
+
+#[test]
+fn a_caller_gives_way_for_all_its_names_together() {
+    let mut queue = FairQueue::default();
+    wait_for(&mut queue, 0..2, &client(1), 1);
+    for flight in 2..6 {
+        wait_for(&mut queue, flight..flight + 1, &named(2, &flight.to_string()), 1);
+    }
+    wait_for(&mut queue, 6..7, &named(2, "2"), 1);
+    let gave_way: Vec<_> = std::iter::repeat_with(|| queue.shed()).take(3).collect();
+    assert_eq!(gave_way, [6, 5, 4].map(Shedding::Flight), "first the name with most");
+}
+
+/// How often each client is served in `turns`, where `most` flights may wait. Whoever is served comes back at once, for
+/// something else, and whoever is turned away after as many turns as `after` says.
+fn served_in_overload(clients: &[Client], most: usize, turns: usize, after: impl Fn(usize) -> usize) -> Vec<usize> {
+    let mut queue = FairQueue::default();
+    let mut served = vec![0; clients.len()];
+    let mut comes: Vec<Option<usize>> = vec![Some(0); clients.len()];
+    let mut asked_by: Vec<usize> = Vec::new();
+    let by = |asked_by: &[usize], flight: Flight| asked_by[usize::try_from(flight).unwrap()];
+    for turn in 0..turns {
+        let first = queue.pop().map(|flight| by(&asked_by, flight));
+        if let Some(first) = first {
+            served[first] += 1;
+            comes[first] = Some(turn);
+        }
+        for who in first.into_iter().chain(0..clients.len()) {
+            if comes[who].take_if(|comes| *comes <= turn).is_none() {
+                continue;
+            }
+            let flight = asked_by.len() as Flight;
+            asked_by.push(who);
+            wait_for(&mut queue, flight..flight + 1, &clients[who], 1);
+            while queue.waiting() > most {
+                let Shedding::Flight(shed) = queue.shed() else {
+                    panic!("nobody gives way");
+                };
+                let shed = by(&asked_by, shed);
+                comes[shed] = Some(turn + after(shed));
+            }
+        }
+    }
+    served
+}
+
+fn tokens(count: usize) -> Vec<Client> {
+    let token = |number: usize| Caller::Token(Arc::from(number.to_string()));
+    let client = |number| Client {
+        caller: token(number),
+        name: None,
+    };
+    (0..count).map(client).collect()
+}
+
+#[test]
+fn in_overload_everybody_is_served_alike() {
+    let names: Vec<_> = (0..12).map(|number: u8| named(1, &number.to_string())).collect();
+    for clients in [tokens(12), names] {
+        for (most, after) in [(6, 1), (6, 3), (6, 15), (1, 3)] {
+            let served = served_in_overload(&clients, most, 600, |_| after);
+            assert!(served.iter().all(|served| *served >= 25), "{most}, {after}: {served:?}");
+        }
+    }
+    let served = served_in_overload(&tokens(250), 25, 2500, |_| 25);
+    assert!(served.iter().all(|served| *served >= 5), "{served:?}");
+}
+
+#[test]
+fn whoever_comes_back_when_told_to_is_served_among_those_who_come_all_the_time() {
+    let served = served_in_overload(&tokens(12), 6, 3600, |who| if who == 11 { 30 } else { 1 });
+    // Turned away, back after 30 turns, and served within 6.
+    assert!(served[11] >= 3600 / 40, "{served:?}");
+}
+
+#[test]
 fn the_background_gives_way_first() {
     let mut queue = FairQueue::default();
     wait_for(&mut queue, 0..5, &client(1), 1);
@@ -330,7 +420,7 @@ proptest! {
             queue.close(flight);
         }
         prop_assert_eq!(queue.waiting(), 0);
-        prop_assert!(queue.turns.is_empty() && queue.callers.is_empty() && queue.by_places.is_empty());
+        prop_assert!(queue.turns.is_empty() && queue.callers.is_empty() && queue.ranks.is_empty());
         prop_assert!(queue.again.is_empty() && queue.background.is_empty() && queue.flights.is_empty());
         prop_assert_eq!(queue.names, 0);
     }
