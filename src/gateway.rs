@@ -181,7 +181,7 @@ impl Gateway {
     /// business ([`Config::taken_over`]).
     pub fn configure(&self, config: Config) {
         self.metrics.lets_in(config.limits.connections);
-        self.accounts.configure(&config, Instant::now());
+        self.accounts.configure(&config);
         self.config.store(Arc::new(config));
     }
 

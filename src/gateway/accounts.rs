@@ -4,11 +4,12 @@
 //! nowhere is an account of its own; at most `max_accounts` of these are remembered, and one that was idle for a minute is
 //! forgotten, never while upstream has it paused. Its id follows from the key, so its cached answers outlive that.
 
+mod known;
 mod maker;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -31,6 +32,7 @@ use crate::stored::{Answer, Owner};
 use crate::task::TaskId;
 use crate::upstream::{Pool, Upstream};
 use crate::watch::Watch;
+use known::Known;
 use maker::{Maker, Rules};
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
@@ -104,6 +106,8 @@ impl Account {
 struct Directory {
     /// By key and by client token.
     listed: HashMap<ApiKey, Asker>,
+    /// What keys spend that were listed once: upstream does not forget because we do.
+    retired: HashMap<ApiKey, Budget>,
     rules: Rules,
 }
 
@@ -112,11 +116,8 @@ struct Directory {
 pub(super) struct Accounts {
     directory: ArcSwap<Directory>,
     unlisted: RwLock<HashMap<ApiKey, Arc<Account>>>,
-    /// What is known of unlisted keys whose accounts are forgotten.
-    dormant: Mutex<HashMap<ApiKey, Arc<Key>>>,
-    /// What keys spend that were listed once: upstream does not forget because we do.
-    retired: Mutex<HashMap<ApiKey, Budget>>,
-    /// Accounts of earlier configurations: flights may still be under way with what they were.
+    /// Accounts of earlier configurations: flights may still be under way with what they were. Locked while one is taken
+    /// over.
     earlier: Mutex<Vec<Weak<Account>>>,
     started: Instant,
     make: Maker,
@@ -138,9 +139,8 @@ impl Accounts {
             other: metrics.account(OTHER),
             others: Arc::new(Others::new(OTHER, Arc::clone(&metrics))),
             metrics,
-            started,
+            known: Known::new(started),
             shared,
-            next_key: AtomicU64::new(0),
             unlisted: AtomicU64::new(0),
         };
         let rules = Rules::of(config, started);
@@ -150,10 +150,12 @@ impl Accounts {
         });
         let listed = make.askers(&config.accounts, accounts.collect());
         Self {
-            directory: ArcSwap::from_pointee(Directory { listed, rules }),
+            directory: ArcSwap::from_pointee(Directory {
+                listed,
+                retired: HashMap::new(),
+                rules,
+            }),
             unlisted: RwLock::default(),
-            dormant: Mutex::default(),
-            retired: Mutex::default(),
             earlier: Mutex::default(),
             started,
             make,
@@ -165,72 +167,95 @@ impl Accounts {
     /// An account that keeps its name keeps its budget and its answers, whatever keys it has now; a key that is listed no
     /// longer keeps its budget, and not its answers. Where a key comes under another budget than it had, flights of the
     /// old one end unspent, and the new one grants nothing until what the old one spent no longer counts.
-    pub(super) fn configure(&self, config: &Config, now: Instant) {
-        let rules = Rules::of(config, self.started);
-        let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
-        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.directory.load_full();
-        let listed_before: HashMap<_, _> = before
-            .keys()
-            .map(|(key, account)| (key.clone(), Arc::clone(account)))
-            .collect();
-        let spent = |key: &ApiKey| {
-            let account = listed_before.get(key).or_else(|| unlisted.get(key));
-            account.map_or_else(|| retired.get(key).cloned(), |account| Some(account.budget.clone()))
-        };
-        let accounts: Vec<_> = config
-            .accounts
-            .iter()
-            .map(|configured| {
-                let prior = listed_before
-                    .values()
-                    .find(|account| *account.label == *configured.name);
-                let budget = prior.map_or_else(
-                    || self.make.listed_budget(&configured.name, &rules),
-                    |prior| prior.budget.clone(),
-                );
-                let mut spent = configured.keys.iter().filter_map(|listed| spent(&listed.key));
-                let not_before = if spent.any(|other| !other.is(&budget)) {
-                    now + Duration::from_secs(1) + rules.pace.margin
-                } else {
-                    budget.pace().not_before
-                };
-                rules.hold_for(&budget, not_before);
-                self.make.listed(configured, prior, budget, &rules)
-            })
-            .collect();
-        let listed = self.make.askers(&config.accounts, accounts);
-        let directory = Directory { listed, rules };
+    ///
+    /// Polls with unlisted keys wait while it takes its place, and for nothing that grows with the accounts listed.
+    pub(super) fn configure(&self, config: &Config) {
         let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
-        earlier.extend(listed_before.values().chain(unlisted.values()).map(Arc::downgrade));
+        let before = self.directory.load_full();
+        let after = Arc::new(self.changed_directory(config, &before));
+        let rules = after.rules;
+        let hold = |gained: &[Budget]| {
+            let until = Instant::now() + Duration::from_secs(1) + rules.pace.margin;
+            for budget in gained {
+                rules.hold_for(budget, until);
+            }
+        };
+        let mut gained = after.gained(&before);
+        hold(&gained);
+        let (listed_now, unlisted_yet) = {
+            let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
+            let listed = unlisted.extract_if(|key, _| after.listed.contains_key(key));
+            let listed: Vec<_> = listed.map(|(_, account)| account).collect();
+            let theirs: Vec<_> = listed.iter().flat_map(|account| after.superseding(account)).collect();
+            hold(&theirs);
+            gained.extend(theirs);
+            self.directory.store(Arc::clone(&after));
+            (listed, unlisted.values().cloned().collect::<Vec<_>>())
+        };
+        let listed_before = before.keys().map(|asker| &asker.account);
+        earlier.extend(listed_before.chain(&listed_now).map(Arc::downgrade));
         let mut seen = HashSet::new();
         earlier.retain(|account| account.strong_count() > 0 && seen.insert(account.as_ptr()));
         for account in earlier.iter().filter_map(Weak::upgrade) {
-            let asker = |key: &Arc<Key>| directory.listed.get(&key.secret);
-            let mut askers = account.keys.iter().filter_map(asker);
-            if askers.any(|asker| !asker.account.budget.is(&account.budget)) {
+            if after.superseding(&account).next().is_some() {
                 account.superseded.cancel();
             }
         }
-        for account in listed_before.values() {
-            if !config.accounts.iter().any(|listed| *listed.name == *account.label) {
+        // Till now the old ones could be spent.
+        hold(&gained);
+        for account in &unlisted_yet {
+            account.watch.configure(rules.fresh);
+            rules.hold_for(&account.budget, account.budget.pace().not_before);
+        }
+        self.show_moved(&before, &after);
+    }
+
+    /// The directory of a configuration that follows on `before`.
+    fn changed_directory(&self, config: &Config, before: &Directory) -> Directory {
+        let rules = Rules::of(config, self.started);
+        let named: HashMap<&str, &Arc<Account>> = before
+            .keys()
+            .map(|asker| (&*asker.account.label, &asker.account))
+            .collect();
+        let accounts = config.accounts.iter().map(|configured| {
+            let prior = named.get(configured.name.as_str()).copied();
+            let budget = prior.map_or_else(
+                || self.make.listed_budget(&configured.name, &rules),
+                |prior| prior.budget.clone(),
+            );
+            rules.hold_for(&budget, budget.pace().not_before);
+            self.make.listed(configured, prior, budget, &rules)
+        });
+        let listed = self.make.askers(&config.accounts, accounts.collect());
+        let delisted = before.keys().map(|asker| (&asker.key.secret, &asker.account));
+        let delisted = delisted.filter(|(key, _)| !listed.contains_key(*key));
+        let delisted = delisted.map(|(key, account)| (key.clone(), account.budget.clone()));
+        let retired = before.retired.iter().filter(|(key, _)| !listed.contains_key(*key));
+        let retired = retired.map(|(key, budget)| (key.clone(), budget.clone()));
+        let retired: HashMap<_, _> = retired.chain(delisted).collect();
+        for budget in retired.values() {
+            rules.hold_for(budget, budget.pace().not_before);
+        }
+        Directory { listed, retired, rules }
+    }
+
+    /// Shows refused keys under the accounts that they have come under, and accounts that are gone no longer.
+    fn show_moved(&self, before: &Directory, after: &Directory) {
+        for Asker { account, key, .. } in after.keys() {
+            let prior = before.account(&key.secret);
+            if prior.is_none_or(|prior| prior.label != account.label) {
+                key.refusal.show_in(&account.metrics.keys_refused);
+            }
+        }
+        let named: HashSet<_> = after.keys().map(|asker| &asker.account.label).collect();
+        for Asker { account, key, .. } in before.keys() {
+            if after.account(&key.secret).is_none() {
+                key.refusal.show_in(&self.make.other.keys_refused);
+            }
+            if !named.contains(&account.label) {
                 self.make.metrics.forget(&account.label);
             }
         }
-        retired.extend(
-            listed_before
-                .into_iter()
-                .map(|(key, account)| (key, account.budget.clone())),
-        );
-        retired.retain(|key, _| !directory.listed.contains_key(key));
-        unlisted.retain(|key, _| !directory.listed.contains_key(key));
-        for account in unlisted.values() {
-            account.watch.configure(rules.fresh);
-        }
-        for budget in unlisted.values().map(|account| &account.budget).chain(retired.values()) {
-            rules.hold_for(budget, budget.pace().not_before);
-        }
-        self.directory.store(Arc::new(directory));
     }
 
     /// Who presents `key`, an account's or a client token.
@@ -287,11 +312,9 @@ impl Accounts {
         if unlisted.len() >= directory.rules.max_unlisted {
             return Err(Error::TooManyAccounts);
         }
-        let known = self.dormant().remove(key);
-        let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-        let budget = retired.get(key).cloned();
+        let budget = directory.retired.get(key).cloned();
         let budget = budget.unwrap_or_else(|| self.make.unlisted_budget(key, &directory.rules));
-        let account = Arc::new(self.make.unlisted(key, known, budget, &directory.rules, asked_ms));
+        let account = Arc::new(self.make.unlisted(key, budget, &directory.rules, asked_ms));
         unlisted.insert(key.clone(), Arc::clone(&account));
         account.its_own()
     }
@@ -319,18 +342,14 @@ impl Accounts {
         let Some(key) = name.to_str().ok().and_then(ApiKey::new) else {
             return false;
         };
-        let is_unlisted = || {
-            let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
-            unlisted.contains_key(&key) || self.dormant().contains_key(&key)
-        };
-        self.directory.load().listed.contains_key(&key) || is_unlisted()
+        self.directory.load().listed.contains_key(&key) || self.make.known.has(&key)
     }
 
     /// What `tell` says of each listed account.
     pub(super) fn each_listed<T>(&self, tell: impl Fn(&Account) -> T) -> Vec<T> {
         let mut seen = HashSet::new();
         let directory = self.directory.load();
-        let accounts = directory.keys().map(|(_, account)| &**account);
+        let accounts = directory.keys().map(|asker| &*asker.account);
         accounts.filter(|account| seen.insert(account.id)).map(tell).collect()
     }
 
@@ -355,13 +374,14 @@ impl Accounts {
         self.directory.load().rules.unknown_keys == UnknownKeys::Forward
     }
 
-    /// Forgets unlisted accounts that nobody has used in a minute, and of the others the polls of long ago. What upstream said of their keys stays known as long as
-    /// it counts: an accepted key's for ten minutes, a refused key's while any answer is kept (`holds`) that it must not get.
+    /// Forgets unlisted accounts that nobody has used in a minute, and of the others the polls of long ago. What upstream
+    /// said of keys that have no account stays known as long as it counts: of an accepted one for ten minutes, of a refused
+    /// one while any answer is kept (`holds`) that it must not get.
     pub(super) fn sweep(&self, now: Instant, holds: impl Fn(AccountId) -> bool) {
         self.each_listed(|account| account.tally.turn(now));
         let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
-        let forgotten: HashMap<_, _> = unlisted
+        let forgotten: Vec<_> = unlisted
             .extract_if(|_, account| {
                 account.tally.turn(now);
                 // A poll or a flight under way holds the account, too. It may ask upstream long after its poll came, and
@@ -372,33 +392,22 @@ impl Accounts {
                 account.asked_ms.load(Ordering::Relaxed) < oldest && !account.budget.is_paused(now)
             })
             .collect();
-        {
-            // Under both locks: whoever forms an account anew finds what was known.
-            let mut dormant = self.dormant();
-            for (secret, account) in &forgotten {
-                dormant.extend(account.keys.first().map(|key| (secret.clone(), Arc::clone(key))));
-            }
-            dormant.retain(|secret, key| {
-                if key.is_refused() {
-                    holds(self.make.ids.unlisted(secret))
-                } else {
-                    !key.is_due(now)
-                }
-            });
-        }
         drop(unlisted);
         drop(forgotten);
-    }
-
-    fn dormant(&self) -> MutexGuard<'_, HashMap<ApiKey, Arc<Key>>> {
-        self.dormant.lock().unwrap_or_else(PoisonError::into_inner)
+        self.make.known.sweep(|key| {
+            if key.is_refused() {
+                holds(self.make.ids.unlisted(&key.secret))
+            } else {
+                !key.is_due(now)
+            }
+        });
     }
 
     /// Shows each account's rate, its live tasks and their freshness lifetime at `now`; of the unlisted ones, which share
     /// a label, the lowest rate, all live tasks and the longest lifetime.
     pub(super) fn show(&self, now: Instant) {
         let directory = self.directory.load();
-        for (_, account) in directory.keys() {
+        for Asker { account, .. } in directory.keys() {
             account.metrics.rate(account.budget.rate(now));
             account.metrics.live(account.watch.live(now), account.lifetime(now));
         }
@@ -422,10 +431,36 @@ impl Accounts {
 }
 
 impl Directory {
-    /// Every listed key, and its account; client tokens are no keys.
-    fn keys(&self) -> impl Iterator<Item = (&ApiKey, &Arc<Account>)> {
-        let keys = self.listed.iter().filter(|(_, asker)| !asker.has_token());
-        keys.map(|(key, asker)| (key, &asker.account))
+    /// Who presents each listed key; client tokens are no keys.
+    fn keys(&self) -> impl Iterator<Item = &Asker> {
+        self.listed.values().filter(|asker| !asker.has_token())
+    }
+
+    /// The account that lists a key.
+    fn account(&self, key: &ApiKey) -> Option<&Arc<Account>> {
+        let asker = self.listed.get(key).filter(|asker| !asker.has_token())?;
+        Some(&asker.account)
+    }
+
+    /// What a key spends that is listed, or was.
+    fn budget(&self, key: &ApiKey) -> Option<&Budget> {
+        let listed = self.account(key).map(|account| &account.budget);
+        listed.or_else(|| self.retired.get(key))
+    }
+
+    /// Budgets under which keys have come that spent another one `before`.
+    fn gained(&self, before: &Self) -> Vec<Budget> {
+        let listed = self.keys().map(|asker| (&asker.key.secret, &asker.account.budget));
+        let moved = |(key, budget): &(&ApiKey, &Budget)| before.budget(key).is_some_and(|spent| !spent.is(budget));
+        let moved = listed.chain(&self.retired).filter(moved);
+        moved.map(|(_, budget)| budget.clone()).collect()
+    }
+
+    /// Budgets under which keys of an account come here that is of another directory, or unlisted, if they are others than
+    /// its own.
+    fn superseding(&self, account: &Account) -> impl Iterator<Item = Budget> {
+        let budgets = account.keys.iter().filter_map(|key| self.budget(&key.secret));
+        budgets.filter(|budget| !budget.is(&account.budget)).cloned()
     }
 }
 

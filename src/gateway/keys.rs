@@ -113,12 +113,12 @@ pub(super) struct Refusal {
     /// Whether `word` holds one: most polls look at nothing else.
     stands: AtomicBool,
     word: Mutex<Word>,
-    shown: IntGauge,
 }
 
 /// Upstream's last word.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Word {
+    shown: IntGauge,
     refused: Option<Remembered>,
     /// When the latest question was asked to which upstream gave another answer.
     otherwise: Option<Instant>,
@@ -134,8 +134,21 @@ impl Refusal {
     pub(super) fn new(shown: IntGauge) -> Self {
         Self {
             stands: AtomicBool::new(false),
-            word: Mutex::default(),
-            shown,
+            word: Mutex::new(Word {
+                shown,
+                refused: None,
+                otherwise: None,
+            }),
+        }
+    }
+
+    /// From now on it counts in another gauge.
+    pub(super) fn show_in(&self, shown: &IntGauge) {
+        let mut word = self.word();
+        let before = std::mem::replace(&mut word.shown, shown.clone());
+        if word.refused.is_some() {
+            word.shown.inc();
+            before.dec();
         }
     }
 
@@ -182,7 +195,7 @@ impl Refusal {
         });
         self.stands.store(true, Ordering::Relaxed);
         if before.is_none() {
-            self.shown.inc();
+            word.shown.inc();
         }
         before.is_none()
     }
@@ -198,7 +211,7 @@ impl Refusal {
         if is_over {
             word.refused = None;
             self.stands.store(false, Ordering::Relaxed);
-            self.shown.dec();
+            word.shown.dec();
         }
         is_over
     }
@@ -211,8 +224,9 @@ impl Refusal {
 
 impl Drop for Refusal {
     fn drop(&mut self) {
-        if self.stands() {
-            self.shown.dec();
+        let word = self.word();
+        if word.refused.is_some() {
+            word.shown.dec();
         }
     }
 }
@@ -322,8 +336,14 @@ mod tests {
         one.clear(start);
         one.clear(start);
         assert_eq!(shown.get(), 1);
+        let elsewhere = gauge();
+        one.show_in(&elsewhere);
+        other.show_in(&elsewhere);
+        assert_eq!((shown.get(), elsewhere.get()), (0, 1));
+        one.set(&refused(BODY, start + seconds(1), start + seconds(1)), None);
+        assert_eq!((shown.get(), elsewhere.get()), (0, 2));
         drop((one, other));
-        assert_eq!(shown.get(), 0);
+        assert_eq!((shown.get(), elsewhere.get()), (0, 0));
     }
 
     #[test]

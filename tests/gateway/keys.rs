@@ -310,6 +310,68 @@ async fn a_refused_key_stays_refused_wherever_a_changed_configuration_lists_it()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refused_key_stays_refused_whatever_account_it_comes_under() {
+    let behaviour = Behaviour {
+        to_key: |key, after| (key == BAD && after.as_secs() < 60).then(|| refusal(401, 401)),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, one_account(&[GOOD]));
+    gateway.list(&[("music", &[GOOD]), ("film", &["ak_film"])]);
+    for key in [GOOD, "ak_film"] {
+        gateway.poll(key, "ended").await;
+    }
+    assert_code(&gateway.poll(BAD, "own").await, 401);
+    let assert_shown_under = |account: &str| {
+        for label in ["other", "music", "film"] {
+            let series = format!("crun_gateway_upstream_keys_refused{{account=\"{label}\"}}");
+            let shown = gateway.metric(&series);
+            let expected = f64::from(u8::from(label == account));
+            assert!((shown - expected).abs() < 0.1, "{label}: {shown}, under {account}");
+        }
+    };
+    assert_shown_under("other");
+    for (account, music, film) in [
+        ("music", &[GOOD, BAD][..], &["ak_film"][..]),
+        ("film", &[GOOD], &[BAD, "ak_film"]),
+        ("other", &[GOOD], &["ak_film"]),
+        ("film", &[GOOD], &["ak_film", BAD]),
+    ] {
+        gateway.list(&[("music", music), ("film", film)]);
+        let reply = gateway.poll(BAD, "ended").await;
+        assert_code(&reply, 401);
+        assert_eq!(detail(&reply), Some("key_refused"), "under {account}");
+        assert_shown_under(account);
+    }
+    assert_eq!(gateway.arrivals_with(BAD).len(), 1);
+    // Accepted where it stands now.
+    sleep(seconds(60)).await;
+    assert_code(&gateway.poll(BAD, "own").await, 200);
+    assert_shown_under("nobody");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_answered_after_a_key_has_come_under_another_account_counts_there() {
+    let behaviour = Behaviour {
+        latency: seconds(1),
+        to_key: |key, _| (key == BAD).then(|| refusal(401, 401)),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, one_account(&[GOOD]));
+    gateway.poll(GOOD, "ended").await;
+    let change = async {
+        while gateway.arrivals_with(BAD).is_empty() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        gateway.list(&[("music", &[GOOD, BAD])]);
+    };
+    let (own, ()) = tokio::join!(gateway.poll(BAD, "own"), change);
+    assert_code(&own, 401);
+    let reply = gateway.poll(BAD, "ended").await;
+    assert_code(&reply, 401);
+    assert_eq!(detail(&reply), Some("key_refused"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_key_refused_meanwhile_does_not_get_what_another_key_fetched() {
     let gateway = Arc::new(Paused::start(
         Behaviour {

@@ -15,6 +15,7 @@ use super::super::keys::{Key, Refusal};
 use super::super::others::Others;
 use super::super::tally::Tally;
 use super::Account;
+use super::known::Known;
 use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{self, Config, Fresh, UnknownKeys};
@@ -33,10 +34,9 @@ pub(super) struct Maker {
     /// The handles that all unlisted accounts share.
     pub(super) other: AccountMetrics,
     pub(super) others: Arc<Others>,
-    pub(super) started: Instant,
+    pub(super) known: Known,
     /// By which replicas share the budgets.
     pub(super) shared: Option<Shared>,
-    pub(super) next_key: AtomicU64,
     /// Unlisted accounts that ever formed.
     pub(super) unlisted: AtomicU64,
 }
@@ -124,11 +124,7 @@ impl Maker {
             || Arc::new(Others::new(&configured.name, Arc::clone(&self.metrics))),
             |prior| Arc::clone(&prior.others),
         );
-        // Wherever it stands now: what upstream said of a key holds.
-        let key = |secret: &ApiKey| {
-            let known = prior.and_then(|prior| prior.keys.iter().find(|known| known.secret == *secret));
-            known.cloned().unwrap_or_else(|| self.key(secret, &metrics))
-        };
+        let key = |secret| self.known.key(secret, &metrics.keys_refused);
         let keys = secrets().map(key).collect();
         let account = self.account(id, label, keys, budget, rules, metrics, others);
         Arc::new(match prior {
@@ -169,15 +165,8 @@ impl Maker {
         listed
     }
 
-    pub(super) fn unlisted(
-        &self,
-        secret: &ApiKey,
-        known: Option<Arc<Key>>,
-        budget: Budget,
-        rules: &Rules,
-        asked_ms: u64,
-    ) -> Account {
-        let key = known.unwrap_or_else(|| self.key(secret, &self.other));
+    pub(super) fn unlisted(&self, secret: &ApiKey, budget: Budget, rules: &Rules, asked_ms: u64) -> Account {
+        let key = self.known.key(secret, &self.other.keys_refused);
         let id = (self.ids.unlisted(secret), Owner::unlisted(secret));
         let (metrics, others) = (self.other.clone(), Arc::clone(&self.others));
         Account {
@@ -185,12 +174,6 @@ impl Maker {
             asked_ms: AtomicU64::new(asked_ms),
             ..self.account(id, OTHER.into(), vec![key], budget, rules, metrics, others)
         }
-    }
-
-    fn key(&self, secret: &ApiKey, metrics: &AccountMetrics) -> Arc<Key> {
-        let number = self.next_key.fetch_add(1, Ordering::Relaxed);
-        let refused = metrics.keys_refused.clone();
-        Arc::new(Key::new(secret.clone(), number, self.started, refused))
     }
 
     #[allow(clippy::too_many_arguments, reason = "they are what an account is")]
