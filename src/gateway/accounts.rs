@@ -165,8 +165,9 @@ impl Accounts {
     /// Takes a changed configuration over, from the next poll and the next permit on.
     ///
     /// An account that keeps its name keeps its budget and its answers, whatever keys it has now; a key that is listed no
-    /// longer keeps its budget, and not its answers. Where a key comes under another budget than it had, flights of the
-    /// old one end unspent, and the new one grants nothing until what the old one spent no longer counts.
+    /// longer keeps its budget, and not its answers. Where replicas share budgets it gets the one that a replica would give
+    /// it that never knew it listed, or both would be spent. Where a key comes under another budget than it had, flights of
+    /// the old one end unspent, and the new one grants nothing until what the old one spent no longer counts.
     ///
     /// Polls with unlisted keys wait while it takes its place, and for nothing that grows with the accounts listed.
     pub(super) fn configure(&self, config: &Config) {
@@ -229,7 +230,7 @@ impl Accounts {
         let listed = self.make.askers(&config.accounts, accounts.collect());
         let delisted = before.keys().map(|asker| (&asker.key.secret, &asker.account));
         let delisted = delisted.filter(|(key, _)| !listed.contains_key(*key));
-        let delisted = delisted.map(|(key, account)| (key.clone(), account.budget.clone()));
+        let delisted = delisted.map(|(key, account)| (key.clone(), self.make.retired_budget(key, account, &rules)));
         let retired = before.retired.iter().filter(|(key, _)| !listed.contains_key(*key));
         let retired = retired.map(|(key, budget)| (key.clone(), budget.clone()));
         let retired: HashMap<_, _> = retired.chain(delisted).collect();
@@ -497,7 +498,8 @@ mod tests {
         let metrics = Arc::new(Metrics::new().unwrap());
         let dial = tcp(config.upstream.url.clone());
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
-        Accounts::new(&config, upstream, None, metrics, Instant::now())
+        let shared = Shared::start(&config, &metrics).unwrap();
+        Accounts::new(&config, upstream, shared, metrics, Instant::now())
     }
 
     impl Accounts {
@@ -534,6 +536,45 @@ mod tests {
         assert_ne!(one.id, accounts.asked_at(0, "ak_other").id);
         assert_ne!(one.id, accounts.asked_at(0, MUSIC[0]).id);
         assert_eq!(&*one.label, OTHER, "a stranger's key makes no label");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_is_listed_no_longer_keeps_its_budget_unless_a_new_replica_could_not_know_it() {
+        for is_shared in [false, true] {
+            let store = config::Store {
+                url: config::StoreUrl {
+                    is_tls: false,
+                    addresses: vec![("127.0.0.1".to_owned(), 1)],
+                    service: None,
+                    db: 0,
+                },
+                prefix: "test:".to_owned(),
+                max_bytes: 0,
+                username: None,
+                password: None,
+                sentinel_password: None,
+                ca_file: None,
+                connect_timeout: Duration::from_secs(1),
+                timeout: Duration::from_millis(200),
+            };
+            let shared = is_shared.then(|| config::Shared {
+                max_replicas: std::num::NonZeroU32::MIN,
+                store: Some(store),
+            });
+            let accounts = directory(|config| config.shared.clone_from(&shared));
+            let listed = accounts.asked_at(0, MUSIC[0]);
+            tokio::time::advance(Duration::from_secs(10)).await;
+            accounts.configure(&Config {
+                shared,
+                ..Config::default()
+            });
+            let [one, other] = MUSIC.map(|key| accounts.asked_at(10, key).budget.clone());
+            assert_eq!(one.is(&listed.budget), !is_shared);
+            assert_eq!(one.is(&other), !is_shared);
+            assert_eq!(listed.superseded.is_cancelled(), is_shared);
+            let held = Duration::from_millis(if is_shared { 1030 } else { 0 });
+            assert_eq!(one.paused_for(Instant::now()), held);
+        }
     }
 
     #[tokio::test(start_paused = true)]

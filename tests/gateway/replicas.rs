@@ -652,6 +652,38 @@ async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget_and_no_
 }
 
 #[tokio::test]
+async fn a_key_that_is_listed_no_longer_spends_one_budget_whichever_replicas_knew_it_listed() {
+    let mut cluster = Replicas::start(2).await;
+    cluster.all_lend().await;
+    let key = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(key.path(), KEY).unwrap();
+    let lists = format!(
+        "accounts: [{{ name: music, keys: [{{ file: '{}' }}] }}]",
+        key.path().display()
+    );
+    for (times, accounts) in [(1, lists.as_str()), (2, "")] {
+        for (replica, gateway) in cluster.gateways.iter().enumerate() {
+            gateway.reconfigure(&format!("{}\n{accounts}", cluster.config(replica)));
+        }
+        for gateway in &cluster.gateways {
+            gateway.logged("the changed configuration is taken over", times).await;
+        }
+        cluster.spend(14.0).await;
+    }
+    cluster.gateways[1].terminate();
+    cluster.gateways[1].exit().await;
+    cluster.gateways[1] = Gateway::start(&cluster.upstream.url, &cluster.config(1)).await;
+    for client in 0..CLIENTS {
+        let polling = poll_for_ever(cluster.gateways[1].address, format!("anew-{client}"));
+        cluster.clients.spawn(polling);
+    }
+    cluster.all_lend().await;
+    cluster.queue(1, 1).await;
+    cluster.spend(14.0).await;
+    cluster.assert_within_the_limit().await;
+}
+
+#[tokio::test]
 async fn without_a_store_each_replica_spends_its_part() {
     let upstream = Simulator::start(&["--latency", "50ms"]).await;
     let gateway = Gateway::start(&upstream.url, "shared: { max_replicas: 3 }").await;

@@ -102,6 +102,15 @@ impl Maker {
         Budget::new(rules.pace, rules.max_queue, lane, self.other.clone())
     }
 
+    /// The same of a key that `account` lists no longer: what it spent before, or, where replicas share budgets, what it
+    /// spends at those that never knew it listed.
+    pub(super) fn retired_budget(&self, key: &ApiKey, account: &Account, rules: &Rules) -> Budget {
+        match self.shared {
+            Some(_) => self.unlisted_budget(key, rules),
+            None => account.budget.clone(),
+        }
+    }
+
     /// A configured account. Of the one before under its name, `prior`, it keeps all that its keys do not decide.
     pub(super) fn listed(
         &self,
