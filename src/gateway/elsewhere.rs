@@ -35,7 +35,7 @@ pub(super) enum Way {
 }
 
 impl Gateway {
-    /// What other replicas have of a task, if it is newer than what memory has: fresh or stale; from then on memory has
+    /// What other replicas have of a task, if it says more than what memory has: fresh or stale; from then on memory has
     /// it, too. `live` is how long live answers are fresh for whoever asks.
     ///
     /// Cancel safe.
@@ -174,7 +174,7 @@ impl Gateway {
         }
     }
 
-    /// Opens what was found, and keeps it; `None` on any doubt.
+    /// Opens what was found, and keeps it, or what it does not take the place of; `None` on any doubt.
     fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Answer> {
         let owner = owner(store, account).within(found.label());
         let (now, config) = (moment(found.clock), self.config());
@@ -183,13 +183,14 @@ impl Gateway {
             Some((key, draft.of(account.id, task)))
         })?;
         key.heard(answer.asked());
-        let mut had_ended = false;
+        let (mut had_ended, mut stands) = (false, None);
         self.cache.put_after(account.id, task, now.at, |before| {
             had_ended = before.is_some_and(Answer::has_ended);
+            stands = before.filter(|before| !answer.replaces(before)).cloned();
             answer.clone()
         });
         account.told(task, &answer, had_ended, now.at);
-        Some(answer)
+        Some(stands.unwrap_or(answer))
     }
 }
 

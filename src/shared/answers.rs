@@ -185,7 +185,7 @@ impl Label {
 pub struct Wanted {
     /// How old at most, if it is live.
     pub fresh: Duration,
-    /// Asked for after this, if there is one already.
+    /// Asked for after this, if there is one already; that a task has ended is news whenever it was asked for.
     pub after: Option<Instant>,
 }
 

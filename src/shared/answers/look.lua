@@ -4,8 +4,9 @@
 -- ARGV     'look' (nothing is claimed), 'claim', or 'insist' (whatever stands there will not do); who claims, and for how
 --          long in ms; how old a live answer may be in ms; when the answer that the caller has was asked for (ms since 1970,
 --          0: none); how the answer begins that could not be opened ('': none)
--- returns  the time in µs; the answer, if it is newer than the caller's ('': none); whose the flight is: 'none', for an
---          answer stands there that will do, 'ours', 'theirs', or 'each', for each fetches it for itself
+-- returns  the time in µs; the answer, if it is newer than the caller's or tells that the task has ended ('': none); whose
+--          the flight is: 'none', for an answer stands there that will do, 'ours', 'theirs', or 'each', for each fetches
+--          it for itself
 
 local function get(key)
   local value = redis.pcall('GET', key)
@@ -29,11 +30,11 @@ end
 
 local answer, will_do = '', false
 if stands then
-  local live, asked, received = string.match(stands, '^%d ([01]) (%d+) (%d+) ')
+  local stage, live, asked, received = string.match(stands, '^(%d) ([01]) (%d+) (%d+) ')
   if not live then
     -- Nonsense: whoever asks has to see that.
     answer, will_do = stands, true
-  elseif tonumber(asked) > tonumber(ARGV[5]) then
+  elseif tonumber(asked) > tonumber(ARGV[5]) or (live == '0' and stage ~= '0') then
     answer = stands
     will_do = live == '0' or micros / 1000 - tonumber(received) < tonumber(ARGV[4])
   end

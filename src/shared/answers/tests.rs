@@ -224,6 +224,22 @@ fn a_live_answer_will_do_while_it_is_fresh_and_newer_than_what_one_has() {
 }
 
 #[test]
+fn that_a_task_has_ended_is_news_whenever_it_was_asked_for() {
+    let (_server, mut connection) = Server::start();
+    let connection = &mut connection;
+    for (stage, is_news) in [(0, false), (3, true), (4, true)] {
+        forget(connection);
+        let found = value(label(stage, false, 100));
+        publish(connection, "", &found, u64::MAX);
+        for after in [100, 200] {
+            let (answer, whose) = look(connection, "claim", "a:1", (0, after), "");
+            assert_eq!(answer == found, is_news, "{stage} after {after}");
+            assert_eq!(whose, if is_news { "none" } else { "ours" });
+        }
+    }
+}
+
+#[test]
 fn what_nobody_has_read_for_longest_makes_room() {
     let (_server, mut connection) = Server::start();
     let connection = &mut connection;
