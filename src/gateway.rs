@@ -408,6 +408,10 @@ impl Gateway {
         let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
         let kept = match poll.trace.look_up(look) {
             None if !on_trial => self.look_further(poll, live).await,
+            // Another replica may have heard more since, and here nobody might ask any more.
+            Some(stale) if !on_trial && !stale.is_fresh(poll.arrived, live) => {
+                Some(self.look_grounded(poll, live).await.unwrap_or(stale))
+            }
             kept => kept,
         };
         let snapshot = match kept.filter(|_| !on_trial) {

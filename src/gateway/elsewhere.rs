@@ -1,8 +1,8 @@
 //! What other replicas have fetched, and the flights that are theirs.
 //!
 //! A flight looks in the shared store before it queues, and again when its turn has come: then it flies for all replicas,
-//! or, where another does, gives its turn back and waits for what that one keeps. While nobody may fly here, a poll that
-//! has nothing at all looks there, too. Whatever upstream says is published to all.
+//! or, where another does, gives its turn back and waits for what that one keeps. While nobody may fly here, a poll for
+//! which memory has nothing fresh looks there, too. Whatever upstream says is published to all.
 //!
 //! Answers are sealed as on disk, bound to what the names of the store's keys begin with and to what stands beside them in
 //! the clear. So one that opens is this account's, this task's and as upstream gave it, and tells which key upstream
@@ -57,7 +57,7 @@ impl Gateway {
         answer
     }
 
-    /// The same, for a poll of whose task memory has nothing, and for which nobody may fly.
+    /// The same, for a poll for which memory has nothing fresh, and nobody may fly.
     pub(super) async fn look_grounded(&self, poll: &Poll<'_>, live: Duration) -> Option<Answer> {
         let account = &poll.asker.account;
         self.elsewhere.as_ref()?;

@@ -99,6 +99,19 @@ impl Replicas {
             .expect("an answer in time")
     }
 
+    /// Polls a replica of an upstream that is gone until its breaker is open.
+    async fn finds_upstream_away(&self, replica: usize) {
+        let patience = Instant::now() + PATIENCE;
+        while self.gateways[replica]
+            .metric("crun_gateway_upstream_breaker_open")
+            .await
+            < 0.5
+        {
+            assert!(Instant::now() < patience);
+            let _ = self.poll(replica, "ended.unknown").await;
+        }
+    }
+
     /// What a script says on the server.
     fn eval(&self, script: &str) -> String {
         self.store().command(&["EVAL", script, "0"]).unwrap()
@@ -450,17 +463,35 @@ async fn a_poll_that_may_not_fly_is_answered_by_what_another_replica_has() {
     replicas.wrote(0, 2).await;
     let upstream = std::mem::replace(&mut replicas.upstream, Simulator::start(&[]).await);
     let _port = upstream.gone().await;
-    // Enough of them open the breaker.
-    let open = "crun_gateway_upstream_breaker_open";
-    let patience = Instant::now() + PATIENCE;
-    while replicas.gateways[1].metric(open).await < 0.5 {
-        assert!(Instant::now() < patience);
-        let _ = replicas.poll(1, "ended.unknown").await;
-    }
+    replicas.finds_upstream_away(1).await;
     assert!(is_hit(&replicas.poll(1, "ended.a").await));
     let snapshot = replicas.poll(1, "running.b").await;
     assert_tells_of(&snapshot, "running.b");
     assert_ne!(replicas.poll(1, "ended.unknown").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_stale_answer_in_memory_hides_nothing_from_a_poll_that_may_not_fly() {
+    let mut replicas = Replicas::start(2, &["--latency", "1ms", "--run-time", "1s"], "").await;
+    let has_ended = |reply: &Reply| reply.json()["data"]["status"] == "success";
+    for (key, task) in [(KEY, "runs.a"), (OTHER_KEY, "runs.b")] {
+        let live = poll_as(replicas.gateways[1].address, key, task).await;
+        assert!(live.status == 200 && !has_ended(&live), "{live:?}");
+        // Fresh for 2 s, and ended by then.
+        while !has_ended(&poll_as(replicas.gateways[0].address, key, task).await) {
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+    replicas.wrote(0, 2).await;
+    let unpaid = poll_as(replicas.gateways[1].address, OTHER_KEY, "http-402.c").await;
+    assert_eq!(unpaid.status, 402, "{unpaid:?}");
+    let theirs = poll_as(replicas.gateways[1].address, OTHER_KEY, "runs.b").await;
+    assert!(is_hit(&theirs) && has_ended(&theirs), "without credits: {theirs:?}");
+    let upstream = std::mem::replace(&mut replicas.upstream, Simulator::start(&[]).await);
+    let _port = upstream.gone().await;
+    replicas.finds_upstream_away(1).await;
+    let theirs = replicas.poll(1, "runs.a").await;
+    assert!(is_hit(&theirs) && has_ended(&theirs), "in an outage: {theirs:?}");
 }
 
 /// What 200 polls in turn took, of which each needs no permit; the slowest but one.
@@ -561,10 +592,7 @@ async fn a_store_that_comes_and_goes_costs_a_poll_that_may_not_fly_fifty_millise
     let upstream = std::mem::replace(&mut replicas.upstream, Simulator::start(&[]).await);
     let _port = upstream.gone().await;
     let address = replicas.gateways[0].address;
-    let open = "crun_gateway_upstream_breaker_open";
-    while replicas.gateways[0].metric(open).await < 0.5 {
-        let _ = poll(address, "ended.unknown").await;
-    }
+    replicas.finds_upstream_away(0).await;
     // Each asks the store, and the store comes and goes: the worst that can be.
     let link = &replicas.links[0];
     let mut took = Vec::new();
