@@ -434,11 +434,12 @@ impl Gateway {
     ) -> Result<Answered, Error> {
         let deadline = poll.arrived + self.config.load().budget.max_wait;
         let account = &poll.asker.account;
-        let was_stale = snapshot.is_some();
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(&poll.caller, name);
         let latest = self.latest_turn(poll.arrived);
+        // Another replica's may come into memory as the flight goes on.
+        let may_stand_in = snapshot.is_some() || self.elsewhere.is_some();
         loop {
             if let Some(answered) = Self::refused_meanwhile(&mut asker, poll.arrived) {
                 return Ok(answered);
@@ -451,7 +452,7 @@ impl Gateway {
             let mut trace = None;
             let (progress, leader) = self.flights.join((account.id, poll.task.clone(), alone), || {
                 let trace = trace.insert(poll.trace.flight());
-                Progress::new(account.budget.standing(snapshot), trace.link())
+                Progress::new(account.budget.standing(snapshot), trace.link(), snapshot.is_some())
             });
             let standing = progress.borrow().standing.clone();
             let mut place = standing.join(client.clone(), asker.weight(), latest);
@@ -467,14 +468,15 @@ impl Gateway {
                 // First, so that its landing is seen at once.
                 Some(never) = OptionFuture::from(carried.as_mut().map(Carried::on)) => match never {},
                 landed = landing(progress.clone()) => Some(landed),
-                slow = self.snapshot_when_slow(poll, progress.clone()), if was_stale => return Ok(slow),
+                slow = self.snapshot_when_slow(poll, progress.clone()), if may_stand_in => return Ok(slow),
                 late_by = place.late() => {
-                    return self.answer_without_landing(poll, progress, Some(late_by), was_stale, collapsed);
+                    return self.answer_without_landing(poll, progress, Some(late_by), collapsed);
                 }
                 () = sleep_until(deadline) => None,
             };
+            let was_stale = progress.borrow().was_stale;
             return match landed {
-                None => self.answer_without_landing(poll, progress, None, was_stale, collapsed),
+                None => self.answer_without_landing(poll, progress, None, collapsed),
                 Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
                 // Fresh enough for the client that opened the flight, but not for this one.
                 Some(Landed::Kept(_) | Landed::InVain) => continue,
@@ -653,7 +655,11 @@ impl Gateway {
             } else {
                 ready
             };
-            leader.update(|progress| progress.phase = Phase::Sent(Instant::now()));
+            let is_taken_over = live.is_some() && self.has_taken_over(&account, &task);
+            leader.update(|progress| {
+                progress.phase = Phase::Sent(Instant::now());
+                progress.was_stale |= is_taken_over;
+            });
             trace.approached();
             if let Some(claim) = &mut claim {
                 claim.asks();

@@ -40,12 +40,11 @@ impl Gateway {
         poll: &Poll<'_>,
         progress: watch::Receiver<Progress>,
         late_by: Option<Duration>,
-        was_stale: bool,
         collapsed: bool,
     ) -> Result<Answered, Error> {
-        let (phase, last_error) = {
+        let (phase, last_error, was_stale) = {
             let progress = progress.borrow();
-            (progress.phase, progress.last_error.clone())
+            (progress.phase, progress.last_error.clone(), progress.was_stale)
         };
         let phase = late_by.map_or(phase, |_| Phase::Waiting);
         let detail = match phase {

@@ -61,7 +61,7 @@ impl Gateway {
         let mut trace = None;
         let (mut progress, leader) = self.flights.join(flight, || {
             let trace = trace.insert(poll.trace.flight());
-            Progress::new(account.budget.standing(None), trace.link())
+            Progress::new(account.budget.standing(None), trace.link(), false)
         });
         if let (Some(leader), Some(trace)) = (leader, trace) {
             let asker = poll.asker.with(key);

@@ -68,6 +68,11 @@ impl Gateway {
         self.look_elsewhere(account, &poll.task, live).await
     }
 
+    /// Whether memory has a snapshot of a task that is being fetched, for all that is known another replica's.
+    pub(super) fn has_taken_over(&self, account: &Account, task: &TaskId) -> bool {
+        self.elsewhere.is_some() && self.cache.snapshot(account.id, task, Instant::now()).is_some()
+    }
+
     /// Claims the flight for this replica, at its `turn`, or waits for the one that has. Where no answer may be shared
     /// (no `live`), where there is no store, or it is away, the flight goes on by itself.
     ///

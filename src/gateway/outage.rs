@@ -110,7 +110,8 @@ impl Gateway {
         Some((probe, ready, permit))
     }
 
-    /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is no snapshot any more.
+    /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is none, nor comes from another
+    /// replica as the flight goes on.
     ///
     /// Cancel safe.
     pub(super) async fn snapshot_when_slow(
@@ -118,24 +119,24 @@ impl Gateway {
         poll: &Poll<'_>,
         mut progress: watch::Receiver<Progress>,
     ) -> Answered {
-        let detail = loop {
+        loop {
             let slow = match progress.borrow_and_update().phase {
                 Phase::Waiting => None,
                 Phase::Elsewhere(since) | Phase::Connecting(since) | Phase::Sent(since) => Some(since + SLOW_ATTEMPT),
             };
-            tokio::select! {
+            let detail = tokio::select! {
                 biased;
-                Ok(()) = progress.changed() => {}
-                () = self.upstream.breaker().opened() => break self.unavailable().detail(),
-                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => break "upstream_slow",
-            }
-        };
-        match self.stand_in(poll, detail) {
-            Some(answered) => {
+                Ok(()) = progress.changed() => continue,
+                () = self.upstream.breaker().opened() => self.unavailable().detail(),
+                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => "upstream_slow",
+            };
+            if let Some(answered) = self.stand_in(poll, detail) {
                 leave_behind(progress);
-                answered
+                return answered;
             }
-            None => pending().await,
+            if progress.changed().await.is_err() {
+                return pending().await;
+            }
         }
     }
 }

@@ -18,6 +18,8 @@ pub(super) struct Progress {
     /// The span that whoever joins is linked to.
     pub(super) trace: Option<TraceContext>,
     pub(super) phase: Phase,
+    /// Whether it fetches anew what is kept, and stale.
+    pub(super) was_stale: bool,
     /// What upstream answered to the first attempt, while a second is under way.
     pub(super) last_error: Option<Answer>,
     pub(super) landed: Option<Landed>,
@@ -49,12 +51,13 @@ pub(super) enum Landed {
 }
 
 impl Progress {
-    /// A flight that has just been opened.
-    pub(super) fn new(standing: Standing, trace: Option<TraceContext>) -> Self {
+    /// A flight that has just been opened, by who has a stale answer or not.
+    pub(super) fn new(standing: Standing, trace: Option<TraceContext>, was_stale: bool) -> Self {
         Self {
             standing,
             trace,
             phase: Phase::Waiting,
+            was_stale,
             last_error: None,
             landed: None,
         }

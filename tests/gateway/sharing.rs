@@ -494,6 +494,29 @@ async fn a_stale_answer_in_memory_hides_nothing_from_a_poll_that_may_not_fly() {
     assert!(is_hit(&theirs) && has_ended(&theirs), "in an outage: {theirs:?}");
 }
 
+#[tokio::test]
+async fn whoever_has_a_snapshot_in_the_store_only_is_not_kept_waiting_by_a_slow_upstream() {
+    let replicas = Replicas::quick(3).await;
+    replicas.poll(0, "running.a").await;
+    replicas.poll(0, "running.b").await;
+    let fetched = Instant::now();
+    replicas.wrote(0, 2).await;
+    tokio::time::sleep_until(fetched + Duration::from_millis(2300)).await;
+    let refetched = replicas.poll(1, "running.b").await;
+    let status = refetched.header("cache-status").unwrap();
+    assert!(status.contains("fwd=stale"), "it was kept, and stale: {status}");
+    replicas.upstream.signal(Signal::SIGSTOP);
+    // One asks, and the other waits for what that brings.
+    let [asks, waits] = [1, 2].map(|replica| tokio::spawn(poll(replicas.gateways[replica].address, "running.a")));
+    for polled in [asks, waits] {
+        let snapshot = timeout(PATIENCE, polled).await.unwrap().unwrap();
+        assert_tells_of(&snapshot, "running.a");
+        let status = snapshot.header("cache-status").unwrap();
+        assert!(status.ends_with("detail=upstream_slow"), "{status}");
+    }
+    replicas.upstream.signal(Signal::SIGCONT);
+}
+
 /// What 200 polls in turn took, of which each needs no permit; the slowest but one.
 async fn p99(address: SocketAddr, task: &str) -> Duration {
     let mut took = Vec::new();
