@@ -195,6 +195,9 @@ impl Gateway {
             answer.clone()
         });
         account.told(task, &answer, had_ended, now.at);
+        if !had_ended {
+            self.keep_on_disk(account, key, task, &answer);
+        }
         Some(stands.unwrap_or(answer))
     }
 }

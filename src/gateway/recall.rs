@@ -30,6 +30,11 @@ impl Gateway {
     /// Has an answer, fetched with `key`, kept beyond this process: for other replicas, and an ended task's on disk.
     pub(super) fn remember(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
         self.publish(account, key, task, answer);
+        self.keep_on_disk(account, key, task, answer);
+    }
+
+    /// Has an ended task's answer, fetched with `key` here or by another replica, kept on disk.
+    pub(super) fn keep_on_disk(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
         let Some(disk) = self.disk.as_ref().filter(|_| answer.has_ended()) else {
             return;
         };

@@ -517,6 +517,32 @@ async fn whoever_has_a_snapshot_in_the_store_only_is_not_kept_waiting_by_a_slow_
     replicas.upstream.signal(Signal::SIGCONT);
 }
 
+#[tokio::test]
+async fn an_ended_task_taken_over_from_another_replica_outlives_the_process_too() {
+    let mut replicas = Replicas::quick(1).await;
+    let directory = tempfile::tempdir().unwrap();
+    let on_disk = format!(
+        "{QUICK}\ncache: {{ disk: '{}' }}",
+        directory.path().join("answers").display()
+    );
+    replicas.add(2, "", &on_disk).await;
+    replicas.all_share().await;
+    replicas.poll(0, "ended.a").await;
+    replicas.poll(0, "running.b").await;
+    replicas.wrote(0, 2).await;
+    assert!(is_hit(&replicas.poll(1, "ended.a").await));
+    assert!(is_hit(&replicas.poll(1, "running.b").await));
+    replicas.shows(1, "crun_gateway_disk_entries", 1.0).await;
+    let mut stopped = replicas.gateways.pop().unwrap();
+    stopped.terminate();
+    stopped.exit().await;
+    replicas.links.pop();
+    replicas.store().must(&["FLUSHALL"]);
+    replicas.add(2, "", &on_disk).await;
+    assert!(is_hit(&replicas.poll(1, "ended.a").await));
+    assert_eq!(replicas.upstream.queries().await, 2);
+}
+
 /// What 200 polls in turn took, of which each needs no permit; the slowest but one.
 async fn p99(address: SocketAddr, task: &str) -> Duration {
     let mut took = Vec::new();
