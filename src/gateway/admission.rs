@@ -48,9 +48,10 @@ impl Gateway {
         };
         let phase = late_by.map_or(phase, |_| Phase::Waiting);
         let detail = match phase {
-            Phase::Waiting | Phase::Elsewhere(_) => "budget",
+            Phase::Waiting => "budget",
             Phase::Connecting(_) => Error::NoConnection.detail(),
-            Phase::Sent(_) => Error::UpstreamTimeout.detail(),
+            // Whether upstream was asked here or by another replica.
+            Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamTimeout.detail(),
         };
         if let Some(snapshot) = self.stand_in(poll, detail) {
             leave_behind(progress);
@@ -60,9 +61,9 @@ impl Gateway {
             return Ok(forwarded(answer, was_stale, collapsed));
         }
         Err(match phase {
-            Phase::Waiting | Phase::Elsewhere(_) => self.budget_spent(&poll.asker.account, late_by),
+            Phase::Waiting => self.budget_spent(&poll.asker.account, late_by),
             Phase::Connecting(_) => Error::NoConnection,
-            Phase::Sent(_) => Error::UpstreamTimeout,
+            Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamTimeout,
         })
     }
 

@@ -518,6 +518,23 @@ async fn whoever_has_a_snapshot_in_the_store_only_is_not_kept_waiting_by_a_slow_
 }
 
 #[tokio::test]
+async fn who_waits_for_a_replica_that_upstream_keeps_waiting_is_not_told_that_the_budget_is_spent() {
+    let replicas = Replicas::start(2, &[], "budget: { max_wait: 2s }").await;
+    let asks = tokio::spawn(poll(replicas.gateways[0].address, "hang.a"));
+    let flights = |whose| format!("crun_gateway_shared_flights_total{{whose=\"{whose}\"}}");
+    replicas.shows(0, &flights("ours"), 1.0).await;
+    let waits = replicas.poll(1, "hang.a").await;
+    replicas.shows(1, &flights("theirs"), 1.0).await;
+    for reply in [waits, asks.await.unwrap()] {
+        reply.assert_is_our_error(504);
+        assert!(
+            reply.header("proxy-status").unwrap().contains("http_response_timeout"),
+            "{reply:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn an_ended_task_taken_over_from_another_replica_outlives_the_process_too() {
     let mut replicas = Replicas::quick(1).await;
     let directory = tempfile::tempdir().unwrap();
