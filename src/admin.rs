@@ -5,8 +5,8 @@ mod page;
 
 use std::convert::Infallible;
 use std::net::TcpListener;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -97,17 +97,20 @@ pub fn spawn(
     stop: CancellationToken,
 ) -> anyhow::Result<thread::JoinHandle<()>> {
     listener.set_nonblocking(true).context("admin")?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("admin runtime")?;
     let admin = Arc::new(Admin {
         health,
         gateway,
         metrics,
         page: Page::new()?,
     });
+    let (built, is_built) = mpsc::channel();
     let serve = move || {
+        // Not before: where this thread cannot be had, it would be dropped on another runtime's, and that is a panic.
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(built.send(Err(error))),
+        };
+        drop(built.send(Ok(())));
         runtime.block_on(async {
             match tokio::net::TcpListener::from_std(listener) {
                 Ok(listener) => tokio::select! {
@@ -118,10 +121,12 @@ pub fn spawn(
             }
         });
     };
-    thread::Builder::new()
+    let thread = thread::Builder::new()
         .name("admin".into())
         .spawn(serve)
-        .context("admin thread")
+        .context("admin thread")?;
+    is_built.recv().context("admin runtime")?.context("admin runtime")?;
+    Ok(thread)
 }
 
 struct Admin {

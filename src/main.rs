@@ -163,11 +163,20 @@ fn demo(args: DemoArgs) -> anyhow::Result<ExitCode> {
 /// instructions (`benches/README.md`); and what all cores share, the cache, flights and budgets, they would share all the
 /// same, while the kernel's choice of a listener leaves some cores idle and others with too many connections.
 fn runtime(worker_threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
+    // Where tokio cannot have all its workers it panics, and waits, unwinding, for those that it has: nobody tells them to
+    // end. So the process ends before.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let why = panic.payload_as_str().unwrap_or_default();
+        eprintln!("crun-gateway: {worker_threads} worker threads: {why}");
+        std::process::exit(1)
+    }));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(worker_threads)
         .enable_all()
-        .build()
-        .context("runtime")
+        .build();
+    std::panic::set_hook(hook);
+    runtime.context("runtime")
 }
 
 /// The first SIGTERM or SIGINT cancels `first`, the next one `second`.

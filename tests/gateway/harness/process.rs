@@ -33,6 +33,11 @@ pub struct Ended {
 pub async fn run(args: &[&str], env: &[(&str, &str)]) -> Ended {
     let mut command = Command::new(BINARY);
     command.args(args).envs(env.iter().copied());
+    ended(command).await
+}
+
+/// Waits until `command` has ended.
+pub async fn ended(mut command: Command) -> Ended {
     command.stdin(Stdio::null()).kill_on_drop(true);
     let output = timeout(PATIENCE, command.output())
         .await
@@ -43,6 +48,18 @@ pub async fn run(args: &[&str], env: &[(&str, &str)]) -> Ended {
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),
     }
+}
+
+/// The binary where it can have so many threads, its first one not counted: each takes a GiB of addresses, and there are
+/// no more. A limit of threads binds a user, and no root.
+pub fn with_threads(threads: u32) -> Command {
+    let limited = format!("ulimit -S -v {} && exec \"$0\" \"$@\"", (threads << 20) + (1 << 19));
+    let mut command = Command::new("sh");
+    command.args(["-c", &limited, BINARY]);
+    command.env("RUST_MIN_STACK", (1 << 30).to_string());
+    // Else the memory of each thread would take addresses, too.
+    command.env("MALLOC_ARENA_MAX", "1");
+    command
 }
 
 /// A configuration in a file of its own.
