@@ -28,6 +28,7 @@ use tokio::time::Instant;
 
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use crate::panics::supervise;
 use crate::shared::Lane;
 use admission::{PollId, Promised};
 use backoff::Backoff;
@@ -143,7 +144,7 @@ impl Budget {
         let desk = Arc::new(Desk::new(dispatcher));
         tokio::spawn({
             let desk = Arc::clone(&desk);
-            async move { desk.run().await }
+            supervise("budget", async move || desk.run().await)
         });
         Self(Arc::new(Shared {
             desk,

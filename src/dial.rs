@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use futures_util::TryFutureExt as _;
 use futures_util::future::BoxFuture;
 use http::Uri;
 use http::uri::Scheme;
@@ -18,6 +19,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 use tower_service::Service as _;
+
+use crate::panics::dialled;
 
 /// A stream of bytes.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -41,7 +44,7 @@ pub fn tcp(url: Uri) -> Dial {
     Arc::new(move || {
         let connecting = connector.clone().call(url.clone());
         Box::pin(async move {
-            let stream = connecting.await.map_err(io::Error::other)?;
+            let stream = dialled(connecting.map_err(io::Error::other)).await?;
             Ok(Box::new(stream.into_inner()) as Box<dyn Stream>)
         })
     })

@@ -18,13 +18,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_util::FutureExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
+use crate::panics::{blocking, supervise};
 use file::{Bounds, File, Sealed, Trouble};
 
 /// Answers that wait to be written, and their bytes: over a minute of one account's, and no more than a few of the largest
@@ -139,7 +140,7 @@ impl Disk {
         });
         let room = QUEUE_BYTES.min(usize::try_from(shared.settings.max_bytes / 8).unwrap_or(QUEUE_BYTES));
         let (stop, stopped) = (CancellationToken::new(), CancellationToken::new());
-        let keeper = Keeper {
+        let mut keeper = Keeper {
             shared: Arc::clone(&shared),
             records,
             troubles,
@@ -148,10 +149,8 @@ impl Disk {
             retry: FIRST_RETRY,
         };
         let is_over = stopped.clone().drop_guard();
-        tokio::spawn(async move {
-            keeper.run().await;
-            drop(is_over);
-        });
+        let keeping = supervise("disk", async move || keeper.run().await);
+        tokio::spawn(keeping.map(|()| drop(is_over)));
         Self {
             shared,
             queue,
@@ -239,7 +238,7 @@ impl Shared {
             return None;
         }
         let turn = Arc::clone(&self.readers).acquire_owned().await.ok()?;
-        let read = spawn_blocking(move || {
+        let read = blocking(move || {
             let read = file.read(place, self.settings.oldest_ms());
             self.stands_still.store(false, Ordering::Relaxed);
             drop(turn);
@@ -285,14 +284,13 @@ struct Keeper {
 
 impl Keeper {
     /// Until it is stopped, and what was queued is written.
-    async fn run(mut self) {
+    async fn run(&mut self) {
+        // After a panic the file may be open here still.
+        self.shared.set(State::Opening);
         loop {
             let path = self.shared.settings.path.clone();
-            // A panic of ours is contained there; one of the runtime's means that the process ends.
-            let Ok(opened) = spawn_blocking(move || File::open(&path)).await else {
-                return;
-            };
-            let trouble = match opened {
+            let opened = blocking(move || File::open(&path)).await;
+            let trouble = match opened.unwrap_or_else(|error| Err(Trouble::Io(error))) {
                 Ok(file) => self.keep(Arc::new(file)).await,
                 Err(trouble) => Some((DiskStep::Open, trouble)),
             };
@@ -345,7 +343,7 @@ impl Keeper {
         }
         self.shared.set(State::Away);
         // Closing it may wait for the disk.
-        let _ = spawn_blocking(move || drop(file)).await;
+        let _ = blocking(move || drop(file)).await;
         trouble
     }
 
@@ -356,7 +354,7 @@ impl Keeper {
             oldest_ms: self.shared.settings.oldest_ms(),
         };
         let file = Arc::clone(file);
-        let writing = spawn_blocking(move || {
+        let writing = blocking(move || {
             let sealed = batch.into_iter().filter_map(|record| {
                 let bytes = (record.seal)()?;
                 Some(Sealed {
@@ -369,10 +367,7 @@ impl Keeper {
             let gone = file.write(&sealed, bounds)?;
             Ok((sealed.len() as u64, gone, file))
         });
-        let written = writing
-            .await
-            .unwrap_or_else(|_| Err(Trouble::Corrupt("writing panicked".to_owned())));
-        match written {
+        match writing.await.unwrap_or_else(|error| Err(Trouble::Io(error))) {
             Ok((written, gone, file)) => {
                 if written > 0 {
                     (self.said, self.retry) = (None, FIRST_RETRY);
@@ -398,19 +393,18 @@ impl Keeper {
         let (what, fix) = match trouble {
             Trouble::Corrupt(what) => {
                 let damaged = path.clone();
-                match spawn_blocking(move || file::set_aside(&damaged)).await {
-                    Ok(Ok(aside)) => {
+                match blocking(move || file::set_aside(&damaged)).await.flatten() {
+                    Ok(aside) => {
                         tracing::error!(
                             path = %path.display(), operation = step.label(), what, moved_to = %aside.display(),
                             "cache.disk: the file is corrupt; it is moved aside, and an empty one begun"
                         );
                         return true;
                     }
-                    Ok(Err(error)) => (
+                    Err(error) => (
                         format!("it is corrupt ({what}), and cannot be moved aside: {error}"),
                         "delete it",
                     ),
-                    Err(_) => return false,
                 }
             }
             Trouble::InUse => (
@@ -460,6 +454,7 @@ fn fix(kind: std::io::ErrorKind) -> &'static str {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
             "free space there, or lower cache.disk_max_bytes"
         }
+        ErrorKind::WouldBlock => "allow the process more threads (pids)",
         ErrorKind::IsADirectory => "name a file in that folder",
         _ => "name a file in a folder that exists and can be written",
     }

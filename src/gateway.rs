@@ -60,6 +60,7 @@ pub use crate::metrics::InFlight;
 use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::otlp::Exporter;
 use crate::outcome::Served;
+use crate::panics;
 use crate::shared::{Answers, Shared};
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
@@ -260,7 +261,7 @@ impl Gateway {
                 }
             });
             let most = self.config.load().limits.request_timeout;
-            self.metrics.contain(timeout(most, answering)).await
+            panics::contain(timeout(most, answering)).await
         };
         let response = match in_time {
             Some(Ok(response)) => response,
@@ -540,20 +541,7 @@ impl Gateway {
     ) -> Carried {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
         let (key, task) = (Arc::clone(&asker.key), task.clone());
-        Carried::new(self.contained(gateway.fly(leader, account, key, task, live, trace)))
-    }
-
-    /// Runs `work` on nobody's behalf.
-    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        tokio::spawn(self.contained(work));
-    }
-
-    /// The same work; a panic ends it, and is counted.
-    fn contained<W>(&self, work: W) -> impl Future<Output = ()> + Send + use<W>
-    where
-        W: Future<Output = ()> + Send + 'static,
-    {
-        self.metrics.contain(work).map(|_| ())
+        Carried::new(panics::contain(gateway.fly(leader, account, key, task, live, trace)).map(drop))
     }
 
     /// Whether a flight need not fly: what it is to fetch is kept by now, here or by another replica, or nobody may.

@@ -13,6 +13,7 @@
 //! stored                                   what is kept of an answer
 //! config  error  metrics  dial             checked config · one enum · one struct · how we connect
 //! task  account  outcome  trace            words: pure, no I/O
+//! panics                                   what a panic ends, and what goes on
 //! ```
 
 pub mod account;
@@ -29,6 +30,7 @@ pub mod log;
 pub mod metrics;
 pub mod otlp;
 pub mod outcome;
+pub mod panics;
 pub mod reload;
 pub mod server;
 pub mod shared;
@@ -50,6 +52,7 @@ use admin::Health;
 use config::Config;
 use gateway::Gateway;
 use metrics::Metrics;
+use panics::supervise;
 
 /// How long a stop that has used up `drain` still waits for the disk.
 const LAST_WRITES: Duration = Duration::from_secs(1);
@@ -138,19 +141,20 @@ pub async fn run(
             Instant::now()
         }
     });
-    let beat = tokio::spawn(async move { health.beat().await });
+    let beat = tokio::spawn(supervise("beat", async move || health.beat().await));
     let sweep = tokio::spawn({
         let gateway = Arc::clone(&gateway);
-        async move {
-            // A panic ends one round of it, and no more.
-            while gateway.metrics().contain(gateway.sweep()).await.is_none() {}
-        }
+        supervise("sweep", async move || gateway.sweep().await)
     });
-    let reload = source.map(|source| {
-        let watch = reload::watch(source, Arc::clone(&gateway), Arc::clone(&metrics));
-        tokio::spawn(watch)
+    let reload = source.map(|mut source| {
+        let (gateway, metrics) = (Arc::clone(&gateway), Arc::clone(&metrics));
+        let watch = async move || reload::watch(&mut source, &gateway, &metrics).await;
+        tokio::spawn(supervise("reload", watch))
     });
-    let certificates = tls.clone().map(|tls| tokio::spawn(tls.watch()));
+    let certificates = tls.clone().map(|tls| {
+        let watch = async move || tls.watch().await;
+        tokio::spawn(supervise("certificates", watch))
+    });
     let now = shutdown.now.clone();
     server::serve(
         listeners.clients,
@@ -185,7 +189,7 @@ pub async fn run(
     }
     stop_admin.cancel();
     // It ends within a turn of its runtime; a panic there was reported by the hook.
-    let _ = tokio::task::spawn_blocking(|| admin.join()).await;
+    let _ = panics::blocking(|| admin.join()).await;
     tracing::info!("stopped");
     Ok(())
 }

@@ -73,8 +73,8 @@ impl Log {
         Ok(metrics.log_lines_dropped(lost)?)
     }
 
-    /// From now on what happens is logged, as `log` says, panics too. Gives what changes the level.
-    pub fn start(&self, log: &config::Log) -> impl Fn(Level) + Send + 'static {
+    /// From now on what happens is logged, as `log` says, panics too, which `metrics` count. Gives what changes the level.
+    pub fn start(&self, log: &config::Log, metrics: &Metrics) -> impl Fn(Level) + Send + 'static {
         let (filter, level) = reload::Layer::<_, Registry>::new(targets(log.level));
         let registry = tracing_subscriber::registry().with(filter);
         let lines = tracing_subscriber::fmt::layer().with_writer(self.lines.clone());
@@ -82,7 +82,12 @@ impl Log {
             LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
             LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
         }
-        std::panic::set_hook(Box::new(log_panic));
+        let panics = metrics.panics.clone();
+        // All come by here, and once, whoever contains them.
+        std::panic::set_hook(Box::new(move |info| {
+            panics.inc();
+            log_panic(info);
+        }));
         // The log outlives everything that could have a level to set.
         move |to| drop(level.modify(|filter| *filter = targets(to)))
     }

@@ -87,8 +87,8 @@ fn load(file: &ConfigFile, log: &Log) -> Result<Config, ExitCode> {
 }
 
 fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> {
-    let set_level = Box::new(log.start(&config.log));
     let metrics = Arc::new(Metrics::new().context("metrics")?);
+    let set_level = Box::new(log.start(&config.log, &metrics));
     log.count_in(&metrics)?;
     let available = descriptors::raise().context("file descriptors")?;
     let written = config.clone();

@@ -7,10 +7,8 @@ mod disk;
 mod elsewhere;
 mod shared;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures_util::FutureExt as _;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -131,7 +129,7 @@ pub enum SpanDrop {
     QueueFull,
     /// The collector will not take it.
     Refused,
-    /// The process ended first.
+    /// The process ended first, or a panic lost them.
     Unsent,
 }
 
@@ -211,7 +209,7 @@ pub struct Metrics {
     refused: IntCounterVec,
     /// Requests that are being answered.
     pub requests_in_flight: IntGauge,
-    /// Panics caught; each is a bug.
+    /// Panics, wherever they were.
     pub panics: IntCounter,
     /// Client connections open now.
     pub connections: IntGauge,
@@ -444,7 +442,7 @@ impl Metrics {
             )?,
             panics: register(
                 &registry,
-                IntCounter::with_opts(opts("panics_total", "Panics caught; each is a bug."))?,
+                IntCounter::with_opts(opts("panics_total", "Panics, by a bug or for want of a thread."))?,
             )?,
             connections: register(
                 &registry,
@@ -580,7 +578,6 @@ impl Metrics {
             paused: self.upstream_paused.with_label_values(&[account]),
             keys_refused: self.upstream_keys_refused.with_label_values(&[account]),
             credits_missing: self.upstream_credits_missing.with_label_values(&[account]),
-            panics: self.panics.clone(),
             live_tasks: self.live_tasks.with_label_values(&[account]),
             freshness: self.freshness.with_label_values(&[account]),
         }
@@ -614,20 +611,6 @@ impl Metrics {
     /// Counts a request or a connection that went no further; `reason` is a word of the code, never the client's.
     pub fn refused(&self, reason: &'static str) {
         self.refused.with_label_values(&[reason]).inc();
-    }
-
-    /// Runs `work`; a panic in it is counted, and gives `None`.
-    ///
-    /// Nothing that work changes here is left half done by a panic: locks cover single steps.
-    pub fn contain<T, W: Future<Output = T>>(&self, work: W) -> impl Future<Output = Option<T>> + use<T, W> {
-        let (done, panics) = (AssertUnwindSafe(work).catch_unwind(), self.panics.clone());
-        done.map(move |done| done.map_err(|_| panics.inc()).ok())
-    }
-
-    /// The same for work that does not wait.
-    pub fn contain_now<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
-        let done = catch_unwind(AssertUnwindSafe(work));
-        done.map_err(|_| self.panics.inc()).ok()
     }
 
     /// Counts a request for another path than TaskInfo: streamed through, or refused.
@@ -700,8 +683,6 @@ pub struct AccountMetrics {
     pub keys_refused: IntGauge,
     /// Accounts under this label that have no credits.
     pub credits_missing: IntGauge,
-    /// Panics caught, of all accounts.
-    pub panics: IntCounter,
     live_tasks: IntGauge,
     freshness: prometheus::Gauge,
 }
@@ -753,18 +734,4 @@ fn opts(name: &str, help: &str) -> Opts {
 
 fn histogram(name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
     HistogramOpts::new(format!("crun_gateway_{name}"), help).buckets(buckets.to_vec())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_panic_ends_the_work_and_is_counted() {
-        let metrics = Metrics::new().unwrap();
-        assert_eq!(metrics.contain(async { 1 }).await, Some(1));
-        assert_eq!(metrics.panics.get(), 0);
-        let none: Option<()> = metrics.contain(async { panic!("a bug, planted") }).await;
-        assert_eq!((none, metrics.panics.get()), (None, 1));
-    }
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use prometheus::IntCounter;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -20,6 +21,7 @@ use uuid::Uuid;
 
 use crate::config;
 use crate::metrics::{Metrics, SpanDrop};
+use crate::panics::supervise;
 use crate::trace::{TraceContext, TraceId};
 use collector::{Collector, Said};
 use span::Ended;
@@ -64,7 +66,9 @@ impl Exporter {
         };
         let (queue, ended) = mpsc::channel(MOST_WAITING);
         let (closing, closed) = (CancellationToken::new(), CancellationToken::new());
-        let sender = Sender {
+        let mut sender = Sender {
+            queue: ended,
+            batch: Vec::new(),
             collector: Collector::new(endpoint, settings)?,
             instance: Uuid::new_v4().to_string(),
             timeout: settings.timeout,
@@ -75,10 +79,8 @@ impl Exporter {
             is_failing: false,
         };
         let done = closed.clone().drop_guard();
-        tokio::spawn(async move {
-            let _done = done;
-            sender.run(ended).await;
-        });
+        let sending = supervise("spans", async move || sender.run().await);
+        tokio::spawn(sending.map(|()| drop(done)));
         Ok(Some(Self(Arc::new(Inner {
             queue,
             queue_full: metrics.spans_dropped(SpanDrop::QueueFull),
@@ -125,6 +127,8 @@ impl Exporter {
 
 /// The one that sends.
 struct Sender {
+    queue: mpsc::Receiver<Ended>,
+    batch: Vec<Ended>,
     collector: Collector,
     instance: String,
     timeout: Duration,
@@ -137,36 +141,41 @@ struct Sender {
 }
 
 impl Sender {
-    async fn run(mut self, mut queue: mpsc::Receiver<Ended>) {
-        let mut batch = Vec::new();
+    async fn run(&mut self) {
+        // What it panicked over is not tried again.
+        self.unsent.inc_by(self.batch.len() as u64);
+        self.batch.clear();
         while !self.closing.is_cancelled() {
             tokio::select! {
                 () = self.closing.cancelled() => break,
-                came = queue.recv_many(&mut batch, MOST_IN_BATCH) => if came == 0 { break },
+                came = self.queue.recv_many(&mut self.batch, MOST_IN_BATCH) => if came == 0 { break },
             }
             let until = Instant::now() + BATCH_DELAY;
-            while batch.len() < MOST_IN_BATCH {
-                let room = MOST_IN_BATCH - batch.len();
+            while self.batch.len() < MOST_IN_BATCH {
+                let room = MOST_IN_BATCH - self.batch.len();
                 tokio::select! {
                     () = self.closing.cancelled() => break,
-                    came = timeout_at(until, queue.recv_many(&mut batch, room)) => {
+                    came = timeout_at(until, self.queue.recv_many(&mut self.batch, room)) => {
                         if matches!(came, Ok(0) | Err(_)) { break }
                     }
                 }
             }
-            self.send(&batch).await;
-            batch.clear();
+            self.send().await;
+            self.batch.clear();
         }
-        queue.close();
-        while queue.recv_many(&mut batch, MOST_IN_BATCH).await > 0 {
-            self.send(&batch).await;
-            batch.clear();
+        self.queue.close();
+        while self.queue.recv_many(&mut self.batch, MOST_IN_BATCH).await > 0 {
+            self.send().await;
+            self.batch.clear();
         }
     }
 
-    /// Sends a batch, again and again until the collector has an answer to it, or it is time to end.
-    async fn send(&mut self, batch: &[Ended]) {
-        let (spans, body) = (batch.len() as u64, Bytes::from(payload::request(batch, &self.instance)));
+    /// Sends the batch, again and again until the collector has an answer to it, or it is time to end.
+    async fn send(&mut self) {
+        let (spans, body) = (
+            self.batch.len() as u64,
+            Bytes::from(payload::request(&self.batch, &self.instance)),
+        );
         let mut backoff = FIRST_BACKOFF;
         loop {
             let failure = match timeout(self.timeout, self.collector.post(body.clone())).await {

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use crate::config::{Config, Limits, Problems};
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
+use crate::panics;
 
 /// How often the configuration is read anew. The kubelet takes up to a minute to bring a change into a pod.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -50,7 +51,7 @@ struct Said {
 }
 
 /// Takes over what changes in `source`, for as long as it is polled.
-pub async fn watch(mut source: Source, gateway: Arc<Gateway>, metrics: Arc<Metrics>) {
+pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
     let mut said = Said::default();
     loop {
         let is_asked = timeout(INTERVAL, source.now.notified()).await.is_ok();
@@ -59,12 +60,12 @@ pub async fn watch(mut source: Source, gateway: Arc<Gateway>, metrics: Arc<Metri
         }
         let path = source.path.clone();
         // Files may lie on a network's disk.
-        let load = tokio::task::spawn_blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
+        let load = panics::blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
         let Ok(loaded) = load.await else { continue };
         match loaded {
             Ok(config) => {
                 said.problems = None;
-                take_over(config, &mut source, &gateway, &metrics, &mut said, is_asked);
+                take_over(config, source, gateway, metrics, &mut said, is_asked);
                 metrics.config_reload_success.set(1);
             }
             Err(problems) if said.problems.as_ref() == Some(&problems) => {}
@@ -90,11 +91,13 @@ fn take_over(
     let (mut config, needs_restart) = config.taken_over(&source.written);
     let is_changed = config != source.written;
     if is_changed {
-        source.written.clone_from(&config);
+        let written = config.clone();
         (source.fit)(&mut config.limits);
         (source.set_level)(config.log.level);
         let (limit, accounts) = (config.budget.limit, config.accounts.len());
         gateway.configure(config);
+        // Not before: what a panic has kept from being taken over is taken over the next time.
+        source.written = written;
         metrics.config_reload_timestamp.set(unix_now());
         tracing::info!(limit, accounts, "the changed configuration is taken over");
     } else if is_asked && needs_restart.is_empty() {

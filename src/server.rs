@@ -31,6 +31,7 @@ use tokio_util::task::TaskTracker;
 use crate::error::Error;
 use crate::gateway::{Gateway, refusal};
 use crate::metrics::Metrics;
+use crate::panics;
 pub use connection::serve_connection;
 pub use tls::{LOOK_INTERVAL, Tls, serve_tls_connection};
 
@@ -165,7 +166,7 @@ impl Server {
             }
         };
         let (gateway, limits) = (Arc::clone(&self.gateway), self.gateway.config().limits.clone());
-        let (tls, draining, metrics) = (self.tls.clone(), self.draining.clone(), Arc::clone(&self.metrics));
+        let (tls, draining) = (self.tls.clone(), self.draining.clone());
         self.tracker.spawn(async move {
             let _place = place;
             let serving = async {
@@ -175,7 +176,7 @@ impl Server {
                 }
             };
             // A request's own panics are its answer; what panics here is the connection's.
-            metrics.contain(serving).await
+            panics::contain(serving).await
         });
     }
 

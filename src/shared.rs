@@ -44,6 +44,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
 use crate::metrics::{Metrics, SharedCall, SharedMetrics};
+use crate::panics::supervise;
 pub use answers::{Answers, Away, Claim, Clock, Found, Label, Wanted, Whose};
 pub use lease::Standing;
 use link::{Exchanged, Link};
@@ -104,11 +105,9 @@ impl Shared {
         });
         inner.metrics.show(Standing::Waiting.label(), 0);
         let mut link = Link::new(store, terms)?;
-        let (taking_part, metrics) = (Arc::clone(&inner), Arc::clone(metrics));
-        tokio::spawn(async move {
-            // A panic ends one call, and no more.
-            while metrics.contain(drive(&taking_part, &mut link)).await.is_none() {}
-        });
+        let taking_part = Arc::clone(&inner);
+        let drive = async move || drive(&taking_part, &mut link).await;
+        tokio::spawn(supervise("shared budget", drive));
         Ok(Some(Self(inner)))
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// Lowest row first. A module may name (`crate::x`) only modules of earlier rows, and itself.
 const ROWS: &[&[&str]] = &[
+    &["panics"],
     &["task", "account", "outcome", "trace"],
     &["config", "error", "metrics", "dial"],
     &["stored", "shared"],

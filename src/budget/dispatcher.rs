@@ -12,7 +12,6 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -33,6 +32,7 @@ use super::spending::Spending;
 use super::{MOST_SHOWN, Pace, Shares, lock};
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use crate::panics::contain_now;
 use crate::shared::{Demand, Lane, Right, Slot};
 
 /// How far behind now the schedule may be, where an emission interval is shorter than a wake-up is late.
@@ -294,8 +294,7 @@ impl Dispatcher {
     /// Does `work`. A panic ends the wait of everybody who waits, and nothing else: what was spent counts on, and whoever
     /// comes next is served.
     fn contain(&mut self, work: impl FnOnce(&mut Self)) {
-        if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {
-            self.metrics.panics.inc();
+        if contain_now(|| work(self)).is_none() {
             self.forget_all();
             self.next = self.look(Instant::now());
         }

@@ -17,6 +17,7 @@ use super::asker::Asker;
 use super::{Data, Gateway, InFlight, response};
 use crate::account::Caller;
 use crate::outcome::Served;
+use crate::panics;
 use crate::task::TaskId;
 
 /// A poll as plain as can be: a GET of one task with one key, on a connection that stays open.
@@ -49,7 +50,7 @@ impl Gateway {
         if self.exporter.is_some() || enabled!(Level::DEBUG) {
             return None;
         }
-        self.metrics.contain_now(|| self.look_up(poll, caller, head))?
+        panics::contain_now(|| self.look_up(poll, caller, head))?
     }
 
     fn look_up(&self, poll: PlainPoll<'_>, caller: &Caller, head: &mut Vec<u8>) -> Option<Hit> {

@@ -40,7 +40,7 @@ impl Gateway {
         if !asker.account.budget.is_paused(now)
             && let Some(probe) = self.upstream.breaker().probe(task, now)
         {
-            self.spawn(Arc::clone(self).probe(probe, asker.clone(), task.clone()));
+            tokio::spawn(Arc::clone(self).probe(probe, asker.clone(), task.clone()));
         }
         self.unavailable()
     }

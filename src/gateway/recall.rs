@@ -69,7 +69,7 @@ impl Gateway {
         let (mut recall, leader) = self.recalls.join((account.id, poll.task.clone()), || Recall::UnderWay);
         if let Some(leader) = leader {
             let (gateway, account, task) = (Arc::clone(self), Arc::clone(account), poll.task.clone());
-            self.spawn(async move {
+            tokio::spawn(async move {
                 // 1. a poll finds nothing in memory; 2. the reading that was under way ends; 3. the poll begins this one.
                 let answer = match gateway.cache.snapshot(account.id, &task, Instant::now()) {
                     None => gateway.read(&account, &task, place).await,

@@ -31,6 +31,7 @@ use crate::config::{self, Demand, Identity, Limits, Problem, Problems, Watched};
 use crate::error::Error;
 use crate::gateway::{Gateway, refusal};
 use crate::metrics::{HandshakeFailure, Metrics};
+use crate::panics;
 
 /// How often the files are looked at: three small files, and a certificate in use soon after it was put in place.
 pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -83,12 +84,12 @@ impl Tls {
     }
 
     /// Takes what the files hold from time to time, for as long as it is polled.
-    pub async fn watch(self: Arc<Self>) {
+    pub async fn watch(self: &Arc<Self>) {
         loop {
             sleep(LOOK_INTERVAL).await;
-            let tls = Arc::clone(&self);
+            let tls = Arc::clone(self);
             // A panic there was reported by the hook; the next look is another.
-            let _ = tokio::task::spawn_blocking(move || tls.reload()).await;
+            let _ = panics::blocking(move || tls.reload()).await;
         }
     }
 

@@ -44,6 +44,7 @@ use tokio_util::sync::CancellationToken;
 use super::connect::{Connection, Dialer};
 use crate::config::Config;
 use crate::metrics::{AnswerMetrics, Metrics, SharedWrite};
+use crate::panics::supervise;
 use claims::Claims;
 
 const LOOK_LUA: &str = include_str!("answers/look.lua");
@@ -303,11 +304,9 @@ impl Answers {
             writes: Arc::new(Semaphore::new(MOST_WRITES)),
             metrics: metrics.answers()?,
         });
-        let (taking_part, metrics) = (Arc::clone(&inner), Arc::clone(metrics));
-        tokio::spawn(async move {
-            // A panic ends one connection, and no more.
-            while metrics.contain(taking_part.keep_up(&dialer)).await.is_none() {}
-        });
+        let taking_part = Arc::clone(&inner);
+        let keep_up = async move || taking_part.keep_up(&dialer).await;
+        tokio::spawn(supervise("shared answers", keep_up));
         Ok(Some(Self(inner)))
     }
 

@@ -16,6 +16,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::config::{Key, Store};
 use crate::dial;
+use crate::panics::dialled;
 
 /// The store, and how it is reached.
 pub(super) struct Dialer {
@@ -131,7 +132,7 @@ impl Dialer {
     }
 
     async fn open(&self, (host, port): &(String, u16), login: RedisConnectionInfo) -> anyhow::Result<Connection> {
-        let raw = TcpStream::connect((host.as_str(), *port)).await?;
+        let raw = dialled(TcpStream::connect((host.as_str(), *port))).await?;
         raw.set_nodelay(true)?;
         // Both time-outs are ours.
         let settings = AsyncConnectionConfig::new()

@@ -248,6 +248,18 @@ async fn plain_http_is_told_that_tls_is_spoken_here() {
 }
 
 #[tokio::test]
+async fn a_new_certificate_is_taken_after_a_moment_without_threads() {
+    let authority = Authority::new();
+    let gateway = Gateway::start_without_threads("http://127.0.0.1:9", &authority.section("")).await;
+    gateway.logged("panicked", 2).await;
+    let renewed = authority.server();
+    authority.mount(&renewed);
+    gateway.allow_threads().await;
+    gateway.logged("new certificate", 1).await;
+    assert_eq!(authority.stranger().sees(gateway.address).await, renewed.der());
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_trust_the_certificate_is_counted() {
     let (authority, other) = (Authority::new(), Authority::new());
     let gateway = Gateway::start("http://127.0.0.1:9", &authority.section("")).await;

@@ -203,6 +203,28 @@ async fn a_kill_in_the_middle_of_writing_loses_no_more_than_what_was_on_its_way(
 }
 
 #[tokio::test]
+async fn a_moment_without_threads_costs_nothing_of_what_is_kept() {
+    const TASKS: u32 = 20;
+    let (upstream, place) = (quick_upstream().await, Place::new());
+    let config = QUICK.to_owned() + &place.config("");
+    let gateway = Gateway::start(&upstream.url, &config).await;
+    fill(&gateway, TASKS).await;
+    stop(gateway).await;
+    let asked = upstream.queries().await;
+    let gateway = Gateway::start_without_threads(&upstream.url, &config).await;
+    until(&gateway, NOT_OPENED, 1).await;
+    gateway.allow_threads().await;
+    until(&gateway, UP, 1).await;
+    poll_all(gateway.address, 0..TASKS, assert_is_hit).await;
+    assert_eq!(upstream.queries().await, asked);
+    let log = gateway.log();
+    assert!(
+        log.contains("no thread can be had") && !log.contains("corrupt"),
+        "{log}"
+    );
+}
+
+#[tokio::test]
 async fn age_and_lifetime_go_on_where_they_were() {
     let (upstream, place) = (quick_upstream().await, Place::new());
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;

@@ -652,7 +652,7 @@ async fn an_answer_that_has_begun_is_cut_when_the_requests_time_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_is_a_500_for_that_request_counted_and_nothing_else() {
+async fn a_panic_is_a_500_for_that_request_and_nothing_else() {
     let paused = Paused::start(
         Behaviour {
             opening: |number| {
@@ -671,8 +671,6 @@ async fn a_panic_is_a_500_for_that_request_counted_and_nothing_else() {
         upload
     };
     paused.ask(upload()).await.assert_is_our_error(500);
-    let panics = paused.metric("crun_gateway_panics_total");
-    assert!((panics - 2.0).abs() < 0.1, "{panics}");
     // The same task, the same account, the same path.
     assert_eq!(paused.poll(KEY, "a").await.status, 200);
     assert_eq!(paused.ask(upload()).await.status, 200);

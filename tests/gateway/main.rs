@@ -36,7 +36,7 @@
 //! - `connections`: time-outs, limits, and who shares what
 //! - `hits`: a hit is answered ahead of hyper, and nobody can tell
 //! - `resting`: a connection on which nothing is asked keeps next to nothing, and nobody notices
-//! - `threads`: too few threads end a start in words
+//! - `threads`: too few threads end a start in words, and nothing else for good
 //! - `tls`: upstream over TLS
 //! - `trace`: which trace and which request it was, and who is told
 

@@ -130,7 +130,31 @@ impl Gateway {
         Self::start_by(command, upstream, config).await
     }
 
-    async fn start_by(mut command: Command, upstream: &str, config: &str) -> Self {
+    /// The same, where it can have the log's thread, its two workers and the admin port's, and no more.
+    pub async fn start_without_threads(upstream: &str, config: &str) -> Self {
+        for _ in 0..100 {
+            // Whoever looks up a name at once may have the last one before the admin port has.
+            if let Ok(gateway) = Self::try_start_by(with_threads(4), upstream, config).await {
+                return gateway;
+            }
+        }
+        panic!("the gateway does not start");
+    }
+
+    /// From now on it can have as many as it likes.
+    pub async fn allow_threads(&self) {
+        let pid = self.child.id().unwrap().to_string();
+        let allowed = Command::new("prlimit").args(["--pid", &pid, "--as=unlimited"]).status();
+        assert!(allowed.await.unwrap().success());
+    }
+
+    async fn start_by(command: Command, upstream: &str, config: &str) -> Self {
+        let started = Self::try_start_by(command, upstream, config).await;
+        started.unwrap_or_else(|log| panic!("the gateway did not start: {log}"))
+    }
+
+    /// The gateway, or what it logged when it did not start.
+    async fn try_start_by(mut command: Command, upstream: &str, config: &str) -> Result<Self, String> {
         let file = config_file(&complete(upstream, config));
         command.arg("--config").arg(file.path());
         let mut child = command
@@ -149,7 +173,9 @@ impl Gateway {
             .await
             .expect("the gateway starts in time")
             .unwrap();
-        let serving = serving.unwrap_or_else(|| panic!("the gateway did not start: {}", log.lock().unwrap()));
+        let Some(serving) = serving else {
+            return Err(log.lock().unwrap().clone());
+        };
         let json: Option<Value> = serde_json::from_str(&serving).ok();
         let field = |name: &str| {
             let text = match &json {
@@ -164,7 +190,7 @@ impl Gateway {
             };
             text.parse().unwrap()
         };
-        Self {
+        Ok(Self {
             address: field("listen"),
             admin: field("admin"),
             child,
@@ -172,7 +198,7 @@ impl Gateway {
             reader,
             config: file,
             upstream: upstream.to_owned(),
-        }
+        })
     }
 
     /// The time that its threads have run, in user and system mode.
