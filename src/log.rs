@@ -114,7 +114,8 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     tracing::error!(
         thread = std::thread::current().name(),
         location = info.location().map(tracing::field::display),
-        message = info.payload_as_str(),
+        // `message` is what the line has already.
+        error = info.payload_as_str(),
         backtrace = backtrace.as_ref().map(tracing::field::display),
         "panicked"
     );

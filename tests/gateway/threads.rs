@@ -61,6 +61,12 @@ async fn a_changed_configuration_is_taken_over_after_a_moment_without_threads_an
         panics.len().to_string(),
         "{log}"
     );
+    for panic in panics {
+        assert_eq!(panic.matches("\"message\":").count(), 1, "{panic}");
+        let line: serde_json::Value = serde_json::from_str(panic).unwrap();
+        let error = line["error"].as_str().unwrap();
+        assert!(error.contains("can't spawn worker thread"), "{panic}");
+    }
 }
 
 #[tokio::test]
