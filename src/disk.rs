@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::FutureExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
@@ -91,7 +91,7 @@ struct Shared {
     settings: Settings,
     state: watch::Sender<State>,
     readers: Arc<Semaphore>,
-    /// A read did not come in time, and none has come since.
+    /// A read did not come in time, and none has ended since. Whoever sets it has one under way, which clears it.
     stands_still: AtomicBool,
     /// What reads ran into.
     trouble: mpsc::Sender<Trouble>,
@@ -201,8 +201,13 @@ impl Disk {
         open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
     ) -> Option<T> {
         let shared = &self.shared;
-        let Ok(read) = timeout(patience, Arc::clone(shared).read(place, open)).await else {
+        let given_up = Instant::now() + patience;
+        let mut reading = Box::pin(Arc::clone(shared).read(place, given_up, open));
+        let Ok(read) = timeout_at(given_up, &mut reading).await else {
+            // From now on nobody asks, and only what was asked before can tell that the disk goes on: so this is not
+            // dropped, be it not even begun.
             shared.stands_still.store(true, Ordering::Relaxed);
+            tokio::spawn(reading);
             shared.metrics.read(DiskRead::Slow);
             return None;
         };
@@ -223,24 +228,37 @@ impl Disk {
 }
 
 impl Shared {
-    /// `None` when nothing was read.
+    /// `None` when nothing was read. However it ends, the disk does not stand still.
     async fn read<T: Send + 'static>(
         self: Arc<Self>,
         place: u128,
+        given_up: Instant,
         open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
     ) -> Option<Option<T>> {
+        let read = Arc::clone(&self).read_in_turn(place, given_up, open).await;
+        self.stands_still.store(false, Ordering::Relaxed);
+        read
+    }
+
+    async fn read_in_turn<T: Send + 'static>(
+        self: Arc<Self>,
+        place: u128,
+        given_up: Instant,
+        open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
+    ) -> Option<Option<T>> {
+        // Before the file: whoever waits for a turn does not keep one open that is to be closed.
+        let turn = Arc::clone(&self.readers).acquire_owned().await.ok()?;
         let mut state = self.state.subscribe();
         let state = state.wait_for(|state| !matches!(state, State::Opening)).await;
         let State::Open(file) = state.ok()?.clone() else {
             return None;
         };
-        if !file.may_hold(place) {
+        // What nobody waits for any more holds up nobody who does.
+        if !file.may_hold(place) || Instant::now() >= given_up {
             return None;
         }
-        let turn = Arc::clone(&self.readers).acquire_owned().await.ok()?;
         let read = blocking(move || {
             let read = file.read(place, self.settings.oldest_ms());
-            self.stands_still.store(false, Ordering::Relaxed);
             drop(turn);
             match read {
                 Ok(sealed) => Some(sealed.and_then(|sealed| open(&sealed))),

@@ -79,8 +79,69 @@ async fn while_the_disk_stands_still_nobody_waits_for_it() {
     assert!(shows(&metrics, r#"crun_gateway_disk_reads_total{result="slow"} 1"#));
     assert!(!disk.may_hold(A), "the next one does not even ask");
     drop(stuck);
-    assert!(disk.get(A, PATIENCE, text).await.is_some());
-    assert!(disk.may_hold(A), "it goes on");
+    assert_goes_on(&disk).await;
+    assert!(
+        shows(&metrics, r#"crun_gateway_disk_reads_total{result="hit"} 1"#),
+        "what was given up is not counted again"
+    );
+}
+
+#[tokio::test]
+async fn a_file_that_opens_slowly_is_read_once_it_is_open() {
+    let folder = tempfile::tempdir().unwrap();
+    let (metrics, disk_metrics) = metrics();
+    let disk = Disk::open(settings(folder.path()), disk_metrics);
+    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
+    while metrics.disk.writes.get() < 1 {
+        tokio::task::yield_now().await;
+    }
+    let open = disk.shared.state.send_replace(State::Opening);
+    // B is not in the file, which nobody knows yet.
+    for place in [A, B] {
+        assert_eq!(disk.get(place, Duration::from_millis(1), text).await, None);
+    }
+    assert!(!disk.may_hold(A), "the next one does not wait for it");
+    disk.shared.set(open);
+    assert_goes_on(&disk).await;
+    assert!(!disk.may_hold(B));
+}
+
+#[tokio::test]
+async fn a_read_given_up_keeps_nobody_from_a_file_that_was_closed_and_opened_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let (metrics, disk_metrics) = metrics();
+    let disk = Disk::open(settings(folder.path()), disk_metrics);
+    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
+    while metrics.disk.writes.get() < 1 {
+        tokio::task::yield_now().await;
+    }
+    let readers = u32::try_from(READERS).unwrap();
+    let stuck = Arc::clone(&disk.shared.readers)
+        .acquire_many_owned(readers)
+        .await
+        .unwrap();
+    assert_eq!(disk.get(A, Duration::from_millis(1), text).await, None);
+    // As after any trouble.
+    let State::Open(file) = disk.shared.state.send_replace(State::Away) else {
+        panic!("it was open");
+    };
+    // The keeper's and this one.
+    assert_eq!(Arc::strong_count(&file), 2, "nobody who waits holds it");
+    drop(stuck);
+    disk.shared.set(State::Open(file));
+    assert_goes_on(&disk).await;
+}
+
+/// That what is on disk is read again, without anybody's asking in spite of what `may_hold` says.
+async fn assert_goes_on(disk: &Disk) {
+    let may = async {
+        while !disk.may_hold(A) {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, may).await.is_ok(), "nobody may ask any more");
+    assert_eq!(disk.get(A, PATIENCE, text).await.as_deref(), Some("abc"));
+    assert!(disk.may_hold(A));
 }
 
 #[tokio::test]
@@ -108,7 +169,7 @@ async fn what_comes_within_a_moment_is_written_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let (_, metrics) = metrics();
     let disk = Disk::open(settings(folder.path()), metrics.clone());
-    let start = tokio::time::Instant::now();
+    let start = Instant::now();
     disk.put(A, now_ms(), 1, || Some(vec![1]));
     while metrics.writes.get() < 1 {
         sleep(Duration::from_millis(1)).await;
