@@ -1,8 +1,10 @@
-//! The platform's edge: metrics, health and status page, on a thread and runtime of their own, so that it answers when the main one is
-//! busy. Nothing here changes state, and upstream's health is part of nothing here: cached answers outlive an outage.
+//! The platform's edge: metrics, health and status page, on a thread and runtime of their own, so that it answers when the
+//! main one is busy. Whoever comes is let in, and whoever came first makes room. Nothing here changes state, and upstream's
+//! health is part of nothing here: cached answers outlive an outage.
 
 mod page;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,7 +22,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
-use tokio::sync::Semaphore;
+use socket2::SockRef;
+use tokio::task::{JoinHandle, yield_now};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -34,8 +37,16 @@ const STUCK: Duration = Duration::from_secs(30);
 /// How often the main runtime shows that it turns.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// Scrapes and probes are few; this bounds what a stray client may take.
+/// Scrapes and probes are few; this bounds what stray clients may take together.
 const MOST_CONNECTIONS: usize = 64;
+
+/// Newcomers who are let in before those who are there have another turn: a probe has had several, and its answer, before as
+/// many have come after it as there are places.
+const AT_ONCE: u64 = 8;
+
+/// What the system may hold of answers to one connection, in bytes; it takes twice that. Left to itself it takes megabytes, a
+/// hundred answers to somebody who asks for them at once and reads none.
+const SEND_BUFFER: usize = 32 << 10;
 
 /// Whether the process serves, and whether its main runtime turns.
 #[derive(Debug)]
@@ -97,6 +108,10 @@ pub fn spawn(
     stop: CancellationToken,
 ) -> anyhow::Result<thread::JoinHandle<()>> {
     listener.set_nonblocking(true).context("admin")?;
+    // Whoever is accepted has it from the listener.
+    SockRef::from(&listener)
+        .set_send_buffer_size(SEND_BUFFER)
+        .context("admin")?;
     let admin = Arc::new(Admin {
         health,
         gateway,
@@ -146,13 +161,13 @@ struct Told {
     status: Status,
 }
 
+/// Where all places are taken, whoever came first makes room: silent connections, and ones that do not read, may come faster
+/// than any time-out ends them, and a probe shall not wait for one. Asking again lengthens no stay, or those who do it without
+/// end would push out a probe that has only come.
 async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut connections: VecDeque<JoinHandle<()>> = VecDeque::with_capacity(MOST_CONNECTIONS);
     let mut is_failing = false;
-    loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            return;
-        };
+    for newcomer in 1_u64.. {
         let stream = match listener.accept().await {
             Ok((stream, _)) => {
                 is_failing = false;
@@ -168,9 +183,14 @@ async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
                 continue;
             }
         };
+        connections.retain(|connection| !connection.is_finished());
+        if connections.len() >= MOST_CONNECTIONS
+            && let Some(first) = connections.pop_front()
+        {
+            first.abort();
+        }
         let admin = Arc::clone(&admin);
-        tokio::spawn(async move {
-            let _place = place;
+        connections.push_back(tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
                 let answer = admin.answer(request.method(), request.uri().path());
                 std::future::ready(Ok::<_, Infallible>(answer))
@@ -181,7 +201,10 @@ async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
                 .header_read_timeout(Duration::from_secs(30))
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
-        });
+        }));
+        if newcomer.is_multiple_of(AT_ONCE) {
+            yield_now().await;
+        }
     }
 }
 

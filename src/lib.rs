@@ -45,6 +45,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -61,7 +62,7 @@ const LAST_WRITES: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Listeners {
     /// For clients.
-    pub clients: tokio::net::TcpListener,
+    pub clients: TcpListener,
     /// For the platform.
     pub admin: std::net::TcpListener,
 }
@@ -74,7 +75,10 @@ impl Listeners {
     pub fn bind(config: &Config) -> anyhow::Result<Self> {
         Ok(Self {
             clients: server::bind(config.listen).with_context(|| format!("listen: {}", config.listen))?,
-            admin: std::net::TcpListener::bind(config.admin).with_context(|| format!("admin: {}", config.admin))?,
+            // A probe that finds the queue for being accepted full waits a second before it tries again.
+            admin: server::bind(config.admin)
+                .and_then(TcpListener::into_std)
+                .with_context(|| format!("admin: {}", config.admin))?,
         })
     }
 }

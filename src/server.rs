@@ -47,7 +47,7 @@ const MOST_TURNED_AWAY: usize = 64;
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
 
-/// Binds the clients' address; a restart need not wait until the last connections of the one before are forgotten.
+/// Binds an address; a restart need not wait until the last connections of the one before are forgotten.
 ///
 /// # Errors
 /// When the address is taken, not this host's, or not allowed.
