@@ -12,6 +12,7 @@ mod breaker;
 mod line;
 mod pool;
 mod recent;
+mod streamed;
 mod wire;
 
 use std::fmt;
@@ -46,6 +47,8 @@ use line::Line;
 pub use pool::{Answered, Pool, Ready};
 use pool::{Connections, Slot};
 use recent::Recent;
+use streamed::Interest;
+pub use streamed::Streamed;
 use wire::{Heard, Wire};
 
 /// The path of the one endpoint that costs budget.
@@ -122,7 +125,9 @@ impl Upstream {
     /// # Errors
     /// When upstream cannot be reached, no place for a connection is free within `upstream.connect_timeout`, or upstream
     /// breaks off before it answers.
-    pub async fn stream<B>(&self, request: Request<B>) -> Result<Response<Incoming>, Error>
+    ///
+    /// Cancel safe: the connection closes.
+    pub async fn stream<B>(&self, request: Request<B>) -> Result<Response<Streamed>, Error>
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -131,14 +136,10 @@ impl Upstream {
             .await
             .map_err(|_| Error::NoConnection)?;
         let (mut sender, connection, wire) = self.0.open().await?;
-        tokio::spawn(async move {
-            // How it ends, the request and its body tell.
-            let _ = connection.await;
-            drop(slot);
-        });
+        let interest = Interest::in_connection(connection, slot);
         let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
         wire.answered();
-        in_http(response)
+        Ok(in_http(response)?.map(|body| Streamed::new(body, interest)))
     }
 
     /// Whether upstream may be asked at all.

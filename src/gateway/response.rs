@@ -9,7 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
-use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -18,6 +18,7 @@ use super::unix_now;
 use crate::error::Error;
 use crate::otlp::Span;
 use crate::stored::{Answer, Freshness};
+use crate::upstream::Streamed;
 
 /// RFC 9211.
 pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
@@ -49,7 +50,7 @@ pub enum Body {
     /// Bytes that are there, until they are taken.
     Whole(Option<Data>),
     /// Upstream's, as they come; its span ends with them.
-    Streamed(Incoming, Span),
+    Streamed(Streamed, Span),
 }
 
 impl Body {
@@ -341,7 +342,7 @@ pub fn refusal(error: &Error) -> Vec<u8> {
 }
 
 /// Upstream's response to a request that was streamed through: untouched, but for what belongs to one connection.
-pub(super) fn streamed(response: Response<Incoming>, call: Span) -> Response<Body> {
+pub(super) fn streamed(response: Response<Streamed>, call: Span) -> Response<Body> {
     let mut response = response.map(|body| Body::Streamed(body, call));
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_GATEWAY.clone());

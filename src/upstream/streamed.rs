@@ -1,0 +1,211 @@
+//! The body of an answer that is streamed through, and the connection that it comes on: that ends with it.
+//!
+//! hyper would end it by itself, but first has to write what it holds of the request; and an upstream that reads no more, be it
+//! hung or done with an upload that it has refused, can have it wait for ever.
+
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::pool::Slot;
+
+/// How long a request may still be sent when its answer is whole. Its client has less by default: `limits.header_timeout`,
+/// from the next byte on.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// Whoever waits for an answer. Dropped, it takes the connection along.
+#[derive(Debug)]
+pub(super) struct Interest(oneshot::Sender<Whole>);
+
+/// The answer has come to its end.
+#[derive(Debug)]
+struct Whole;
+
+impl Interest {
+    /// Lets `connection` do its work in `slot`, for as long as anybody waits for what it brings.
+    pub(super) fn in_connection(connection: impl Future<Output: Send> + Send + 'static, slot: Slot) -> Self {
+        let (interest, ended) = oneshot::channel();
+        tokio::spawn(async move {
+            // Given back when all else is closed.
+            let _slot = slot;
+            let mut connection = pin!(connection);
+            // How it ends, the request and its body tell.
+            tokio::select! {
+                _ = &mut connection => {}
+                ended = ended => if let Ok(Whole) = ended {
+                    let _ = timeout(GRACE, connection).await;
+                }
+            }
+        });
+        Self(interest)
+    }
+}
+
+/// Upstream's body, as it comes. Dropped before its end, it closes the connection; after it, what is left of the request may
+/// still be sent.
+#[derive(Debug)]
+pub struct Streamed {
+    body: Incoming,
+    has_ended: bool,
+    interest: Option<Interest>,
+}
+
+impl Streamed {
+    pub(super) fn new(body: Incoming, interest: Interest) -> Self {
+        Self {
+            body,
+            has_ended: false,
+            interest: Some(interest),
+        }
+    }
+}
+
+impl Body for Streamed {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let this = self.get_mut();
+        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        this.has_ended = frame.is_none();
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Streamed {
+    fn drop(&mut self) {
+        if (self.has_ended || self.body.is_end_stream())
+            && let Some(Interest(ended)) = self.interest.take()
+        {
+            // Else the connection is over already.
+            let _ = ended.send(Whole);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future;
+    use std::sync::Arc;
+
+    use http::Request;
+    use http_body_util::{BodyExt as _, Full};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio::sync::mpsc;
+    use tokio::time::sleep;
+
+    use super::super::{Stream, Upstream};
+    use super::*;
+    use crate::config::Config;
+    use crate::metrics::Metrics;
+
+    const UPLOAD: usize = 1 << 20;
+
+    /// An upstream behind pipes that hold little, and its ends of them.
+    fn upstream() -> (Upstream, mpsc::UnboundedReceiver<DuplexStream>, Arc<Metrics>) {
+        let (opened, connections) = mpsc::unbounded_channel();
+        let dial = Arc::new(move || {
+            let (near, far) = duplex(1024);
+            opened.send(far).unwrap();
+            let dialing: crate::dial::Dialing = Box::pin(future::ready(Ok(Box::new(near) as Box<dyn Stream>)));
+            dialing
+        });
+        let mut config = Config::default();
+        config.upstream.url = "http://upstream".parse().unwrap();
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
+        (upstream, connections, metrics)
+    }
+
+    fn upload() -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::from(vec![b'x'; UPLOAD]));
+        *request.method_mut() = http::Method::POST;
+        request
+    }
+
+    /// Reads the beginning of a request and no more, and answers it.
+    async fn answer(connections: &mut mpsc::UnboundedReceiver<DuplexStream>, answer: &str) -> DuplexStream {
+        let mut far = connections.recv().await.unwrap();
+        far.read_u8().await.unwrap();
+        far.write_all(answer.as_bytes()).await.unwrap();
+        far
+    }
+
+    const HALF: &str = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nha";
+    const HALF_CHUNKED: &str = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nha\r\n";
+    const WHOLE: [&str; 3] = [
+        "HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\n{}",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        "HTTP/1.1 204 No Content\r\n\r\n",
+    ];
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_on_which_upstream_reads_no_more_is_left_with_whoever_leaves() {
+        let (upstream, mut connections, metrics) = upstream();
+        let open = || metrics.upstream_connections.get();
+        {
+            let mut unanswered = pin!(upstream.stream(upload()));
+            let _far = tokio::select! {
+                _ = &mut unanswered => panic!("answered"),
+                far = answer(&mut connections, "") => far,
+            };
+            assert_eq!(open(), 1);
+        }
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!(open(), 0, "never answered");
+        for half in [HALF, HALF_CHUNKED] {
+            let (response, _far) = tokio::join!(upstream.stream(upload()), answer(&mut connections, half));
+            let mut response = response.unwrap();
+            response.body_mut().frame().await.unwrap().unwrap();
+            assert_eq!(open(), 1);
+            drop(response);
+            sleep(Duration::from_millis(1)).await;
+            assert_eq!(open(), 0, "{half}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_on_which_upstream_reads_no_more_outlives_a_whole_answer_by_a_while() {
+        let (upstream, mut connections, metrics) = upstream();
+        for whole in WHOLE {
+            let (response, _far) = tokio::join!(upstream.stream(upload()), answer(&mut connections, whole));
+            response.unwrap().collect().await.unwrap();
+            sleep(GRACE.mul_f64(0.99)).await;
+            assert_eq!(metrics.upstream_connections.get(), 1, "{whole}");
+            sleep(GRACE.mul_f64(0.02)).await;
+            assert_eq!(metrics.upstream_connections.get(), 0, "{whole}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_goes_on_behind_its_answer() {
+        let (upstream, mut connections, metrics) = upstream();
+        for whole in WHOLE {
+            let (response, mut far) = tokio::join!(upstream.stream(upload()), answer(&mut connections, whole));
+            response.unwrap().collect().await.unwrap();
+            sleep(GRACE / 2).await;
+            let mut seen = 0;
+            while seen < UPLOAD {
+                let read = far.read(&mut [0; 1024]).await.unwrap();
+                assert!(read > 0, "{seen} bytes behind {whole}");
+                seen += read;
+            }
+            // hyper does not look any more whether anybody has another request.
+            sleep(GRACE).await;
+            assert_eq!(metrics.upstream_connections.get(), 0, "{whole}");
+        }
+    }
+}
