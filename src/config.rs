@@ -229,7 +229,7 @@ pub struct Limits {
     pub connections_per_address: Option<usize>,
     /// Upstream connections in all.
     pub upstream_connections: usize,
-    /// Bytes of upstream bodies in flight.
+    /// Bytes of upstream bodies in flight: half to read with, half for what clients have yet to take.
     pub body_bytes: usize,
 }
 

@@ -103,6 +103,9 @@ pub enum Error {
     /// The answer is compressed in a way that was not asked for and cannot be undone.
     #[error("upstream's answer has a Content-Encoding that cannot be decoded")]
     UpstreamEncoding,
+    /// Nothing of `limits.body_bytes` is left for the answer.
+    #[error("too many of upstream's answers are being taken at once (limits.body_bytes): try again")]
+    NoRoom,
     /// A bug of the gateway's: something panicked.
     #[error("internal error")]
     Internal,
@@ -122,9 +125,11 @@ impl Error {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::UpstreamUnavailable { .. } | Self::NoConnection | Self::Overloaded | Self::TooManyConnections(_) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::UpstreamUnavailable { .. }
+            | Self::NoConnection
+            | Self::NoRoom
+            | Self::Overloaded
+            | Self::TooManyConnections(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -158,6 +163,7 @@ impl Error {
             Self::UpstreamBroken => "upstream_broken",
             Self::UpstreamTooLarge => "upstream_too_large",
             Self::UpstreamEncoding => "upstream_encoding",
+            Self::NoRoom => "no_room",
             Self::Internal => "internal",
         }
     }
@@ -181,6 +187,7 @@ impl Error {
             Self::TooManyAccounts
             | Self::QueueFull { .. }
             | Self::BudgetSpent { .. }
+            | Self::NoRoom
             | Self::Overloaded
             | Self::TooManyConnections(_) => Some("http_request_denied"),
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
@@ -199,7 +206,7 @@ impl Error {
             | Self::BudgetSpent { retry_after, .. }
             | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
-            Self::Overloaded | Self::TooManyConnections(_) => Some(Duration::from_secs(1)),
+            Self::NoRoom | Self::Overloaded | Self::TooManyConnections(_) => Some(Duration::from_secs(1)),
             Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey
@@ -246,6 +253,7 @@ impl Error {
             | Self::UpstreamBroken
             | Self::UpstreamTooLarge
             | Self::UpstreamEncoding
+            | Self::NoRoom
             | Self::Internal => None,
         }
     }

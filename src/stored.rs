@@ -10,7 +10,7 @@ mod encoding;
 mod packed;
 
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -48,8 +48,6 @@ pub struct Draft {
     pub received: Instant,
     /// For how long it is kept; `None` is not at all.
     pub keeping: Option<Keeping>,
-    /// The share of `limits.body_bytes` of an answer that is not kept, until the last client has it.
-    pub room: Option<OwnedSemaphorePermit>,
 }
 
 impl Draft {
@@ -65,7 +63,6 @@ impl Draft {
             asked,
             received,
             keeping: None,
-            room: None,
         }
     }
 
@@ -87,7 +84,7 @@ impl Draft {
                 body: (!is_kept).then_some(self.body),
                 retry_after: self.retry_after,
                 location: self.location,
-                _room: self.room,
+                room: OnceLock::new(),
             })
         });
         Answer { block, beside }
@@ -114,7 +111,7 @@ struct Beside {
     body: Option<Bytes>,
     retry_after: Option<HeaderValue>,
     location: Option<HeaderValue>,
-    _room: Option<OwnedSemaphorePermit>,
+    room: OnceLock<OwnedSemaphorePermit>,
 }
 
 impl From<Block> for Answer {
@@ -238,6 +235,14 @@ impl Answer {
     /// What the cache keeps of it.
     pub fn block(&self) -> &Block {
         &self.block
+    }
+
+    /// Holds `room`, its share of `limits.body_bytes`, until the last client has it; what is kept needs none.
+    pub fn hold(&self, room: OwnedSemaphorePermit) {
+        if let Some(beside) = &self.beside {
+            // Once: whoever fetched it does.
+            let _ = beside.room.set(room);
+        }
     }
 
     /// The same once more, to be kept otherwise; its room is not.

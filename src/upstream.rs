@@ -142,6 +142,14 @@ impl Upstream {
         Ok(in_http(response)?.map(|body| Streamed::new(body, interest)))
     }
 
+    /// Room for an answer of so many bytes that is not kept, until the last client has it.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] when answers that their clients do not take have it all.
+    pub async fn hold(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Failed> {
+        self.0.room.hold(bytes).await.map_err(Failed::after)
+    }
+
     /// Whether upstream may be asked at all.
     pub fn breaker(&self) -> &Arc<Breaker> {
         &self.0.breaker
@@ -180,7 +188,7 @@ pub struct Fetched {
     pub asked: Instant,
     /// When the last byte was there.
     pub received: Instant,
-    /// The body's share of `limits.body_bytes`, until the last holder is done with it.
+    /// What of `limits.body_bytes` it was read with, until it is known who has it now ([`Upstream::hold`]).
     pub room: Option<OwnedSemaphorePermit>,
     /// What it came on.
     pub connection: Answered,
@@ -214,7 +222,7 @@ impl Ready {
     /// Not cancel safe: dropped midway, the query is spent and the connection closed.
     ///
     /// # Errors
-    /// When there is no complete answer within `upstream.timeout`, or one that is too large or cannot be decoded.
+    /// When there is no complete answer within `upstream.timeout`, be it for want of room to read it, or one that is too large or cannot be decoded.
     pub async fn send(
         self,
         permit: Permit,
@@ -241,13 +249,14 @@ impl Ready {
             sender, driver, wire, ..
         } = &mut *connection.line;
         wire.arm(permit);
+        let mut has_waited = false;
         let answered = {
             // Each move of it would take its room again.
             let exchange = pin!(async {
                 let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
                 wire.answered();
                 let (head, body) = in_http(response)?.into_parts();
-                let (body, room) = body::read(&head.headers, body, &upstream.room).await?;
+                let (body, room) = body::read(&head.headers, body, &upstream.room, &mut has_waited).await?;
                 Ok((head, body, room))
             });
             timeout(upstream.settings.timeout, driver.run(exchange)).await
@@ -261,6 +270,8 @@ impl Ready {
                     error,
                 });
             }
+            // Upstream may have been quick enough.
+            Err(_) if has_waited => return Err(Failed::after(Error::NoRoom)),
             Err(_) => return Err(Failed::after(Error::UpstreamTimeout)),
         };
         let received = Instant::now();
@@ -361,4 +372,30 @@ fn in_http(response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
         return Err(Error::UpstreamBroken);
     }
     Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future;
+
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::config::Config;
+
+    /// An upstream behind pipes that hold little, and its ends of them.
+    pub(super) fn in_memory() -> (Upstream, mpsc::UnboundedReceiver<DuplexStream>, Arc<Metrics>) {
+        let (opened, connections) = mpsc::unbounded_channel();
+        let dial: Dial = Arc::new(move || {
+            let (near, far) = duplex(1024);
+            opened.send(far).unwrap();
+            Box::pin(future::ready(Ok(Box::new(near) as Box<dyn Stream>)))
+        });
+        let mut config = Config::default();
+        config.upstream.url = "http://upstream".parse().unwrap();
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
+        (upstream, connections, metrics)
+    }
 }

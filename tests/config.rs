@@ -300,9 +300,11 @@ fn fields_that_contradict_each_other_are_refused() {
     );
     refuses(
         "limits: { body_bytes: 8MiB }",
-        "upstream.max_body: is above limits.body_bytes of 8MiB: no room for one such body: \
-         lower it, or raise limits.body_bytes",
+        "upstream.max_body: is above half of limits.body_bytes of 8MiB: no room to read one such body while a client takes \
+         another: lower it, or raise limits.body_bytes",
     );
+    refuses_fields("limits: { body_bytes: 31MiB }", &["upstream.max_body"]);
+    accepts("limits: { body_bytes: 32MiB }");
     refuses(
         "limits: { request_timeout: 9s }",
         "limits.request_timeout: is 9s, below budget.max_wait of 10s: raise it, or lower budget.max_wait: a poll may wait \
@@ -640,7 +642,7 @@ fn what_check_prints_means_the_same() {
 listen: "[::1]:0"
 admin: "127.0.0.1:0"
 tls: {{ cert_file: {cert:?}, key_file: {private:?}, client_ca_file: {roots:?}, client_certificates: optional }}
-upstream: {{ url: "http://127.0.0.1:8099/", connect_timeout: 1500ms, timeout: 90s, connections: 7, max_body: 1000001, ca_file: {roots:?} }}
+upstream: {{ url: "http://127.0.0.1:8099/", connect_timeout: 1500ms, timeout: 90s, connections: 7, max_body: 999999, ca_file: {roots:?} }}
 accounts:
   - {{ name: "15", keys: [{{ file: {key:?} }}, {{ env: MUSIC }}] }}
   - {{ name: "null", keys: [{{ env: MEDIA }}] }}

@@ -265,9 +265,11 @@ fn together(r: &mut Reader<'_>, config: &Config) {
 
     let (one, all) = (config.upstream.max_body, config.limits.body_bytes);
     let room = written_size(all as u64);
-    let what = format!("is above limits.body_bytes of {room}: no room for one such body");
+    let what = format!(
+        "is above half of limits.body_bytes of {room}: no room to read one such body while a client takes another"
+    );
     let fix = "lower it, or raise limits.body_bytes";
-    r.together(&["upstream.max_body", "limits.body_bytes"], one <= all, what, fix);
+    r.together(&["upstream.max_body", "limits.body_bytes"], one <= all / 2, what, fix);
 }
 
 /// The extra roots' file, which must hold at least one certificate. Only its path is kept.

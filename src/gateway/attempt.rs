@@ -50,7 +50,8 @@ impl Gateway {
         let took = sent.elapsed();
         let breaker = self.upstream.breaker();
         match result {
-            Ok(fetched) => {
+            Ok(mut fetched) => {
+                let room = fetched.room.take();
                 let answer = self.keep(account, task, fetched);
                 self.remember(account, key, task, &answer);
                 let outcome = outcome(answer.class());
@@ -67,6 +68,11 @@ impl Gateway {
                 } else {
                     breaker.answered(sent);
                 }
+                // What is kept counts against the cache.
+                if !answer.is_stored() {
+                    answer.hold(self.upstream.hold(answer.body_len()).await?);
+                }
+                drop(room);
                 Ok(answer)
             }
             Err(failed) if failed.unspent => Err(failed),
@@ -96,8 +102,8 @@ impl Gateway {
             body,
             asked,
             received,
-            room,
             connection,
+            ..
         } = fetched;
         let reading = task::read(status.as_u16(), &body, task);
         // What makes no sense may be the end of another answer, or one to another query: then so is all that follows.
@@ -114,8 +120,6 @@ impl Gateway {
                 retry_after,
                 location,
                 keeping,
-                // What is kept counts against the cache.
-                room: room.filter(|_| keeping.is_none()),
                 ..Draft::new(status, body, reading, asked, received)
             };
             draft.of(account.id, task)
@@ -178,9 +182,20 @@ pub(super) fn outcome(class: Class) -> Outcome {
 
 /// What an attempt without an answer counts as.
 fn failure(error: &Error) -> Outcome {
-    if matches!(error, Error::UpstreamTooLarge | Error::UpstreamEncoding) {
+    if matches!(error, Error::UpstreamTooLarge | Error::UpstreamEncoding | Error::NoRoom) {
         Outcome::Unrecognised
     } else {
         Outcome::Unavailable
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn want_of_room_is_no_outage() {
+        assert_eq!(failure(&Error::UpstreamTimeout), Outcome::Unavailable);
+        assert_eq!(failure(&Error::NoRoom), Outcome::Unrecognised);
     }
 }

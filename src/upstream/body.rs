@@ -1,7 +1,10 @@
 //! Reading upstream's body: bounded, decoded, and with room for it reserved before it is kept.
 
+use std::future::poll_fn;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+use std::time::Duration;
 
 use bytes::Bytes;
 use flate2::write::{MultiGzDecoder, ZlibDecoder};
@@ -10,14 +13,17 @@ use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use crate::error::Error;
 
-/// `limits.body_bytes`, as permits. Bodies that do not say how long they are take room as they grow; so that they can never
-/// all wait for each other, room for one largest body is set aside, and whoever has it needs no more.
+/// `limits.body_bytes`, as permits: half of them to read with, half for what is read and not kept, until its clients have it.
+/// So reading never waits for a client that does not read. Bodies that do not say how long they are take room as they grow; so
+/// that they can never all wait for each other, room for one largest body is set aside, and whoever has it needs no more.
 pub(super) struct Room {
     shared: Arc<Semaphore>,
     set_aside: Arc<Semaphore>,
+    held: Arc<Semaphore>,
     /// `upstream.max_body`.
     most: usize,
     buffers: Arc<Buffers>,
@@ -25,31 +31,41 @@ pub(super) struct Room {
 
 impl Room {
     pub(super) fn new(body_bytes: usize, max_body: usize) -> Self {
-        let shared = body_bytes.saturating_sub(max_body).min(Semaphore::MAX_PERMITS);
+        let held = body_bytes / 2;
+        let shared = (body_bytes - held).saturating_sub(max_body);
+        let permits = |bytes: usize| Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
         Self {
-            shared: Arc::new(Semaphore::new(shared)),
-            set_aside: Arc::new(Semaphore::new(1)),
+            shared: permits(shared),
+            set_aside: permits(1),
+            held: permits(held),
             most: max_body,
             buffers: Arc::default(),
         }
     }
 
-    async fn share(&self, bytes: usize) -> Result<Share<'_>, Error> {
-        let mut share = Share {
-            room: self,
-            bytes: 0,
-            permit: None,
-        };
-        share.grow(bytes).await?;
-        Ok(share)
+    /// Room for a body of so many bytes that is read.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] when clients that take their time have it.
+    pub(super) async fn hold(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Error> {
+        let bytes = u32::try_from(bytes).map_err(|_| Error::UpstreamTooLarge)?;
+        let held = timeout(PATIENCE, Arc::clone(&self.held).acquire_many_owned(bytes)).await;
+        // The semaphore is never closed.
+        held.map_err(|_| Error::NoRoom)?.map_err(|_| Error::Internal)
     }
 }
+
+/// How long a body that is read waits for those that clients are taking: whoever reads at all has taken one by then. The room
+/// that it was read with waits, too.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// One body's part of the room.
 struct Share<'a> {
     room: &'a Room,
     bytes: usize,
     permit: Option<OwnedSemaphorePermit>,
+    /// Whether it has had to wait.
+    has_waited: &'a mut bool,
 }
 
 impl Share<'_> {
@@ -73,6 +89,11 @@ impl Share<'_> {
                 self.permit = Some(all.map_err(|_| Error::Internal)?);
                 self.bytes = self.room.most;
             }
+            // Neither is to be had at once.
+            () = poll_fn(|_| {
+                *self.has_waited = true;
+                Poll::Pending
+            }) => {}
         }
         Ok(())
     }
@@ -119,7 +140,8 @@ impl Drop for Lent {
     }
 }
 
-/// Reads `body` to its end, undoing its Content-Encoding: at most `upstream.max_body` bytes, with room for each.
+/// Reads `body` to its end, undoing its Content-Encoding: at most `upstream.max_body` bytes, with room for each. Notes in
+/// `has_waited` when there is none at once.
 ///
 /// # Errors
 /// When it breaks off, is too large, or is encoded in an unknown way.
@@ -127,6 +149,7 @@ pub(super) async fn read(
     headers: &HeaderMap,
     mut body: Incoming,
     room: &Room,
+    has_waited: &mut bool,
 ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Error> {
     let most = room.most;
     let announced = headers
@@ -142,7 +165,13 @@ pub(super) async fn read(
             most,
         },
     )?;
-    let mut share = room.share(announced.unwrap_or(0)).await?;
+    let mut share = Share {
+        room,
+        bytes: 0,
+        permit: None,
+        has_waited,
+    };
+    share.grow(announced.unwrap_or(0)).await?;
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|_| Error::UpstreamBroken)?.into_data() else {
             continue;
@@ -239,5 +268,70 @@ impl Write for Bounded {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::time::{Instant, sleep};
+
+    use super::super::Fetched;
+    use super::super::tests::in_memory;
+    use super::*;
+    use crate::account::ApiKey;
+    use crate::budget::Permit;
+    use crate::task::TaskId;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_for_room_in_vain_is_not_upstreams_failure() {
+        let (upstream, mut connections, _) = in_memory();
+        let room = &upstream.0.room;
+        let key = ApiKey::new("ak_one").unwrap();
+        let task = TaskId::new("a").unwrap();
+        let pool = upstream.pool();
+        let all = u32::try_from(room.shared.available_permits()).unwrap();
+        for (is_full, body, expected) in [
+            (false, "{}", Ok(())),
+            (false, "{", Err(Error::UpstreamTimeout)),
+            (true, "{}", Err(Error::NoRoom)),
+        ] {
+            let taken = is_full.then(|| (room.shared.try_acquire_many(all), room.set_aside.try_acquire()));
+            let ready = pool.connect(&task, true).await.unwrap();
+            let mut far = connections.recv().await.unwrap();
+            let permit = Permit::until(Instant::now() + Duration::from_millis(10));
+            let answering = async {
+                far.read_u8().await.unwrap();
+                let head = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
+                far.write_all([head, body].concat().as_bytes()).await.unwrap();
+            };
+            let (sent, ()) = tokio::join!(ready.send(permit, &key, &task, None), answering);
+            assert_eq!(sent.map(|Fetched { .. }| ()).map_err(|failed| failed.error), expected);
+            drop(taken);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bodies_that_clients_take_their_time_for_leave_room_to_read() {
+        let room = Room::new(2048, 1024);
+        let held = room.hold(1000).await.unwrap();
+        assert_eq!(room.hold(1000).await.unwrap_err(), Error::NoRoom);
+        let small = room.hold(24).await.unwrap();
+        let mut has_waited = false;
+        let mut share = Share {
+            room: &room,
+            bytes: 0,
+            permit: None,
+            has_waited: &mut has_waited,
+        };
+        share.grow(1024).await.unwrap();
+        drop((share, small));
+        assert!(!has_waited);
+        // Whoever reads makes room.
+        let (next, ()) = tokio::join!(room.hold(1000), async {
+            sleep(PATIENCE / 2).await;
+            drop(held);
+        });
+        drop(next.unwrap());
     }
 }

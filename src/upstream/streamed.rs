@@ -98,37 +98,16 @@ impl Drop for Streamed {
 
 #[cfg(test)]
 mod tests {
-    use std::future;
-    use std::sync::Arc;
-
     use http::Request;
     use http_body_util::{BodyExt as _, Full};
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
     use tokio::sync::mpsc;
     use tokio::time::sleep;
 
-    use super::super::{Stream, Upstream};
+    use super::super::tests::in_memory;
     use super::*;
-    use crate::config::Config;
-    use crate::metrics::Metrics;
 
     const UPLOAD: usize = 1 << 20;
-
-    /// An upstream behind pipes that hold little, and its ends of them.
-    fn upstream() -> (Upstream, mpsc::UnboundedReceiver<DuplexStream>, Arc<Metrics>) {
-        let (opened, connections) = mpsc::unbounded_channel();
-        let dial = Arc::new(move || {
-            let (near, far) = duplex(1024);
-            opened.send(far).unwrap();
-            let dialing: crate::dial::Dialing = Box::pin(future::ready(Ok(Box::new(near) as Box<dyn Stream>)));
-            dialing
-        });
-        let mut config = Config::default();
-        config.upstream.url = "http://upstream".parse().unwrap();
-        let metrics = Arc::new(Metrics::new().unwrap());
-        let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
-        (upstream, connections, metrics)
-    }
 
     fn upload() -> Request<Full<Bytes>> {
         let mut request = Request::new(Full::from(vec![b'x'; UPLOAD]));
@@ -154,7 +133,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_on_which_upstream_reads_no_more_is_left_with_whoever_leaves() {
-        let (upstream, mut connections, metrics) = upstream();
+        let (upstream, mut connections, metrics) = in_memory();
         let open = || metrics.upstream_connections.get();
         {
             let mut unanswered = pin!(upstream.stream(upload()));
@@ -179,7 +158,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_on_which_upstream_reads_no_more_outlives_a_whole_answer_by_a_while() {
-        let (upstream, mut connections, metrics) = upstream();
+        let (upstream, mut connections, metrics) = in_memory();
         for whole in WHOLE {
             let (response, _far) = tokio::join!(upstream.stream(upload()), answer(&mut connections, whole));
             response.unwrap().collect().await.unwrap();
@@ -192,7 +171,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_upload_goes_on_behind_its_answer() {
-        let (upstream, mut connections, metrics) = upstream();
+        let (upstream, mut connections, metrics) = in_memory();
         for whole in WHOLE {
             let (response, mut far) = tokio::join!(upstream.stream(upload()), answer(&mut connections, whole));
             response.unwrap().collect().await.unwrap();

@@ -6,8 +6,10 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::client::bare;
+use crate::harness::paused::{self, Behaviour, Paused};
 use crate::harness::raw::{self, Raw};
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, Scripted, Simulator, TASK_INFO, poll, poll_as, request};
@@ -390,7 +392,7 @@ async fn upstream_that_answers_by_and_by() -> String {
 async fn little_room_for_bodies_still_serves_everybody() {
     let upstream = upstream_that_answers_by_and_by().await;
     let config =
-        format!("upstream: {{ url: \"{upstream}\", max_body: \"64KiB\" }}\nlimits: {{ body_bytes: \"64KiB\" }}");
+        format!("upstream: {{ url: \"{upstream}\", max_body: \"64KiB\" }}\nlimits: {{ body_bytes: \"128KiB\" }}");
     let gateway = Gateway::start(&upstream, &config).await;
     let address = gateway.address;
     let mut polls = JoinSet::new();
@@ -401,4 +403,46 @@ async fn little_room_for_bodies_still_serves_everybody() {
         assert_eq!(reply.status, 200, "{reply:?}");
         assert_eq!(reply.body.len(), 48 << 10);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_do_not_read_keep_no_answer_from_being_read() {
+    let behaviour = Behaviour {
+        answer: |_, task| {
+            if !task.starts_with("odd") {
+                return paused::success(task);
+            }
+            let message = "x".repeat(60 << 10);
+            paused::json(&serde_json::json!({ "code": 422, "message": message, "data": null }))
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |config| {
+        config.upstream.max_body = 64 << 10;
+        config.limits.body_bytes = 128 << 10;
+    });
+    let mut deaf = Vec::new();
+    for number in 0..4 {
+        let mut client = gateway.connect(1024, CancellationToken::new());
+        client.send(raw::poll(&format!("odd{number}"))).await.unwrap();
+        deaf.push(client);
+    }
+    for number in 0..30 {
+        let reply = gateway.poll(KEY, &format!("ended{number}")).await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    // There is room for one of their answers.
+    let mut served = 0;
+    for client in &mut deaf {
+        let reply = client.reply().await;
+        served += usize::from(reply.is(200));
+        assert!(
+            reply.is(200) || reply.is(503) && reply.header("retry-after").is_some(),
+            "{}",
+            reply.head
+        );
+    }
+    assert_eq!(served, 1);
+    let answered = gateway.metric("crun_gateway_upstream_requests_total{account=\"other\",outcome=\"refused\"}");
+    assert!((answered - 4.0).abs() < 0.1, "{answered}");
 }
