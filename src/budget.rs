@@ -202,6 +202,18 @@ impl Budget {
         pause
     }
 
+    /// Takes over what upstream's 429s did to another budget: a key that spent that one spends this one from now on.
+    pub fn take_over(&self, other: &Self) {
+        let Some(backed) = lock(&other.0.backoff).backed() else {
+            return;
+        };
+        lock(&self.0.backoff).take_over(backed);
+        if let Some(lane) = &self.0.lane {
+            lane.back_off(backed);
+        }
+        self.0.tell(Message::BackedOff);
+    }
+
     /// Whether the account is paused at `now`.
     pub fn is_paused(&self, now: Instant) -> bool {
         lock(&self.0.backoff).paused_until(now).is_some()

@@ -175,9 +175,10 @@ impl Accounts {
         let before = self.directory.load_full();
         let after = Arc::new(self.changed_directory(config, &before));
         let rules = after.rules;
-        let hold = |gained: &[Budget]| {
+        let hold = |gained: &[Gained]| {
             let until = Instant::now() + Duration::from_secs(1) + rules.pace.margin;
-            for budget in gained {
+            for Gained { budget, spent } in gained {
+                budget.take_over(spent);
                 rules.hold_for(budget, until);
             }
         };
@@ -450,18 +451,32 @@ impl Directory {
     }
 
     /// Budgets under which keys have come that spent another one `before`.
-    fn gained(&self, before: &Self) -> Vec<Budget> {
+    fn gained(&self, before: &Self) -> Vec<Gained> {
         let listed = self.keys().map(|asker| (&asker.key.secret, &asker.account.budget));
-        let moved = |(key, budget): &(&ApiKey, &Budget)| before.budget(key).is_some_and(|spent| !spent.is(budget));
-        let moved = listed.chain(&self.retired).filter(moved);
-        moved.map(|(_, budget)| budget.clone()).collect()
+        let moved = |(key, budget): (&ApiKey, &Budget)| Gained::over(before.budget(key)?, budget);
+        listed.chain(&self.retired).filter_map(moved).collect()
     }
 
     /// Budgets under which keys of an account come here that is of another directory, or unlisted, if they are others than
     /// its own.
-    fn superseding(&self, account: &Account) -> impl Iterator<Item = Budget> {
+    fn superseding(&self, account: &Account) -> impl Iterator<Item = Gained> {
         let budgets = account.keys.iter().filter_map(|key| self.budget(&key.secret));
-        budgets.filter(|budget| !budget.is(&account.budget)).cloned()
+        budgets.filter_map(|budget| Gained::over(&account.budget, budget))
+    }
+}
+
+/// A budget under which a key comes, and the one that it spent.
+struct Gained {
+    budget: Budget,
+    spent: Budget,
+}
+
+impl Gained {
+    fn over(spent: &Budget, budget: &Budget) -> Option<Self> {
+        (!spent.is(budget)).then(|| Self {
+            budget: budget.clone(),
+            spent: spent.clone(),
+        })
     }
 }
 

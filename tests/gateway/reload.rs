@@ -287,6 +287,43 @@ async fn nor_does_what_queued_before_the_change_before() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn upstreams_pause_goes_with_a_key_whatever_budget_it_comes_under() {
+    let second = Duration::from_secs(1);
+    let (none, music, film): (&[_], _, _) = (&[], [("music", &[KEY][..])], [("film", &[KEY][..])]);
+    for (before, after) in [(none, &music[..]), (&music, &film), (&music, none)] {
+        let behaviour = Behaviour {
+            answer: |count, task| match count {
+                0 => {
+                    let mut response = json(&serde_json::json!({ "code": 429, "message": "slow down", "data": null }));
+                    response.headers_mut().insert("retry-after", 60.into());
+                    response
+                }
+                _ => success(task),
+            },
+            ..Behaviour::default()
+        };
+        let gateway = Paused::start(behaviour, |_| {});
+        gateway.list(before);
+        sleep(2 * second).await;
+        assert_eq!(gateway.poll(KEY, "task").await.json()["code"], 429);
+        let paused = Instant::now();
+        sleep(second).await;
+        gateway.list(after);
+        let mut polls = 0;
+        while gateway.poll(KEY, "task").await.status == 429 {
+            polls += 1;
+            sleep(second).await;
+        }
+        assert!(polls > 3, "each waits for 10 s, or is told at once");
+        let next = gateway.arrivals()[1] - paused;
+        assert!((59_999..70_000).contains(&next.as_millis()), "{next:?}");
+        // And the rate is still cut.
+        let rate = gateway.status()["accounts"][0]["rate"].as_f64().unwrap();
+        assert!(rate < 14.0, "{rate}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn whoever_polls_after_a_change_is_not_refused_with_a_flight_from_before() {
     let behaviour = Behaviour {
         latency: Duration::from_secs(3),
