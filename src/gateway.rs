@@ -277,7 +277,10 @@ impl Gateway {
         loop {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
-            self.accounts.sweep(now, |account| self.cache.holds_any(account));
+            // What they have of an account's nobody knows, so it may be something.
+            let may_be_kept_elsewhere = self.disk.is_some() || self.elsewhere.is_some();
+            let may_hold = |account| may_be_kept_elsewhere || self.cache.holds_any(account);
+            self.accounts.sweep(now, may_hold);
             self.accounts.show(now);
             self.upstream.sweep(now);
             self.cache.maintain();

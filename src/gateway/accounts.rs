@@ -378,8 +378,8 @@ impl Accounts {
 
     /// Forgets unlisted accounts that nobody has used in a minute, and of the others the polls of long ago. What upstream
     /// said of keys that have no account stays known as long as it counts: of an accepted one for ten minutes, of a refused
-    /// one while any answer is kept (`holds`) that it must not get.
-    pub(super) fn sweep(&self, now: Instant, holds: impl Fn(AccountId) -> bool) {
+    /// one while any answer may be kept (`may_hold`) that it must not get, the latest `max_accounts` of them.
+    pub(super) fn sweep(&self, now: Instant, may_hold: impl Fn(AccountId) -> bool) {
         self.each_listed(|account| account.tally.turn(now));
         let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
@@ -396,9 +396,10 @@ impl Accounts {
             .collect();
         drop(unlisted);
         drop(forgotten);
-        self.make.known.sweep(|key| {
+        let most = self.directory.load().rules.max_unlisted;
+        self.make.known.sweep(most, |key| {
             if key.is_refused() {
-                holds(self.make.ids.unlisted(&key.secret))
+                may_hold(self.make.ids.unlisted(&key.secret))
             } else {
                 !key.is_due(now)
             }

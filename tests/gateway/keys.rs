@@ -618,6 +618,33 @@ async fn what_is_known_of_an_unlisted_key_outlives_its_idle_account() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refused_key_gets_nothing_from_disk_either_however_long_it_was_idle() {
+    let folder = tempfile::tempdir().unwrap();
+    let behaviour = Behaviour {
+        to_key: |_, after| (after > seconds(30)).then(|| refusal(403, 403)),
+        ..Behaviour::default()
+    };
+    let start = |behaviour| {
+        Paused::start(behaviour, |config| {
+            config.cache.disk = Some(folder.path().join("answers"));
+        })
+    };
+    let before = start(behaviour.clone());
+    before.poll(KEY, "ended").await;
+    before.close_disk().await;
+    drop(before);
+    let gateway = start(behaviour);
+    gateway.sweep();
+    let started = Instant::now();
+    sleep_until(started + seconds(40)).await;
+    assert_code(&gateway.poll(KEY, "new").await, 403);
+    for minutes in [5, 20, 60] {
+        sleep_until(started + seconds(60) * minutes).await;
+        assert_code(&gateway.poll(KEY, "ended").await, 403);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_token_leaves_a_refused_key_and_comes_back_when_it_is_accepted_again() {
     let start = Instant::now();
     let gateway = Paused::start(

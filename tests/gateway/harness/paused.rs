@@ -117,6 +117,11 @@ impl Paused {
         tokio::spawn(async move { gateway.sweep().await });
     }
 
+    /// Writes what is on its way to disk, as a stop does.
+    pub async fn close_disk(&self) {
+        self.gateway.close_disk().await;
+    }
+
     /// Polls over a connection of its own.
     pub async fn poll(&self, key: &str, task: &str) -> Reply {
         self.ask(poll_request(key, task)).await
