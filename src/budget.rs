@@ -221,14 +221,14 @@ impl Budget {
 
     /// Queries a second that the pace allows at `now`: of a shared budget, what this process can count on.
     pub fn rate(&self, now: Instant) -> f64 {
-        let share = self.share();
+        let share = self.share(now);
         let backoff = lock(&self.0.backoff);
         share * backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
     }
 
     /// What part of the limit this process can count on, from 0 to 1: all of it unless replicas share the budget.
-    pub fn share(&self) -> f64 {
-        self.0.lane.as_ref().map_or(1.0, |lane| lane.share())
+    pub fn share(&self, now: Instant) -> f64 {
+        self.0.lane.as_ref().map_or(1.0, |lane| lane.share(now))
     }
 
     /// How many flights wait for a permit.

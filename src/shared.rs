@@ -32,6 +32,7 @@ mod lease;
 mod link;
 mod process;
 mod script;
+mod share;
 #[cfg(test)]
 mod tests;
 
@@ -94,7 +95,7 @@ impl Shared {
         let slice = limit / shared.max_replicas;
         let third = margin / 3;
         let share = f64::from(slice) / f64::from(limit);
-        let process = Process::new(terms.window, third, share, Instant::now());
+        let process = Process::new(terms.window, third, share, terms.replicas, Instant::now());
         let inner = Arc::new(Inner {
             process: Mutex::new(process),
             wake: Notify::new(),
@@ -113,8 +114,9 @@ impl Shared {
 
     /// One more account, by a name that every replica gives it and that tells nothing of its keys.
     pub fn lane(&self, account: &str) -> Lane {
-        let told = Arc::new(Told::default());
-        let id = self.0.process().open(account.into(), Arc::clone(&told), Instant::now());
+        let now = Instant::now();
+        let told = Arc::new(Told::new(now));
+        let id = self.0.process().open(account.into(), Arc::clone(&told), now);
         Lane {
             shared: self.clone(),
             id,
@@ -168,9 +170,9 @@ pub enum Right {
 }
 
 impl Lane {
-    /// Says who waits for permits now; with no flights, that none is wanted.
-    pub fn want(&self, demand: Demand) {
-        if self.shared.0.process().want(self.id, demand) {
+    /// Says who waits for permits from `now` on; with no flights, that none is wanted.
+    pub fn want(&self, demand: Demand, now: Instant) {
+        if self.shared.0.process().want(self.id, demand, now) {
             self.shared.0.wake.notify_one();
         }
     }
@@ -198,9 +200,9 @@ impl Lane {
         self.told.news.notified().await;
     }
 
-    /// What part of the limit the account can count on here, from 0 to 1.
-    pub fn share(&self) -> f64 {
-        self.told.share()
+    /// What part of the limit the account can count on here, from 0 to 1: in the mean of the last two seconds.
+    pub fn share(&self, now: Instant) -> f64 {
+        self.told.share().of_limit(now)
     }
 
     /// What upstream's last 429 did to the account, wherever it was heard.

@@ -460,7 +460,7 @@ impl Dispatcher {
         let backoff = lock(&self.backoff).clone();
         let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
-        let share = self.lane.as_ref().map_or(1.0, |lane| lane.share());
+        let share = self.lane.as_ref().map_or(1.0, |lane| lane.share(now));
         let stretch = self.pace.full_second().as_secs_f64() / share;
         let turn = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);
@@ -613,17 +613,18 @@ impl Dispatcher {
     fn want(&mut self, now: Instant) {
         let Some(lane) = &self.lane else { return };
         let is_paused = lock(&self.backoff).resumed() > now;
-        let demand = if self.ready == 0 || is_paused {
+        let demand = if self.waiting() == 0 {
             Demand::default()
         } else {
             Demand {
                 weight: self.queue.weight(self.called.values().map(|called| called.flight)),
-                flights: self.ready,
+                flights: if is_paused { 0 } else { self.ready },
+                is_queue: self.waiting() > 1,
             }
         };
         if demand != self.wanted {
             self.wanted = demand;
-            lane.want(demand);
+            lane.want(demand, now);
         }
     }
 

@@ -231,7 +231,7 @@ impl AccountStatus {
                 .map_or_else(|| account.label.to_string(), |number| format!("other #{number}")),
             listed: account.number.is_none(),
             rate: budget.rate(now),
-            share: budget.share(),
+            share: budget.share(now),
             paused_seconds: paused.as_secs_f64(),
             queries: budget.history(now),
             waiting: budget.waiting(),

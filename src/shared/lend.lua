@@ -3,10 +3,11 @@
 -- KEYS[1]  the one hash: nothing of it can be evicted without the rest
 -- ARGV     who, generation, time named in µs ('' says hello), lends (1 or 0), limit, replicas, window in µs;
 --          then for each account that wants a permit: its name, weight, flights with a connection,
---          and what it knows of upstream's last 429: pause left in µs (0: nothing), rate after it, pause chosen in µs
+--          more than one waits (1 or 0), and what it knows of upstream's last 429: pause left in µs (0: nothing), rate after it, pause chosen in µs
 -- returns  generation, time, leases alive;
 --          then for each account: µs to the permit's slot ('' is none), µs after which to ask again,
---          share of the limit in millionths, pause left in µs (below 0: over for so long), rate, chosen
+--          its part of what is paid out in millionths ('' where nothing is asked for), pause left in µs (below 0: over for so
+--          long), rate, chosen
 
 local LEASE, STEP, AHEAD = 1000000, 5000, 100000
 -- Who asked counts as wanting for so long; whose turn it is not asks again after so long.
@@ -66,38 +67,41 @@ end
 local reply = {generation, whole(now), alive(now)}
 if ends <= now then return reply end
 
-for i = 8, #ARGV, 6 do
+for i = 8, #ARGV, 7 do
   local name, weight, flights = 'account:' .. ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local kept = redis.call('HGET', key, name)
-  -- wants: by process, its virtual time, its weight, and until when it wants
+  -- wants: by process, its virtual time, its weight, until when it wants, and until when somebody waits there, who may have
+  -- no connection yet: the same, or later (none in what another version of this kept)
   local account = kept and cmsgpack.unpack(kept) or {next = 0, asked = 0, wants = {}, paused = 0, rate = 0, chosen = 0}
 
-  local left = tonumber(ARGV[i + 3])
+  local left = tonumber(ARGV[i + 4])
   if left > 0 and now + left > account.paused then
-    account.paused, account.rate, account.chosen = now + left, tonumber(ARGV[i + 4]), tonumber(ARGV[i + 5])
+    account.paused, account.rate, account.chosen = now + left, tonumber(ARGV[i + 5]), tonumber(ARGV[i + 6])
   end
 
   local slot = math.max(now, account.next)
   local missing = math.max(0, replicas - alive(slot))
   local pay = limit - math.floor(limit / replicas) * missing
-  local granted, again, weights = '', '', weight
+  local granted, again, part = '', '', ''
   if flights > 0 then
     -- Start-time fair queueing among the processes: whoever was served least for its weight is next. One that does not want
     -- any more keeps its place until the others have come as far, or leaving for a moment would pay.
     local floor
+    local weights = weight
     for other, want in pairs(account.wants) do
+      if other ~= who and (want[4] or want[3]) > now then weights = weights + want[2] end
       if other ~= who and want[3] > now then
-        weights = weights + want[2]
         if not floor or want[1] < floor then floor = want[1] end
       end
     end
+    part = whole(1000000 * weight / weights)
     local mine = account.wants[who] or {0, 0, 0}
     if mine[3] <= now and floor and mine[1] < floor then mine[1] = floor end
-    mine[2], mine[3] = weight, now + WANTS
+    mine[2], mine[3], mine[4] = weight, now + WANTS, now + WANTS
     account.wants[who] = mine
     local least = floor and math.min(floor, mine[1]) or mine[1]
     for other, want in pairs(account.wants) do
-      if want[3] <= now and want[1] <= least then account.wants[other] = nil end
+      if (want[4] or want[3]) <= now and want[1] <= least then account.wants[other] = nil end
     end
 
     if account.paused > now then
@@ -114,6 +118,7 @@ for i = 8, #ARGV, 6 do
       account.next = slot + window / math.min(pay, rate)
       mine[1] = mine[1] + 1 / weight
       mine[3] = flights > 1 and slot + WANTS or now
+      mine[4] = ARGV[i + 3] == '1' and slot + WANTS or mine[3]
       granted = whole(slot - now)
     end
   end
@@ -122,7 +127,7 @@ for i = 8, #ARGV, 6 do
 
   reply[#reply + 1] = granted
   reply[#reply + 1] = again == '' and '' or whole(again)
-  reply[#reply + 1] = whole(1000000 * pay / limit * weight / weights)
+  reply[#reply + 1] = part
   reply[#reply + 1] = account.paused > 0 and whole(account.paused - now) or ''
   reply[#reply + 1] = string.format('%.6f', account.rate)
   reply[#reply + 1] = whole(account.chosen)

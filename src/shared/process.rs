@@ -5,8 +5,7 @@
 //! flight has a connection, and asks for the next when that is spent.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -14,6 +13,7 @@ use tokio::time::Instant;
 
 use super::lease::{Lease, Standing};
 use super::script::{Call, Cut, Dealt, Reply, Want};
+use super::share::{Leases, Share};
 
 /// A call at least this often.
 const HEARTBEAT: Duration = Duration::from_millis(250);
@@ -30,10 +30,12 @@ const MOST_ACCOUNTS: usize = 64;
 /// Who waits for an account's permits, here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
-    /// The sum of the weights of the clients that wait, in tenths; the background's is one tenth.
+    /// The sum of the weights of the clients that wait, in tenths; the background's is one tenth. 0: nobody waits.
     pub weight: u32,
-    /// Flights with a connection: none, and no permit is wanted.
+    /// Flights with a connection that may be used: none, and no permit is wanted.
     pub flights: usize,
+    /// More than one flight waits, with a connection or without.
+    pub is_queue: bool,
 }
 
 /// A permit of the store's: to be spent from `due` on, and not after `latest`.
@@ -45,9 +47,6 @@ pub struct Slot {
     pub latest: Instant,
 }
 
-/// A share is not told to be less: for a moment it may be nothing, and who waits wants to know for how long.
-const LEAST_SHARE: f64 = 0.001;
-
 /// An account, by a number within the process.
 pub(super) type LaneId = u64;
 
@@ -56,30 +55,20 @@ pub(super) type LaneId = u64;
 pub(super) struct Told {
     /// Notified when there is something for the dispatcher to look at.
     pub(super) news: Notify,
-    /// In millionths.
-    share: AtomicU32,
-}
-
-impl Default for Told {
-    fn default() -> Self {
-        Self {
-            news: Notify::new(),
-            share: AtomicU32::new(1_000_000),
-        }
-    }
+    share: Mutex<Share>,
 }
 
 impl Told {
-    /// What part of the limit the account can count on here; never nothing.
-    pub(super) fn share(&self) -> f64 {
-        f64::from(self.share.load(Ordering::Relaxed)) / 1e6
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            news: Notify::new(),
+            share: Mutex::new(Share::new(1.0, now)),
+        }
     }
 
-    fn tell_share(&self, share: f64) {
-        let millionths = (share.clamp(LEAST_SHARE, 1.0) * 1e6).round();
-        // Within a million.
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped")]
-        self.share.store(millionths as u32, Ordering::Relaxed);
+    /// What part of the limit the account can count on here.
+    pub(super) fn share(&self) -> MutexGuard<'_, Share> {
+        self.share.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -90,7 +79,6 @@ struct Lane {
     slot: Option<Slot>,
     /// Not asked for before.
     ask_at: Instant,
-    share: f64,
     /// When queries may go on after upstream's 429, and how: as known here; and whether the store has to be told.
     cut: Option<Backed>,
     is_news: bool,
@@ -115,8 +103,9 @@ const SAME: Duration = Duration::from_millis(50);
 pub(super) struct Process {
     lease: Lease,
     third: Duration,
-    /// What a slice is of the limit.
+    /// What a slice is of the limit, and how many there are.
     slice_share: f64,
+    replicas: u32,
     lanes: HashMap<LaneId, Lane>,
     /// Those that want something: of many accounts, most are idle.
     wanting: BTreeSet<LaneId>,
@@ -126,35 +115,35 @@ pub(super) struct Process {
     /// When the next one is due, though no account wants anything.
     next_call: Instant,
     alive: u32,
+    leases: Leases,
 }
 
 impl Process {
-    pub(super) fn new(window: Duration, third: Duration, slice_share: f64, now: Instant) -> Self {
+    pub(super) fn new(window: Duration, third: Duration, slice_share: f64, replicas: u32, now: Instant) -> Self {
         Self {
             lease: Lease::new(window, third, now),
             third,
             slice_share,
+            replicas,
             lanes: HashMap::new(),
             wanting: BTreeSet::new(),
             next_lane: 0,
             calling: None,
             next_call: now,
             alive: 0,
+            leases: Leases::all(replicas, now),
         }
     }
 
     /// One more account.
     pub(super) fn open(&mut self, account: Arc<str>, told: Arc<Told>, now: Instant) -> LaneId {
         self.next_lane += 1;
-        if self.lease.is_alone() {
-            told.tell_share(self.slice_share);
-        }
+        told.share().pay(self.paid());
         let lane = Lane {
             account,
             demand: Demand::default(),
             slot: None,
             ask_at: now,
-            share: 1.0,
             cut: None,
             is_news: false,
             told,
@@ -169,9 +158,12 @@ impl Process {
     }
 
     /// What is wanted from now on; true if there is a call to be made for it.
-    pub(super) fn want(&mut self, lane: LaneId, demand: Demand) -> bool {
+    pub(super) fn want(&mut self, lane: LaneId, demand: Demand, now: Instant) -> bool {
         let wanted = self.wanting.contains(&lane);
-        self.change(lane, |lane| lane.demand = demand);
+        self.change(lane, |lane| {
+            lane.demand = demand;
+            lane.told.share().waits(demand.weight > 0, now);
+        });
         !wanted && self.wanting.contains(&lane)
     }
 
@@ -242,13 +234,27 @@ impl Process {
     /// Told to stop.
     pub(super) fn leave(&mut self, now: Instant) {
         self.lease.leave(now);
-        self.tell_all();
+        self.tell_all(now);
     }
 
-    fn tell_all(&self) {
-        let alone = self.lease.is_alone().then_some(self.slice_share);
+    /// What part of the limit is paid out to all replicas together; or spent here, alone.
+    fn paid(&self) -> f64 {
+        if self.lease.is_alone() {
+            self.slice_share
+        } else {
+            1.0 - self.slice_share * f64::from(self.replicas.saturating_sub(self.leases.counted()))
+        }
+    }
+
+    fn tell_all(&self, now: Instant) {
+        let paid = self.paid();
         for lane in self.lanes.values() {
-            lane.told.tell_share(alone.unwrap_or(lane.share));
+            if self.lease.is_alone() {
+                // What others want is nothing to this process.
+                *lane.told.share() = Share::new(paid, now);
+            } else {
+                lane.told.share().pay(paid);
+            }
             lane.told.news.notify_one();
         }
     }
@@ -287,7 +293,7 @@ impl Process {
         let was_alone = self.lease.is_alone();
         let home = self.lease.look(now);
         if self.lease.is_alone() != was_alone {
-            self.tell_all();
+            self.tell_all(now);
         }
         let call = self.calling.is_none().then(|| self.due(now));
         home.into_iter().chain(call).min()
@@ -315,6 +321,7 @@ impl Process {
             return false;
         };
         self.alive = reply.alive;
+        let changes = self.leases.told(reply.alive, self.lease.lends(received), received);
         let callers = self.calling.take().unwrap_or_default();
         // Dealt one by one, or not at all.
         let has_all = callers.len() == reply.dealt.len();
@@ -331,8 +338,8 @@ impl Process {
         } else {
             received + HEARTBEAT
         };
-        if self.lease.is_alone() != was_alone {
-            self.tell_all();
+        if changes || self.lease.is_alone() != was_alone {
+            self.tell_all(received);
         }
         true
     }
@@ -354,13 +361,15 @@ impl Lane {
             weight: self.demand.weight,
             // One permit at a time; news goes at once.
             flights: if self.slot.is_none() { self.demand.flights } else { 0 },
+            is_queue: self.demand.is_queue,
             cut,
         }
     }
 
     fn deal(&mut self, dealt: &Dealt, counts: bool, sent: Instant, received: Instant, third: Duration) {
-        self.share = dealt.share;
-        self.told.tell_share(self.share);
+        if let Some(part) = dealt.part {
+            self.told.share().told(part, received);
+        }
         self.is_news = false;
         self.learn(dealt.cut, received);
         self.ask_at = received + dealt.again.unwrap_or_default().min(HEARTBEAT);
@@ -418,9 +427,14 @@ mod tests {
     /// A process with one account that has waited for 3 s, and what it calls then.
     fn waiting() -> (Process, LaneId, Call, Instant, impl Fn(u64) -> Duration) {
         let start = Instant::now();
-        let mut process = Process::new(ms(1030), ms(10), 1.0 / 3.0, start);
-        let lane = process.open("music".into(), Arc::default(), start);
-        process.want(lane, Demand { weight: 10, flights: 3 });
+        let mut process = Process::new(ms(1030), ms(10), 1.0 / 3.0, 3, start);
+        let lane = process.open("music".into(), Arc::new(Told::new(start)), start);
+        let demand = Demand {
+            weight: 10,
+            flights: 3,
+            is_queue: true,
+        };
+        process.want(lane, demand, start);
         let mut now = start;
         loop {
             now = process.look(now).unwrap().max(now);
@@ -437,7 +451,7 @@ mod tests {
         Dealt {
             slot,
             again: slot.is_none().then_some(ms(50)),
-            share: 0.5,
+            part: Some(1.0),
             cut: None,
         }
     }
@@ -446,7 +460,7 @@ mod tests {
         Reply {
             generation: generation.to_owned(),
             time: 1_000_000 + u64::try_from(time.as_micros()).unwrap(),
-            alive: 2,
+            alive: 3,
             dealt,
         }
     }
@@ -459,7 +473,6 @@ mod tests {
         process.heard(sent, received, &reply("a", at(1), vec![dealt(Some(ms(60)))]));
         let slot = process.slot(lane).unwrap();
         assert_eq!((slot.due, slot.latest), (received + ms(60), sent + ms(70)));
-        assert!((process.lanes[&lane].told.share() - 0.5).abs() < 1e-9);
         assert_eq!(process.look(received), Some(received + HEARTBEAT));
         process.spent(lane, slot.due);
         assert_eq!(process.look(slot.due), Some(slot.due));
@@ -479,7 +492,7 @@ mod tests {
         assert!(!process.heard(sent, sent + ms(11), &reply("a", at(1), granted())));
         assert_eq!(process.slot(lane), None, "too late");
         let (mut process, lane, _, sent, at) = waiting();
-        process.want(lane, Demand::default());
+        process.want(lane, Demand::default(), sent);
         process.heard(sent, sent + ms(1), &reply("a", at(1), granted()));
         assert_eq!(process.slot(lane), None, "nobody waits");
     }
@@ -530,5 +543,34 @@ mod tests {
         assert_eq!((backed.until, backed.rate), (sent + ms(501), 7.5));
         let call = process.call(sent + ms(51)).unwrap();
         assert_eq!(call.wants[0].cut, None);
+    }
+
+    /// The store has forgotten; once the wait is over this process lends again, and no other does.
+    #[test]
+    fn what_others_are_about_to_lend_again_is_counted_on_and_what_they_do_not_is_not() {
+        let (mut process, lane, mut call, sent, at) = waiting();
+        let told = Arc::clone(&process.lanes[&lane].told);
+        let (mut now, mut lends_since) = (sent, None);
+        let mut shares = Vec::new();
+        while lends_since.is_none_or(|since| now < since + ms(2500)) {
+            let dealt = call.wants.iter().map(|_| dealt(None)).collect();
+            let of_others = reply("b", now - sent + at(1), dealt);
+            let alive = u32::from(call.lends);
+            process.heard(now, now + ms(1), &Reply { alive, ..of_others });
+            if call.lends && now > sent {
+                let since = *lends_since.get_or_insert(now);
+                shares.push((now - since, told.share().of_limit(now + ms(1))));
+            }
+            now = process.look(now).unwrap().max(now + ms(1));
+            call = process.call(now).unwrap();
+        }
+        for (lent, share) in shares {
+            let expected = if lent < ms(1700) { 1.0 } else { 1.0 / 3.0 };
+            let is_near = (share - expected).abs() < 1e-9;
+            assert!(
+                is_near || (ms(1700)..ms(2100)).contains(&lent),
+                "{share} after {lent:?}"
+            );
+        }
     }
 }

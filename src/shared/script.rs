@@ -43,6 +43,8 @@ pub(super) struct Want {
     pub(super) weight: u32,
     /// Flights with a connection.
     pub(super) flights: usize,
+    /// More than one waits, with a connection or without.
+    pub(super) is_queue: bool,
     /// Upstream's last 429, where the store does not know of it.
     pub(super) cut: Option<Cut>,
 }
@@ -77,8 +79,8 @@ pub(super) struct Dealt {
     pub(super) slot: Option<Duration>,
     /// After how long to ask again.
     pub(super) again: Option<Duration>,
-    /// This process's part of the limit, as things stand, from 0 to 1.
-    pub(super) share: f64,
+    /// This process's part of what is paid out at this moment, from 0 to 1; `None` where it asked for nothing.
+    pub(super) part: Option<f64>,
     pub(super) cut: Option<Cut>,
 }
 
@@ -115,6 +117,7 @@ impl Call {
                 want.account.clone(),
                 want.weight.max(1).to_string(),
                 want.flights.to_string(),
+                u8::from(want.is_queue).to_string(),
                 cut.map_or(0, |cut| cut.left_us).to_string(),
                 cut.map_or(0.0, |cut| cut.rate).to_string(),
                 cut.map_or(0, |cut| cut.chosen_us).to_string(),
@@ -143,12 +146,16 @@ impl Reply {
 }
 
 fn dealt(words: &[String]) -> Option<Dealt> {
-    let [slot, again, share, left, rate, chosen] = words else {
+    let [slot, again, part, left, rate, chosen] = words else {
         return None;
     };
     let span = |word: &String| match word.as_str() {
         "" => Some(None),
         micros => Some(Some(Duration::from_micros(micros.parse().ok()?))),
+    };
+    let part = match part.as_str() {
+        "" => None,
+        millionths => Some((millionths.parse::<f64>().ok()? / 1e6).clamp(0.0, 1.0)),
     };
     let cut = if left.is_empty() {
         None
@@ -162,7 +169,7 @@ fn dealt(words: &[String]) -> Option<Dealt> {
     Some(Dealt {
         slot: span(slot)?,
         again: span(again)?,
-        share: (share.parse::<f64>().ok()? / 1e6).clamp(0.0, 1.0),
+        part,
         cut,
     })
 }

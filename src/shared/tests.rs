@@ -14,7 +14,7 @@ mod store;
 use proptest::prelude::*;
 
 use super::process::Demand;
-use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, Way};
+use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, Way, demand};
 
 fn way() -> impl Strategy<Value = Way> {
     prop_oneof![2 => Just(Way::Both), 1 => Just(Way::Up), 1 => Just(Way::Down)]
@@ -111,8 +111,11 @@ fn undisturbed_replicas_spend_the_whole_budget() {
 }
 
 #[test]
-fn permits_are_dealt_by_the_weight_of_whoever_waits() {
-    let demand = |weight, flights| Demand { weight, flights };
+fn permits_are_dealt_by_the_weight_of_whoever_waits_and_each_replica_counts_on_its_part() {
+    let queue = Demand {
+        flights: 1,
+        ..demand(10, 9)
+    };
     for (demands, expected) in [
         (vec![demand(10, 9), demand(10, 9)], vec![0.5, 0.5]),
         (vec![demand(10, 9), demand(30, 9), demand(10, 9)], vec![0.2, 0.6, 0.2]),
@@ -120,6 +123,8 @@ fn permits_are_dealt_by_the_weight_of_whoever_waits() {
         (vec![demand(1, 9), demand(10, 9)], vec![1.0 / 11.0, 10.0 / 11.0]),
         // One flight at a time: no more for coming anew each time.
         (vec![demand(10, 1), demand(40, 9), demand(50, 9)], vec![0.1, 0.4, 0.5]),
+        // One with a connection at a time, of many that wait.
+        (vec![queue; 3], vec![1.0 / 3.0; 3]),
     ] {
         let mut cluster = Cluster::new(demands.len(), 3, &[]);
         cluster.demands = demands;
@@ -130,6 +135,11 @@ fn permits_are_dealt_by_the_weight_of_whoever_waits() {
             assert!(
                 (share - expected).abs() < 0.02,
                 "replica {replica}: {share}, not {expected}"
+            );
+            let told = outcome.shares[replica];
+            assert!(
+                (told - expected).abs() < 0.05,
+                "replica {replica} counts on {told}, not {expected}"
             );
         }
     }

@@ -20,7 +20,7 @@ use crate::clock::{Clock, HOUR};
 use crate::harness::client::{bare, poll_request, try_request};
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::store::{Carries, Link, Store};
-use crate::harness::{Gateway, KEY, PATIENCE, Simulator, request};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, request};
 use crate::tls::Identity;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -147,8 +147,36 @@ impl Replicas {
         }
     }
 
-    /// One replica for each of these stores' URLs.
+    /// One replica for each of these stores' URLs, under full load.
     async fn start_by(urls: Vec<String>) -> Self {
+        let mut started = Self::idle_by(urls).await;
+        let listening = listen(started.upstream.address, Arc::clone(&started.silence));
+        started.clients.spawn(listening);
+        for (replica, gateway) in started.gateways.iter().enumerate() {
+            let keeping = poll_what_is_kept(gateway.address, started.beside.address, Arc::clone(&started.waits));
+            started.clients.spawn(keeping);
+            for client in 0..CLIENTS {
+                let client = format!("{replica}-{client}");
+                started.clients.spawn(poll_for_ever(gateway.address, client));
+            }
+        }
+        started
+    }
+
+    /// So many replicas of which nothing is asked, once they lend.
+    async fn idle(replicas: usize) -> Self {
+        let store = Store::start().await;
+        let urls = vec![format!("redis://{}", store.address); replicas];
+        let store = Some(store);
+        let started = Self {
+            store,
+            ..Self::idle_by(urls).await
+        };
+        started.all_lend().await;
+        started
+    }
+
+    async fn idle_by(urls: Vec<String>) -> Self {
         let upstream = Simulator::start(&["--latency", "50ms"]).await;
         let silence = Arc::new(Mutex::new(Silence {
             since: Instant::now(),
@@ -166,16 +194,8 @@ impl Replicas {
             silence,
             waits: Arc::default(),
         };
-        let listening = listen(started.upstream.address, Arc::clone(&started.silence));
-        started.clients.spawn(listening);
         for replica in 0..started.urls.len() {
             let gateway = Gateway::start(&started.upstream.url, &started.config(replica)).await;
-            let keeping = poll_what_is_kept(gateway.address, started.beside.address, Arc::clone(&started.waits));
-            started.clients.spawn(keeping);
-            for client in 0..CLIENTS {
-                let client = format!("{replica}-{client}");
-                started.clients.spawn(poll_for_ever(gateway.address, client));
-            }
             started.gateways.push(gateway);
         }
         started
@@ -184,6 +204,21 @@ impl Replicas {
     fn config(&self, replica: usize) -> String {
         let (replicas, url) = (self.urls.len(), &self.urls[replica]);
         format!("shared: {{ max_replicas: {replicas}, url: '{url}' }}")
+    }
+
+    /// Polls of so many tasks at a replica, all at once; gives how long each took, and its answer.
+    fn rush(&self, replica: usize, polls: usize) -> JoinSet<(Duration, Reply)> {
+        let address = self.gateways[replica].address;
+        let mut rush = JoinSet::new();
+        for task in 0..polls {
+            let request = poll_request(KEY, &format!("rush-{replica}-{task}"));
+            rush.spawn(async move {
+                let asked = Instant::now();
+                let reply = try_request(address, request).await.unwrap();
+                (asked.elapsed(), reply)
+            });
+        }
+        rush
     }
 
     /// Waits until so many flights wait at a replica.
@@ -577,6 +612,28 @@ async fn a_greedy_client_of_one_replica_does_not_starve_a_small_one_of_another()
     }
     // Half of the budget would take 2.8 s, a place behind the greedy client's 100 flights 140 s.
     assert!(begun.elapsed() < 6 * SECOND, "{:?}", begun.elapsed());
+    cluster.assert_within_the_limit().await;
+}
+
+/// Everybody in the rush is served.
+async fn are_served(rush: JoinSet<(Duration, Reply)>, during: &str) {
+    let replies = rush.join_all().await;
+    let refused = replies.iter().filter(|(_, reply)| reply.status != 200);
+    let refused: Vec<_> = refused.map(|(took, reply)| (took, reply.status)).collect();
+    assert!(refused.is_empty(), "{during}, of {}: {refused:?}", replies.len());
+}
+
+#[tokio::test]
+async fn a_poll_elsewhere_turns_nobody_away_whom_the_budget_can_serve() {
+    let cluster = Replicas::idle(3).await;
+    let rush = cluster.rush(0, 80);
+    cluster.queue(0, 60).await;
+    for other in [1, 2] {
+        let request = poll_request(KEY, &format!("elsewhere-{other}"));
+        let reply = try_request(cluster.gateways[other].address, request).await.unwrap();
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    are_served(rush, "two polls elsewhere").await;
     cluster.assert_within_the_limit().await;
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::process::{Demand, LaneId, Process, Slot};
+use super::super::process::{Demand, LaneId, Process, Slot, Told};
 use super::super::script::{Call, Reply, Terms};
 use super::store::{State, lend};
 use faults::touches;
@@ -37,6 +37,8 @@ pub(super) struct Outcome {
     pub(super) gap: f64,
     /// Writes a second in the last three.
     pub(super) tail: f64,
+    /// What part of the first account's limit each replica was told to count on, at the end.
+    pub(super) shares: Vec<f64>,
 }
 
 #[derive(Clone, Debug)]
@@ -60,6 +62,7 @@ struct Proc {
     who: String,
     process: Process,
     lanes: [LaneId; 2],
+    told: [Arc<Told>; 2],
     pace: f64,
     zero: f64,
     base: Instant,
@@ -108,6 +111,15 @@ pub(super) struct Cluster {
     pub(super) demands: Vec<Demand>,
 }
 
+/// So many flights wait, all with a connection.
+pub(super) fn demand(weight: u32, flights: usize) -> Demand {
+    Demand {
+        weight,
+        flights,
+        is_queue: flights > 1,
+    }
+}
+
 fn nanos(at: f64) -> u64 {
     (at * 1e9).round() as u64
 }
@@ -137,7 +149,7 @@ impl Cluster {
             saved: None,
             writes: [Vec::new(), Vec::new()],
             marks: Vec::new(),
-            demands: vec![Demand { weight: 10, flights: 9 }; replicas],
+            demands: vec![demand(10, 9); replicas],
         };
         cluster.round_trip = [0.0003, 0.001, 0.002][cluster.below(3)];
         for replica in 0..replicas {
@@ -184,17 +196,20 @@ impl Cluster {
         let base = Instant::now();
         let window = Duration::from_secs_f64(WINDOW);
         let third = Duration::from_secs_f64(THIRD);
-        let share = f64::from(LIMIT / u32::try_from(self.replicas).unwrap()) / f64::from(LIMIT);
-        let mut process = Process::new(window, third, share, base);
-        let lanes = ACCOUNTS.map(|account| process.open(account.into(), Arc::default(), base));
+        let replicas = u32::try_from(self.replicas).unwrap();
+        let share = f64::from(LIMIT / replicas) / f64::from(LIMIT);
+        let mut process = Process::new(window, third, share, replicas, base);
+        let told = [(); 2].map(|()| Arc::new(Told::new(base)));
+        let lanes = [0, 1].map(|lane| process.open(ACCOUNTS[lane].into(), Arc::clone(&told[lane]), base));
         for lane in lanes {
-            process.want(lane, self.demands[replica]);
+            process.want(lane, self.demands[replica], base);
         }
         let proc = Proc {
             replica,
             who: self.procs.len().to_string(),
             process,
             lanes,
+            told,
             pace,
             zero: self.now,
             base,
@@ -458,6 +473,8 @@ impl Cluster {
             let tail = writes.iter().filter(|(_, at, _)| *at >= end - 3.0 && *at < end).count();
             outcome.tail = outcome.tail.min(tail as f64 / 3.0);
         }
+        let share = |&running: &usize| self.procs[running].told[0].share().of_limit(self.local(running));
+        outcome.shares = self.running.iter().map(share).collect();
         outcome.arrivals = self.writes[0].iter().map(|(at, _, replica)| (*at, *replica)).collect();
         outcome
     }

@@ -85,8 +85,8 @@ struct Step {
     /// How old the time named is; `None` says hello.
     names: Option<u64>,
     lends: bool,
-    /// Of each account: weight, flights, and a pause.
-    wants: Vec<(usize, u32, usize, Option<i64>)>,
+    /// Of each account: weight, flights, whether more than one waits, and a pause.
+    wants: Vec<(usize, u32, usize, bool, Option<i64>)>,
     forgets: bool,
 }
 
@@ -94,7 +94,7 @@ fn step() -> impl Strategy<Value = Step> {
     let moves = prop_oneof![20 => 0..30_000_i64, 2 => 0..300_000_i64, 1 => -5_000..0_i64, 1 => Just(-2_000_000_i64)];
     let names = prop_oneof![12 => (0..1_200_000_u64).prop_map(Some), 1 => Just(None)];
     let pause = prop_oneof![12 => Just(None), 1 => (1..2_000_000_i64).prop_map(Some)];
-    let want = (0..3_usize, 1..50_u32, 0..4_usize, pause);
+    let want = (0..3_usize, 1..50_u32, 0..4_usize, any::<bool>(), pause);
     let wants = prop::collection::vec(want, 0..3);
     let forgets = prop::bool::weighted(0.01);
     (moves, 0..4_usize, names, prop::bool::weighted(0.9), wants, forgets).prop_map(
@@ -134,16 +134,18 @@ fn the_script_does_what_its_model_does() {
                     let _: () = redis::cmd("DEL").arg(KEY).query(connection).unwrap();
                 }
                 let terms = terms(&step.who.to_string(), limit, replicas);
-                let want = |(account, weight, flights, pause): &(usize, u32, usize, Option<i64>)| Want {
-                    account: account.to_string(),
-                    weight: *weight,
-                    flights: *flights,
-                    cut: pause.map(|left_us| Cut {
-                        left_us,
-                        rate: 2.5,
-                        chosen_us: 1_000_000,
-                    }),
-                };
+                let want =
+                    |(account, weight, flights, is_queue, pause): &(usize, u32, usize, bool, Option<i64>)| Want {
+                        account: account.to_string(),
+                        weight: *weight,
+                        flights: *flights,
+                        is_queue: *is_queue || *flights > 1,
+                        cut: pause.map(|left_us| Cut {
+                            left_us,
+                            rate: 2.5,
+                            chosen_us: 1_000_000,
+                        }),
+                    };
                 let call = Call {
                     generation: state.as_ref().map(|state| state.generation.clone()).unwrap_or_default(),
                     named: step.names.map(|age| now - age),
@@ -174,6 +176,7 @@ fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever()
             account: account.to_string(),
             weight: 10,
             flights: 1,
+            is_queue: false,
             cut: None,
         };
         let call = Call {

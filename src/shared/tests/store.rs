@@ -35,6 +35,7 @@ struct Wants {
     served: f64,
     weight: f64,
     until: f64,
+    waits_until: f64,
 }
 
 /// Answers a call that arrives when the store's clock shows `now`, in whole µs. `generation` names a new one.
@@ -95,24 +96,24 @@ pub(super) fn lend(
         let pay = limit - f64::from(terms.limit / terms.replicas) * missing;
         let weight = f64::from(want.weight.max(1));
         let mut dealt = (None, None);
-        let mut weights = weight;
+        let mut part = None;
         if want.flights > 0 {
-            let others = || {
-                account
-                    .wants
-                    .iter()
-                    .filter(|(who, want)| **who != terms.who && want.until > now)
-            };
-            weights += others().map(|(_, want)| want.weight).sum::<f64>();
-            let floor = others().map(|(_, want)| want.served).min_by(f64::total_cmp);
+            let others = || account.wants.iter().filter(|(who, _)| **who != terms.who);
+            let at_others = others().filter(|(_, want)| want.waits_until > now);
+            let weights = weight + at_others.map(|(_, want)| want.weight).sum::<f64>();
+            part = Some((1e6 * weight / weights).round_ties_even() / 1e6);
+            let wanting = others().filter(|(_, want)| want.until > now);
+            let floor = wanting.map(|(_, want)| want.served).min_by(f64::total_cmp);
             let mut mine = account.wants.get(&terms.who).copied().unwrap_or_default();
             if mine.until <= now {
                 mine.served = mine.served.max(floor.unwrap_or(0.0));
             }
-            (mine.weight, mine.until) = (weight, now + WANTS);
+            (mine.weight, mine.until, mine.waits_until) = (weight, now + WANTS, now + WANTS);
             let least = floor.map_or(mine.served, |floor| floor.min(mine.served));
             account.wants.insert(terms.who.clone(), mine);
-            account.wants.retain(|_, want| want.until > now || want.served > least);
+            account
+                .wants
+                .retain(|_, want| want.waits_until > now || want.served > least);
             if account.paused > now {
                 dealt.1 = Some((account.paused - now).min(250e3));
             } else if slot - now > AHEAD {
@@ -127,6 +128,7 @@ pub(super) fn lend(
                 account.next = slot + terms.window.as_micros() as f64 / pay.min(rate);
                 mine.served += 1.0 / weight;
                 mine.until = if want.flights > 1 { slot + WANTS } else { now };
+                mine.waits_until = if want.is_queue { slot + WANTS } else { mine.until };
                 account.wants.insert(terms.who.clone(), mine);
                 dealt.0 = Some(slot - now);
             }
@@ -135,7 +137,7 @@ pub(super) fn lend(
         reply.dealt.push(Dealt {
             slot: dealt.0.map(micros),
             again: dealt.1.map(micros),
-            share: (1e6 * pay / limit * weight / weights).round_ties_even().clamp(0.0, 1e6) / 1e6,
+            part,
             cut: (account.paused > 0.0).then(|| Cut {
                 left_us: (account.paused - now).round_ties_even() as i64,
                 rate: account.rate,
