@@ -125,6 +125,11 @@ impl Lease {
         }
     }
 
+    /// Whether the store was of this generation when it was heard last.
+    pub(super) fn is_of(&self, generation: &str) -> bool {
+        self.generation == generation
+    }
+
     /// When waiting is over, if nothing else happens.
     pub(super) fn quiet(&self) -> Instant {
         self.quiet

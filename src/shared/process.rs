@@ -246,6 +246,16 @@ impl Process {
         }
     }
 
+    /// The store has forgotten what upstream said: where a pause is still to come it has to be told, though nobody waits here.
+    fn tell_pauses(&mut self, now: Instant) {
+        for (id, lane) in &mut self.lanes {
+            if lane.cut.is_some_and(|cut| cut.until > now) {
+                lane.is_news = true;
+                self.wanting.insert(*id);
+            }
+        }
+    }
+
     fn tell_all(&self, now: Instant) {
         let paid = self.paid();
         for lane in self.lanes.values() {
@@ -316,10 +326,14 @@ impl Process {
     /// The reply to the call under way, which was `sent` at this instant; false if it took too long to be one.
     pub(super) fn heard(&mut self, sent: Instant, received: Instant, reply: &Reply) -> bool {
         let was_alone = self.lease.is_alone();
+        let is_forgetful = !self.lease.is_of(&reply.generation);
         let Some(counts) = self.lease.heard(sent, received, &reply.generation, reply.time) else {
             self.after_miss(received + AFTER_LATE);
             return false;
         };
+        if is_forgetful {
+            self.tell_pauses(received);
+        }
         self.alive = reply.alive;
         let changes = self.leases.told(reply.alive, self.lease.lends(received), received);
         let callers = self.calling.take().unwrap_or_default();
@@ -543,6 +557,37 @@ mod tests {
         assert_eq!((backed.until, backed.rate), (sent + ms(501), 7.5));
         let call = process.call(sent + ms(51)).unwrap();
         assert_eq!(call.wants[0].cut, None);
+    }
+
+    #[test]
+    fn a_store_that_has_forgotten_a_pause_is_told_of_it_though_nobody_waits() {
+        let (mut process, lane, mut call, mut now, at) = waiting();
+        let (sent, until) = (now, now + ms(40_000));
+        let backed = Backed {
+            until,
+            rate: 7.5,
+            chosen: ms(1000),
+        };
+        process.back_off(lane, backed, sent);
+        let known = Cut {
+            left_us: 39_999_000,
+            rate: 7.5,
+            chosen_us: 1_000_000,
+        };
+        let dealt = Dealt {
+            cut: Some(known),
+            ..dealt(None)
+        };
+        process.heard(sent, sent + ms(1), &reply("a", at(1), vec![dealt]));
+        process.want(lane, Demand::default(), sent + ms(1));
+        while call.wants.is_empty() || now == sent {
+            assert!(now < sent + ms(3000), "it is not told");
+            now = process.look(now).unwrap().max(now);
+            call = process.call(now).unwrap();
+            process.heard(now, now + ms(1), &reply("b", now - sent + at(1), vec![]));
+        }
+        let told = call.wants[0].cut.unwrap();
+        assert_eq!((told.left_us, call.wants[0].flights), (micros(until - now), 0));
     }
 
     /// The store has forgotten; once the wait is over this process lends again, and no other does.
