@@ -231,6 +231,11 @@ impl Budget {
         self.0.lane.as_ref().map_or(1.0, |lane| lane.share(now))
     }
 
+    /// Whether anybody waits for a permit: here, or at another replica as far as is known at `now`.
+    pub fn is_wanted(&self, now: Instant) -> bool {
+        self.waiting() > 0 || self.0.lane.as_ref().is_some_and(|lane| lane.is_contended(now))
+    }
+
     /// How many flights wait for a permit.
     pub fn waiting(&self) -> usize {
         self.0.waiting.load(Ordering::Relaxed)

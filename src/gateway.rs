@@ -512,7 +512,7 @@ impl Gateway {
         let account = &*poll.asker.account;
         let lifetime = account.lifetime(poll.arrived);
         match poll.max_age {
-            Some(max_age) if account.budget.waiting() == 0 => {
+            Some(max_age) if !account.budget.is_wanted(poll.arrived) => {
                 lifetime.min(max_age.max(self.config.load().cache.fresh.floor))
             }
             Some(_) | None => lifetime,

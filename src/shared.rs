@@ -205,6 +205,11 @@ impl Lane {
         self.told.share().of_limit(now)
     }
 
+    /// Whether others wanted permits, too, when the store was asked last, a moment ago.
+    pub fn is_contended(&self, now: Instant) -> bool {
+        self.told.share().is_contended(now)
+    }
+
     /// What upstream's last 429 did to the account, wherever it was heard.
     pub fn backed(&self) -> Option<Backed> {
         self.shared.0.process().backed(self.id)

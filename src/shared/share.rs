@@ -79,6 +79,11 @@ impl Share {
         (self.paid * mean).clamp(LEAST, 1.0)
     }
 
+    /// Whether others wanted permits, too, when the store was asked last, a moment ago.
+    pub(super) fn is_contended(&self, now: Instant) -> bool {
+        self.part < 1.0 && self.rests.is_none_or(|rests| now < rests)
+    }
+
     /// What has passed since `since`, the latest first.
     fn latest(&self, now: Instant) -> [(Duration, f64); 2] {
         let rests = self
@@ -215,11 +220,13 @@ mod tests {
         share.waits(false, quiet);
         // Again and again nobody: since then all the same.
         share.waits(false, quiet + ms(900));
+        assert!(share.is_contended(quiet + ms(999)) && !share.is_contended(quiet + ms(1000)));
         assert_share(&share, quiet + ms(1000), 0.5);
         assert_share(&share, quiet + ms(2000), 0.75);
         assert_share(&share, quiet + ms(3000), 1.0);
         share.waits(true, quiet + ms(2000));
         assert_share(&share, quiet + ms(3000), 1.0);
+        assert!(!share.is_contended(quiet + ms(3000)), "nobody has been heard of since");
     }
 
     #[test]
@@ -229,6 +236,7 @@ mod tests {
         share.waits(false, now + ms(500));
         share.waits(true, now + ms(1400));
         assert_share(&share, now + ms(2000), 0.5);
+        assert!(share.is_contended(now + ms(2000)));
     }
 
     #[test]

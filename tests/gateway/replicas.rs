@@ -638,6 +638,37 @@ async fn a_poll_elsewhere_turns_nobody_away_whom_the_budget_can_serve() {
 }
 
 #[tokio::test]
+async fn a_second_look_takes_no_turn_from_whoever_waits_at_another_replica() {
+    let cluster = Replicas::idle(2).await;
+    let second_look = async |task: u32| {
+        let mut request = poll_request(KEY, &format!("seen-{task}"));
+        let max_age = http::HeaderValue::from_static("max-age=0");
+        request.headers_mut().insert(http::header::CACHE_CONTROL, max_age);
+        try_request(cluster.gateways[1].address, request).await.unwrap()
+    };
+    // So many live tasks that what is kept is fresh for 9 s.
+    are_served(cluster.rush(1, 100), "nothing else").await;
+    for task in 0..10 {
+        assert_eq!(second_look(task).await.status, 200);
+    }
+    // Older than the floor, so that each may be asked for anew.
+    sleep(2 * SECOND).await;
+    let rush = cluster.rush(0, 90);
+    cluster.queue(0, 70).await;
+    let mut fetched = Vec::new();
+    for task in 0..10 {
+        let reply = second_look(task).await;
+        let status = reply.header("cache-status").unwrap();
+        if !status.contains("; hit") {
+            fetched.push(status.to_owned());
+        }
+    }
+    // The first of them finds out that somebody waits.
+    assert!(fetched.len() <= 3, "{fetched:?} of 10");
+    are_served(rush, "second looks elsewhere").await;
+}
+
+#[tokio::test]
 async fn what_upstream_says_to_one_replica_pauses_the_other() {
     let cluster = Replicas::start(2).await;
     cluster.all_lend().await;
