@@ -188,14 +188,16 @@ impl Budget {
         }))
     }
 
-    /// Upstream answered 429, and said for how long: nothing is granted until then, and the pace is cut for a while.
-    /// Gives how long the pause is; a pause is only ever extended.
-    pub fn rate_limited(&self, retry_after: Option<Duration>, now: Instant) -> Duration {
-        let (pause, backed) = {
+    /// Upstream answered 429 to a query that was `asked` then, and said for how long: nothing is granted until then, and
+    /// the pace is cut for a while. Gives how long the pause is; a pause is only ever extended.
+    pub fn rate_limited(&self, retry_after: Option<Duration>, asked: Instant, now: Instant) -> Duration {
+        let (before, pause, backed) = {
             let mut backoff = lock(&self.0.backoff);
-            (backoff.rate_limited(retry_after, now), backoff.backed())
+            let before = backoff.backed();
+            (before, backoff.rate_limited(retry_after, asked, now), backoff.backed())
         };
-        if let (Some(lane), Some(backed)) = (&self.0.lane, backed) {
+        // What is no news is kept from the others: they may have heard something since.
+        if let (Some(lane), Some(backed)) = (&self.0.lane, backed.filter(|_| backed != before)) {
             lane.back_off(backed);
         }
         self.0.tell(Message::BackedOff);

@@ -27,6 +27,8 @@ pub(super) struct Backoff {
     paused_until: Option<Instant>,
     /// The rate when the last pause ended, from which it recovers.
     cut: Option<(f64, Instant)>,
+    /// When it was cut, or heard to be.
+    cut_at: Option<Instant>,
     /// The last pause of our own choosing, doubled while the rate has not recovered.
     chosen: Duration,
 }
@@ -37,6 +39,7 @@ impl Backoff {
             pace,
             paused_until: None,
             cut: None,
+            cut_at: None,
             chosen: Duration::ZERO,
         }
     }
@@ -55,10 +58,12 @@ impl Backoff {
         f64::from(self.pace.limit.get())
     }
 
-    /// Notes a 429, gives how long the pause is from `now` on.
-    pub(super) fn rate_limited(&mut self, retry_after: Option<Duration>, now: Instant) -> Duration {
+    /// Notes a 429 to a query that was `asked` then, gives how long the pause is from `now` on.
+    pub(super) fn rate_limited(&mut self, retry_after: Option<Duration>, asked: Instant, now: Instant) -> Duration {
         let in_pause = self.paused_until(now);
-        if in_pause.is_none() {
+        // What was on its way when the rate was cut says nothing of the rate since: at most for how long to pause.
+        let is_news = in_pause.is_none() && self.cut_at.is_none_or(|cut_at| asked > cut_at);
+        if is_news {
             let rate = self.rate(now);
             self.chosen = if rate < self.limit() {
                 (self.chosen * 2).clamp(FIRST, LONGEST)
@@ -66,14 +71,17 @@ impl Backoff {
                 FIRST
             };
             self.cut = Some(((rate / 2.0).max(1.0), now));
+            self.cut_at = Some(now);
         }
-        let pause = retry_after.map_or(self.chosen.max(FIRST), |asked| asked.min(LONGEST_ASKED));
+        let wanted = retry_after.map(|wanted| wanted.min(LONGEST_ASKED));
+        let Some(pause) = wanted.or(is_news.then_some(self.chosen)) else {
+            return in_pause.map_or(Duration::ZERO, |until| until - now);
+        };
         let until = in_pause.map_or(now + pause, |before| before.max(now + pause));
         self.paused_until = Some(until);
-        if let Some((_, since)) = &mut self.cut {
-            *since = until;
-        }
-        until.saturating_duration_since(now)
+        // Nothing recovers in a pause.
+        self.cut = Some((self.rate(now), until));
+        until - now
     }
 
     /// What the last 429 did, for other replicas.
@@ -84,9 +92,10 @@ impl Backoff {
     }
 
     /// Takes over what another replica heard, where it heard it later.
-    pub(super) fn take_over(&mut self, heard: Backed) {
+    pub(super) fn take_over(&mut self, heard: Backed, now: Instant) {
         if self.cut.is_none_or(|(_, until)| until < heard.until) {
             self.cut = Some((heard.rate.clamp(1.0, self.limit().max(1.0)), heard.until));
+            self.cut_at = Some(now);
             self.paused_until = Some(heard.until);
             self.chosen = heard.chosen;
         }
@@ -154,8 +163,8 @@ mod tests {
     async fn a_429_halves_the_rate_once_a_pause_and_it_recovers() {
         let (mut backoff, now) = backoff();
         assert_rate(&backoff, now, 15.0);
-        assert_eq!(backoff.rate_limited(Some(2 * SECOND), now), 2 * SECOND);
-        assert_eq!(backoff.rate_limited(Some(2 * SECOND), now), 2 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(2 * SECOND), now, now), 2 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(2 * SECOND), now, now), 2 * SECOND);
         assert_rate(&backoff, now + 2 * SECOND, 7.5);
         assert_rate(&backoff, now + 6 * SECOND, 9.5);
         assert_rate(&backoff, now + 17 * SECOND, 15.0);
@@ -167,7 +176,7 @@ mod tests {
         let (mut backoff, now) = backoff();
         let seconds = |backoff: &Backoff, permits| backoff.time_for(permits, now + 2 * SECOND).as_secs_f64();
         assert!((seconds(&backoff, 150.0) - 10.0).abs() < 1e-6);
-        backoff.rate_limited(Some(2 * SECOND), now);
+        backoff.rate_limited(Some(2 * SECOND), now, now);
         // 7.5/s at first and half a query a second more each second: 16 in 2 s, 168.75 until it is full after 15 s.
         for (permits, expected) in [(0.0, 0.0), (16.0, 2.0), (168.75, 15.0), (183.75, 16.0)] {
             let took = seconds(&backoff, permits);
@@ -178,24 +187,56 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pause_is_only_ever_extended_and_capped() {
         let (mut backoff, now) = backoff();
-        assert_eq!(backoff.rate_limited(Some(20 * SECOND), now), 20 * SECOND);
-        assert_eq!(backoff.rate_limited(Some(SECOND), now + SECOND), 19 * SECOND);
-        assert_eq!(backoff.rate_limited(Some(9000 * SECOND), now), 300 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(20 * SECOND), now, now), 20 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(SECOND), now, now + SECOND), 19 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(9000 * SECOND), now, now), 300 * SECOND);
         assert_eq!(backoff.paused_until(now + 299 * SECOND), Some(now + 300 * SECOND));
         assert_eq!(backoff.paused_until(now + 300 * SECOND), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_query_asked_before_the_rate_was_cut_neither_cuts_it_again_nor_doubles_the_pause() {
+        let (mut backoff, asked) = backoff();
+        let first = asked + SECOND;
+        assert_eq!(backoff.rate_limited(None, asked, first), SECOND);
+        // In the pause, and after it.
+        assert_eq!(backoff.rate_limited(None, asked, first + SECOND / 2), SECOND / 2);
+        let late = first + 3 * SECOND;
+        assert_eq!(backoff.rate_limited(None, asked, late), Duration::ZERO);
+        assert_eq!(backoff.paused_until(late), None);
+        assert_rate(&backoff, late, 8.5);
+        // For as long as upstream wants, the rate stays what it was.
+        assert_eq!(backoff.rate_limited(Some(2 * SECOND), asked, late), 2 * SECOND);
+        assert_rate(&backoff, late + 2 * SECOND, 8.5);
+        // Asked since, a query tells something new.
+        assert_eq!(
+            backoff.rate_limited(None, late + 2 * SECOND, late + 3 * SECOND),
+            2 * SECOND
+        );
+        assert_rate(&backoff, late + 5 * SECOND, 4.5);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_another_replica_heard_is_no_news_when_it_is_heard_here() {
+        let (mut backoff, asked) = backoff();
+        let (chosen, rate) = (SECOND, 7.5);
+        let until = asked + 2 * SECOND;
+        backoff.take_over(Backed { until, rate, chosen }, asked + SECOND);
+        assert_eq!(backoff.rate_limited(None, asked, until + SECOND), Duration::ZERO);
+        assert_rate(&backoff, until + SECOND, 8.0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn pauses_of_our_own_choosing_double_up_to_thirty_seconds_and_the_rate_never_falls_below_one() {
         let (mut backoff, mut now) = backoff();
         for expected in [1, 2, 4, 8, 16, 30, 30] {
-            let pause = backoff.rate_limited(None, now);
+            let pause = backoff.rate_limited(None, now, now);
             assert_eq!(pause, expected * SECOND);
             now += pause;
             assert!(backoff.rate(now) >= 1.0);
         }
         assert_rate(&backoff, now, 1.0);
         now += 60 * SECOND;
-        assert_eq!(backoff.rate_limited(None, now), SECOND);
+        assert_eq!(backoff.rate_limited(None, now, now), SECOND);
     }
 }

@@ -319,7 +319,7 @@ impl Dispatcher {
     /// slow, so is the task.
     fn go_on(&mut self, now: Instant, is_task: bool) -> Wake {
         if let Some(heard) = self.lane.as_deref().and_then(Lane::backed) {
-            lock(&self.backoff).take_over(heard);
+            lock(&self.backoff).take_over(heard, now);
         }
         let pause_ends = self.watch_pause(now);
         let wake = self.grant_due(now, is_task).or_at(pause_ends).or_at(self.judge(now));

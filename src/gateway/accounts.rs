@@ -630,7 +630,10 @@ mod tests {
         let accounts = directory(|_| {});
         let pause = Some(Duration::from_mins(5));
         let budget = accounts.asked_at(0, "ak_one").budget.clone();
-        assert_eq!(budget.rate_limited(pause, accounts.at(0)), Duration::from_mins(5));
+        assert_eq!(
+            budget.rate_limited(pause, accounts.at(0), accounts.at(0)),
+            Duration::from_mins(5)
+        );
         accounts.sweep(accounts.at(299), |_| false);
         assert_eq!(accounts.remembered(), 1);
         accounts.sweep(accounts.at(300), |_| false);

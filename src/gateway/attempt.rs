@@ -131,7 +131,9 @@ impl Gateway {
 
 /// Lets upstream's 429 slow the account down.
 fn pause(account: &Account, answer: &Answer) {
-    let pause = account.budget.rate_limited(retry_after(answer), Instant::now());
+    let pause = account
+        .budget
+        .rate_limited(retry_after(answer), answer.asked(), Instant::now());
     tracing::warn!(
         account = &*account.label,
         pause_s = pause.as_secs_f64(),

@@ -112,7 +112,7 @@ async fn the_gauges_that_accounts_share_lose_what_one_that_goes_added_and_no_mor
         let kept = kept.clone();
         async move { kept.enter(Entry::InTurn).await.is_ok() }
     });
-    goes.rate_limited(Some(SECOND), Instant::now());
+    goes.rate_limited(Some(SECOND), Instant::now(), Instant::now());
     let others = flights(&stays, 2);
     settle().await;
     assert_eq!(shown(), (7, 1, 1));
@@ -172,7 +172,7 @@ async fn a_pause_in_the_middle_of_a_queue_holds_everybody_up_and_nobody_rushes_a
     let flights = flights(&budget, 60);
     let paused = start + hold() + interval(15) * 19 + ms(10);
     sleep_until(paused).await;
-    budget.rate_limited(Some(SECOND * 2), paused);
+    budget.rate_limited(Some(SECOND * 2), paused, paused);
     let mut written = flights.join_all().await;
     written.sort();
     for (number, at) in (0..20).zip(&written) {

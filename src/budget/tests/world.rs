@@ -271,7 +271,7 @@ impl World<'_> {
                 // And slowed for as long as the rate takes to recover.
                 self.slowed_until = self.paused_until + RECOVERY;
                 self.wanted_since = self.slowed_until;
-                lock(&self.backoff).rate_limited(Some(length), self.start + now);
+                lock(&self.backoff).rate_limited(Some(length), self.start + now, self.start + now);
                 self.tell(now, |_| Message::BackedOff, 0);
             }
         }
