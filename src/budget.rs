@@ -205,15 +205,20 @@ impl Budget {
     }
 
     /// Takes over what upstream's 429s did to another budget: a key that spent that one spends this one from now on.
-    pub fn take_over(&self, other: &Self) {
+    pub fn take_over(&self, other: &Self, now: Instant) {
         let Some(backed) = lock(&other.0.backoff).backed() else {
             return;
         };
-        lock(&self.0.backoff).take_over(backed);
+        lock(&self.0.backoff).take_over(backed, now);
         if let Some(lane) = &self.0.lane {
             lane.back_off(backed);
         }
         self.0.tell(Message::BackedOff);
+    }
+
+    /// As far as is known by now, upstream takes so long at least: that counts for those who wait already, too.
+    pub fn expect(&self, at_least: Duration) {
+        self.0.desk.expect(at_least);
     }
 
     /// Whether the account is paused at `now`.
@@ -300,17 +305,18 @@ impl Drop for Held {
 }
 
 impl Standing {
-    /// A poll of `client` waits, too, for as long as the result is held: the flight stands in that client's queue. After
-    /// `latest` a turn is of no use to it.
-    pub fn join(&self, client: Client, weight: u32, latest: Instant) -> Waiting {
+    /// A poll of `client` waits, too, for as long as the result is held: the flight stands in that client's queue. It is to
+    /// be answered by its `deadline`, and upstream is thought to take so long: a turn that comes later is of no use to it.
+    pub fn join(&self, client: Client, weight: u32, deadline: Instant, takes: Duration) -> Waiting {
         let shared = &self.0.shared;
-        let poll = (latest, shared.next_poll.fetch_add(1, Ordering::Relaxed));
+        let poll = (deadline, shared.next_poll.fetch_add(1, Ordering::Relaxed));
         let (late, is_late) = oneshot::channel();
         shared.tell(Message::Join {
             flight: self.0.flight,
             client: client.clone(),
             weight,
             poll,
+            takes,
             late,
         });
         Waiting {

@@ -91,7 +91,10 @@ pub enum Error {
     /// No connection could be opened (twice), or none was there by the deadline.
     #[error("upstream cannot be reached")]
     NoConnection,
-    /// An attempt was sent and not answered in time.
+    /// An attempt was sent, and is not answered by the poll's deadline; it goes on.
+    #[error("upstream has not answered within budget.max_wait: its answer will be kept")]
+    UpstreamSlow,
+    /// An attempt was sent and not answered within `upstream.timeout`.
     #[error("upstream did not answer in time")]
     UpstreamTimeout,
     /// The connection broke, or what came was no HTTP answer.
@@ -130,7 +133,7 @@ impl Error {
             | Self::NoRoom
             | Self::Overloaded
             | Self::TooManyConnections(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::UpstreamSlow | Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -159,6 +162,7 @@ impl Error {
             Self::BudgetSpent { .. } => "budget",
             Self::UpstreamUnavailable { .. } => "upstream_unavailable",
             Self::NoConnection => "no_connection",
+            Self::UpstreamSlow => "upstream_slow",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamBroken => "upstream_broken",
             Self::UpstreamTooLarge => "upstream_too_large",
@@ -191,7 +195,7 @@ impl Error {
             | Self::Overloaded
             | Self::TooManyConnections(_) => Some("http_request_denied"),
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
-            Self::UpstreamTimeout => Some("http_response_timeout"),
+            Self::UpstreamSlow | Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
             Self::UpstreamTooLarge => Some("http_response_body_size"),
             Self::UpstreamEncoding => Some("http_response_content_coding"),
@@ -207,7 +211,9 @@ impl Error {
             | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
             Self::NoRoom | Self::Overloaded | Self::TooManyConnections(_) => Some(Duration::from_secs(1)),
-            Self::NoConnection | Self::UpstreamTimeout | Self::UpstreamBroken => Some(Duration::from_secs(2)),
+            Self::NoConnection | Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamBroken => {
+                Some(Duration::from_secs(2))
+            }
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
@@ -249,6 +255,7 @@ impl Error {
             | Self::RequestTimeout
             | Self::UpstreamUnavailable { .. }
             | Self::NoConnection
+            | Self::UpstreamSlow
             | Self::UpstreamTimeout
             | Self::UpstreamBroken
             | Self::UpstreamTooLarge

@@ -441,7 +441,8 @@ impl Gateway {
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(&poll.caller, name);
-        let latest = self.latest_turn(poll.arrived);
+        let takes = self.upstream_takes();
+        self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
         let may_stand_in = snapshot.is_some() || self.elsewhere.is_some();
         loop {
@@ -459,7 +460,7 @@ impl Gateway {
                 Progress::new(account.budget.standing(snapshot), trace.link(), snapshot.is_some())
             });
             let standing = progress.borrow().standing.clone();
-            let mut place = standing.join(client.clone(), asker.weight(), latest);
+            let mut place = standing.join(client.clone(), asker.weight(), deadline, takes);
             let collapsed = leader.is_none();
             let mut carried = if let (Some(leader), Some(trace)) = (leader, trace) {
                 Some(self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace))

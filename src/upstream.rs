@@ -160,6 +160,17 @@ impl Upstream {
         self.0.recent.p90()
     }
 
+    /// What all but about one answer in a hundred take less than, where that is `within`; else nine in ten. `None` before the
+    /// first.
+    pub fn nearly_all(&self, within: Duration) -> Option<Duration> {
+        self.0.recent.nearly_all(within)
+    }
+
+    /// What the next answer is more likely than not to take at least.
+    pub fn at_least(&self, now: Instant) -> Duration {
+        self.0.recent.at_least(now)
+    }
+
     /// The value of the Host header.
     pub fn host(&self) -> &HeaderValue {
         &self.0.host
@@ -250,6 +261,7 @@ impl Ready {
         } = &mut *connection.line;
         wire.arm(permit);
         let mut has_waited = false;
+        let query = upstream.recent.ask(asked);
         let answered = {
             // Each move of it would take its room again.
             let exchange = pin!(async {
@@ -275,7 +287,7 @@ impl Ready {
             Err(_) => return Err(Failed::after(Error::UpstreamTimeout)),
         };
         let received = Instant::now();
-        upstream.recent.note(received - asked);
+        query.answered(received);
         Ok(Fetched {
             status: head.status,
             // A copy of its own: hyper's is a slice of the connection's read buffer, which would be kept with it.

@@ -35,7 +35,7 @@ pub fn run(of: usize, times: usize) -> Duration {
                     name: None,
                 };
                 flights.spawn(async move {
-                    let _place = standing.join(client, 1, Instant::now() + Duration::from_hours(24));
+                    let _place = standing.join(client, 1, Instant::now() + Duration::from_hours(24), Duration::ZERO);
                     // A turn that is given back lets the next one come forward.
                     drop(standing.enter(Entry::InTurn).await.unwrap());
                 });

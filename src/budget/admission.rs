@@ -12,30 +12,58 @@ use super::fair_queue::Flight;
 /// A forecast looks at every flight that waits, in some 0.2 µs each: so often that it takes a fiftieth of a core at most.
 const SPACING: Duration = Duration::from_micros(10);
 
-/// A poll: the latest instant at which a turn is of use to it, and its number.
+/// A poll: when it has to be answered at the latest, and its number.
 pub(super) type PollId = (Instant, u64);
 
 #[derive(Debug, Default)]
 pub(super) struct Admission {
-    polls: BTreeMap<Flight, BTreeMap<PollId, oneshot::Sender<Duration>>>,
+    polls: BTreeMap<Flight, BTreeMap<PollId, Poll>>,
+    /// What upstream takes at least, as far as is known by now.
+    at_least: Duration,
     /// No poll of a flight that waits needs its turn earlier.
     earliest: Option<Instant>,
     /// When a forecast may be made again.
     next: Option<Instant>,
 }
 
+#[derive(Debug)]
+struct Poll {
+    /// What upstream was thought to take, at most, when it came.
+    takes: Duration,
+    /// Tells it by how much its turn would come too late.
+    late: oneshot::Sender<Duration>,
+}
+
+/// The latest instant at which a turn serves a poll. Whoever is in the queue is sent away only for what upstream takes
+/// longer than it was thought to: at the edge of what is possible a few waver, and these have waited long.
+fn latest((deadline, _): &PollId, poll: &Poll, at_least: Duration) -> Instant {
+    let takes = poll.takes.max(at_least);
+    deadline.checked_sub(takes).unwrap_or(*deadline)
+}
+
 impl Admission {
-    /// A poll waits for `flight`; `late` tells it by how much its turn would come too late.
-    pub(super) fn join(&mut self, flight: Flight, poll: PollId, late: oneshot::Sender<Duration>) {
-        self.earliest = Some(self.earliest.map_or(poll.0, |earliest| earliest.min(poll.0)));
-        self.polls.entry(flight).or_default().insert(poll, late);
+    /// A poll waits for `flight`, and upstream is thought to take so long at most; `late` tells it by how much its turn would
+    /// come too late.
+    pub(super) fn join(&mut self, flight: Flight, poll: PollId, takes: Duration, late: oneshot::Sender<Duration>) {
+        self.polls.entry(flight).or_default().insert(poll, Poll { takes, late });
+        self.enter(flight);
     }
 
     /// The flight waits, from now on: a forecast made before has not seen its polls.
     pub(super) fn enter(&mut self, flight: Flight) {
+        // One answer is for all: if it is in time for the first, it is for those behind.
         let first = self.polls.get(&flight).and_then(BTreeMap::first_key_value);
-        let first = first.map(|((latest, _), _)| *latest);
+        let first = first.map(|(id, poll)| latest(id, poll, self.at_least));
         self.earliest = self.earliest.into_iter().chain(first).min();
+    }
+
+    /// Upstream takes so long at least.
+    pub(super) fn expect(&mut self, at_least: Duration) {
+        let more = at_least.saturating_sub(self.at_least);
+        self.earliest = self
+            .earliest
+            .map(|earliest| earliest.checked_sub(more).unwrap_or(earliest));
+        self.at_least = at_least;
     }
 
     /// It waits no longer.
@@ -78,16 +106,19 @@ impl Admission {
             let turn = turn(ahead);
             // Nobody waits for those in the background.
             if let Some(polls) = self.polls.get_mut(&flight) {
-                while let Some(first) = polls.first_entry().filter(|first| first.key().0 < turn && !is_next) {
-                    let (latest, _) = *first.key();
+                while let Some(first) = polls.first_entry().filter(|_| !is_next) {
+                    let latest = latest(first.key(), first.get(), self.at_least);
+                    if latest >= turn {
+                        break;
+                    }
                     // Nobody listens when the poll has just been answered.
-                    let _ = first.remove().send(turn - latest);
+                    let _ = first.remove().late.send(turn - latest);
                 }
-                let Some(((latest, _), _)) = polls.first_key_value() else {
+                if polls.is_empty() {
                     self.polls.remove(&flight);
                     continue;
-                };
-                self.earliest = Some(self.earliest.map_or(*latest, |earliest| earliest.min(*latest)));
+                }
+                self.enter(flight);
             }
             ahead += 1;
         }

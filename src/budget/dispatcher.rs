@@ -47,12 +47,13 @@ const READY_AHEAD: usize = 2;
 pub(super) enum Message {
     /// A flight may come to wait.
     Open { flight: Flight, snapshot: Option<Instant> },
-    /// A client's poll waits for it, and is told when its turn would come `late`.
+    /// A client's poll waits for it, which upstream `takes` so long for, and is told when its turn would come `late`.
     Join {
         flight: Flight,
         client: Client,
         weight: u32,
         poll: PollId,
+        takes: Duration,
         late: oneshot::Sender<Duration>,
     },
     /// A client's poll waits no longer.
@@ -169,6 +170,11 @@ impl Desk {
         if dispatcher.next.is_missed_by(slept_for) {
             self.roused.notify_one();
         }
+    }
+
+    /// Upstream takes so long at least: who can no longer be answered in time for that is told with whatever happens next.
+    pub(super) fn expect(&self, at_least: Duration) {
+        lock(&self.dispatcher).admission.expect(at_least);
     }
 
     /// Who waits, and who spends.
@@ -336,10 +342,11 @@ impl Dispatcher {
                 client,
                 weight,
                 poll,
+                takes,
                 late,
             } => {
                 self.queue.join(flight, &client, weight);
-                self.admission.join(flight, poll, late);
+                self.admission.join(flight, poll, takes, late);
             }
             Message::Leave { flight, client, poll } => {
                 self.queue.leave(flight, &client);

@@ -176,9 +176,10 @@ impl Accounts {
         let after = Arc::new(self.changed_directory(config, &before));
         let rules = after.rules;
         let hold = |gained: &[Gained]| {
-            let until = Instant::now() + Duration::from_secs(1) + rules.pace.margin;
+            let now = Instant::now();
+            let until = now + Duration::from_secs(1) + rules.pace.margin;
             for Gained { budget, spent } in gained {
-                budget.take_over(spent);
+                budget.take_over(spent, now);
                 rules.hold_for(budget, until);
             }
         };

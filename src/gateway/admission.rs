@@ -21,17 +21,21 @@ use crate::metrics::Shed;
 const UNKNOWN: Duration = Duration::from_millis(300);
 
 impl Gateway {
-    /// The latest instant at which a turn serves a poll that `arrived` then: upstream needs its time, too. Half of
-    /// `budget.max_wait` at most: where upstream is slower than that, trying is the only way to learn that it no longer is.
-    pub(super) fn latest_turn(&self, arrived: Instant) -> Instant {
+    /// What upstream is thought to take of the time that a poll which comes now may wait, with few exceptions. All of it at
+    /// most: whoever has nobody before them is asked for even then, since the answer is kept, and trying is the only way to
+    /// learn that upstream is no longer so slow.
+    pub(super) fn upstream_takes(&self) -> Duration {
         let max_wait = self.config.load().budget.max_wait;
-        let p90 = self.upstream.p90();
-        let takes = if p90.is_zero() {
-            UNKNOWN.min(max_wait / 10)
-        } else {
-            p90.min(max_wait / 2)
-        };
-        arrived + max_wait - takes
+        let takes = self.upstream.nearly_all(max_wait);
+        takes.map_or(UNKNOWN.min(max_wait / 10), |takes| takes.min(max_wait))
+    }
+
+    /// Lets those who wait know what upstream takes by now.
+    pub(super) fn reckon(&self, account: &Account) {
+        let max_wait = self.config.load().budget.max_wait;
+        account
+            .budget
+            .expect(self.upstream.at_least(Instant::now()).min(max_wait));
     }
 
     /// Answers a poll whose flight has not landed: at its deadline or, where its turn would come `late_by` too late, before.
@@ -51,7 +55,7 @@ impl Gateway {
             Phase::Waiting => "budget",
             Phase::Connecting(_) => Error::NoConnection.detail(),
             // Whether upstream was asked here or by another replica.
-            Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamTimeout.detail(),
+            Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow.detail(),
         };
         if let Some(snapshot) = self.stand_in(poll, detail) {
             leave_behind(progress);
@@ -63,7 +67,7 @@ impl Gateway {
         Err(match phase {
             Phase::Waiting => self.budget_spent(&poll.asker.account, late_by),
             Phase::Connecting(_) => Error::NoConnection,
-            Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamTimeout,
+            Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow,
         })
     }
 

@@ -43,11 +43,13 @@ impl Gateway {
         permit: Permit,
     ) -> Result<Answer, Failed> {
         let sent = Instant::now();
+        self.reckon(account);
         let is_told = self.config.load().upstream.traceparent;
         let query = attempt.trace.query(attempt.number);
         let traceparent = is_told.then(|| query.context.header()).flatten();
         let result = ready.send(permit, &key.secret, task, traceparent).await;
         let took = sent.elapsed();
+        self.reckon(account);
         let breaker = self.upstream.breaker();
         match result {
             Ok(mut fetched) => {

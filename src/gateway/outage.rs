@@ -128,7 +128,7 @@ impl Gateway {
                 biased;
                 Ok(()) = progress.changed() => continue,
                 () = self.upstream.breaker().opened() => self.unavailable().detail(),
-                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => "upstream_slow",
+                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => Error::UpstreamSlow.detail(),
             };
             if let Some(answered) = self.stand_in(poll, detail) {
                 leave_behind(progress);

@@ -1,5 +1,6 @@
 //! A poll that cannot be served by its deadline hears so at once, and when to come back.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -133,6 +134,64 @@ async fn upstreams_own_time_counts() {
         (100..=103).contains(&served),
         "in the 7 s that leave upstream its 3: {served}"
     );
+}
+
+/// A number from 0 to 1, another for each task.
+fn drawn(task: &str) -> f64 {
+    let mut hasher = DefaultHasher::new();
+    task.hash(&mut hasher);
+    hasher.finish() as f64 / u64::MAX as f64
+}
+
+/// For how long there are more polls than the budget allows.
+const OVERLOAD: Duration = Duration::from_secs(40);
+
+/// What comes of a rush of 120 polls and 18 a second after it.
+async fn overload(latency: Duration, varies: fn(&str) -> Duration) -> Vec<Polled> {
+    let upstream = Behaviour {
+        latency,
+        varies,
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(upstream, |_| {}));
+    sleep(HOLD).await;
+    let (began, apart) = (Instant::now(), Duration::from_secs(1) / 18);
+    let mut polls = JoinSet::new();
+    let mut number = 0;
+    while began.elapsed() < OVERLOAD {
+        let (gateway, name, count) = (
+            Arc::clone(&gateway),
+            format!("task-{number}"),
+            if number == 0 { 120 } else { 1 },
+        );
+        polls.spawn(async move { rush(&gateway, MODEST, tasks(&name, count)).await });
+        number += 1;
+        sleep_until(began + apart * number).await;
+    }
+    polls.join_all().await.into_iter().flatten().collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_steady_overload_hardly_anybody_waits_for_an_answer_that_comes_too_late() {
+    let uniform: fn(&str) -> Duration = |task| Duration::from_millis(450).mul_f64(drawn(task));
+    let exponential: fn(&str) -> Duration =
+        |task| Duration::from_millis(300).mul_f64(-(1.0 - drawn(task)).max(1e-6).ln());
+    let constant: fn(&str) -> Duration = |_| Duration::ZERO;
+    for (ms, varies) in [(50, uniform), (0, exponential), (4500, constant), (6000, constant)] {
+        let latency = Duration::from_millis(ms);
+        let polled = overload(latency, varies).await;
+        let with = |status: u16| polled.iter().filter(|polled| polled.reply.status == status).count();
+        let (served, late) = (with(200), with(504));
+        assert!(
+            late * 100 <= polled.len(),
+            "{ms} ms: {late} of {} too late",
+            polled.len()
+        );
+        // Every permit is of use, until upstream's own time is all that is left of the last poll's.
+        let in_time = (OVERLOAD + MAX_WAIT).as_secs_f64() - latency.as_secs_f64();
+        let least = 14.0 * (in_time - 1.0);
+        assert!(served as f64 >= least, "{ms} ms: {served} served, not {least}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -41,7 +41,7 @@ fn budget(limit: u32, metrics: AccountMetrics) -> Budget {
 /// A flight's whole way to its permit.
 async fn permit(budget: &Budget) -> Permit {
     let standing = budget.standing(None);
-    let _place = standing.join(client(), 1, Instant::now() + FOR_EVER);
+    let _place = standing.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
     let turn = standing.enter(Entry::InTurn).await.unwrap();
     turn.permit(&Open).await.unwrap()
 }
@@ -86,7 +86,7 @@ async fn the_dispatcher_ends_when_the_last_budget_and_the_last_standing_are_gone
     drop(another);
     settle().await;
     assert_eq!(dispatchers(), 1, "a flight stands");
-    let place = standing.join(client(), 1, Instant::now() + FOR_EVER);
+    let place = standing.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
     let turn = standing.enter(Entry::InTurn).await.unwrap();
     drop((standing, place));
     settle().await;
@@ -244,7 +244,7 @@ async fn a_panic_of_the_dispatcher_ends_the_wait_of_those_who_wait_and_nothing_e
     for _ in 0..20 {
         let standing = budget.standing(None);
         waiting.spawn(async move {
-            let _place = standing.join(client(), 1, Instant::now() + FOR_EVER);
+            let _place = standing.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
             standing.enter(Entry::InTurn).await
         });
     }

@@ -219,6 +219,7 @@ impl World<'_> {
                     client,
                     weight,
                     poll,
+                    takes: Duration::ZERO,
                     late,
                 };
                 self.tell(now, join, flight);

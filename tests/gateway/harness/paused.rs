@@ -39,6 +39,8 @@ pub struct Behaviour {
     pub opening: fn(usize) -> Duration,
     /// How long an answer takes.
     pub latency: Duration,
+    /// How much longer the answer about this task takes.
+    pub varies: fn(&str) -> Duration,
     /// How long a connection may be idle before upstream closes it, without a word; `None` is for ever.
     pub idle: Option<Duration>,
     /// The answer to the n-th query (from 0) of a task.
@@ -67,6 +69,7 @@ impl Default for Behaviour {
         Self {
             opening: |_| Duration::ZERO,
             latency: Duration::from_millis(100),
+            varies: |_| Duration::ZERO,
             idle: None,
             answer: |_, task| success(task),
             to_key: |_, _| None,
@@ -354,7 +357,7 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
                         Some(Away::Status(_) | Away::Code(_)) | None => {}
                     }
                     let away = behaviour.away(start.elapsed());
-                    sleep(behaviour.latency).await;
+                    sleep(behaviour.latency + (behaviour.varies)(&task)).await;
                     busy.send_replace(false);
                     Ok(match away {
                         Some(Away::Status(status)) => error(status, status),
