@@ -5,8 +5,8 @@
 //! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
 //! One dispatcher an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
-//! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time, and
-//! `budget/ring.rs` holds the instants at which requests were really written, which is what the promise is about: never
+//! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time,
+//! `budget/promised.rs` when they may come back, and `budget/ring.rs` holds the instants at which requests were really written, which is what the promise is about: never
 //! more than `limit` of them in any sliding second. `budget/history.rs` and `budget/spending.rs` remember the
 //! last minutes, for people to look at. What happens to the answers is none of this module's business.
 
@@ -15,6 +15,7 @@ mod backoff;
 mod dispatcher;
 mod fair_queue;
 mod history;
+mod promised;
 mod ring;
 mod spending;
 
@@ -30,11 +31,13 @@ use crate::account::Client;
 use crate::metrics::AccountMetrics;
 use crate::panics::supervise;
 use crate::shared::Lane;
-use admission::{PollId, Promised};
+use crate::task::TaskId;
+use admission::PollId;
 use backoff::Backoff;
 use dispatcher::{Desk, Dispatcher, Grant, Message};
 use fair_queue::Flight;
 pub use history::SECONDS as HISTORY_SECONDS;
+use promised::Promised;
 use ring::{Ring, Stamp};
 pub use spending::Spent;
 
@@ -263,10 +266,25 @@ impl Budget {
         self.0.desk.shares()
     }
 
-    /// When a poll that is turned away at `now` finds a place, if its turn would have come `late_by` too late. Each one that
-    /// is told so is promised a turn of its own, so that they do not all come back at once.
-    pub fn retry_after(&self, late_by: Duration, now: Instant) -> Duration {
-        late_by + lock(&self.0.promised).next(self.rate(now), now)
+    /// When a poll of `client` for `task` finds a place that is turned away at `now`, if its turn would have come `late_by`
+    /// too late. Each task is promised a turn of its own in its client's line, so that they do not all come back at once.
+    pub fn retry_after(
+        &self,
+        client: Option<(&Client, u32)>,
+        task: &TaskId,
+        late_by: Duration,
+        now: Instant,
+    ) -> Duration {
+        let (client, weight) = client.unzip();
+        let rate = self.rate(now);
+        lock(&self.0.promised).next(client, weight.unwrap_or(1), task, late_by, rate, now)
+    }
+
+    /// How long before the end of the queue a poll that comes at `now` has to stop, for the places that are promised to
+    /// others of its client; not at all if one is promised to itself.
+    pub fn kept(&self, client: &Client, task: &TaskId, now: Instant) -> Duration {
+        let rate = self.rate(now);
+        lock(&self.0.promised).kept(client, task, rate, now)
     }
 
     /// How long nothing is granted from `now` on: until the account's pause ends, or the start's.

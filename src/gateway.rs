@@ -441,7 +441,8 @@ impl Gateway {
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(&poll.caller, name);
-        let takes = self.upstream_takes();
+        let kept = account.budget.kept(&client, &poll.task, poll.arrived);
+        let takes = self.upstream_takes() + kept;
         self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
         let may_stand_in = snapshot.is_some() || self.elsewhere.is_some();
@@ -475,13 +476,14 @@ impl Gateway {
                 landed = landing(progress.clone()) => Some(landed),
                 slow = self.snapshot_when_slow(poll, progress.clone()), if may_stand_in => return Ok(slow),
                 late_by = place.late() => {
-                    return self.answer_without_landing(poll, progress, Some(late_by), collapsed);
+                    let late_by = late_by.saturating_sub(kept);
+                    return self.answer_without_landing(poll, progress, Some(late_by), collapsed, &client);
                 }
                 () = sleep_until(deadline) => None,
             };
             let was_stale = progress.borrow().was_stale;
             return match landed {
-                None => self.answer_without_landing(poll, progress, None, collapsed),
+                None => self.answer_without_landing(poll, progress, None, collapsed, &client),
                 Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
                 // Fresh enough for the client that opened the flight, but not for this one.
                 Some(Landed::Kept(_) | Landed::InVain) => continue,
@@ -600,7 +602,7 @@ impl Gateway {
             let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
                 None => return self.give_up(leader, &account),
                 Some(Ok(turn)) => turn,
-                Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account)).stage()),
+                Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account, &task)).stage()),
             };
             if is_in_vain(&account, &key, launched) {
                 return leader.land(Landed::InVain.stage());

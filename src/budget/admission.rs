@@ -125,28 +125,3 @@ impl Admission {
         self.next = Some(now + SPACING.saturating_mul(seen));
     }
 }
-
-/// The longest that a line of promised turns makes a poll wait: some clients come back every 30 s at the latest, and those
-/// that come back before they were told to would lengthen it for ever.
-const LONGEST_LINE: Duration = Duration::from_secs(30);
-
-/// Turns promised to polls that were turned away: they come back later, each in its turn.
-#[derive(Debug, Default)]
-pub(super) struct Promised {
-    /// When the last of them is.
-    last: Option<Instant>,
-}
-
-impl Promised {
-    /// Promises one more turn; gives how long after `now` it is. Turns come at `rate` a second.
-    pub(super) fn next(&mut self, rate: f64, now: Instant) -> Duration {
-        let each = Duration::try_from_secs_f64(rate.recip()).unwrap_or_default();
-        let first = now + each;
-        let next = self
-            .last
-            .map_or(first, |last| first.max(last + each))
-            .min(now + LONGEST_LINE);
-        self.last = Some(next);
-        next - now
-    }
-}

@@ -5,7 +5,6 @@
 //! waits ten seconds for a refusal. What the snapshot stands in for is still wanted, or nobody would ever see it fresher:
 //! its flight goes on in the background.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -13,8 +12,10 @@ use tokio::time::Instant;
 
 use super::accounts::Account;
 use super::{Answered, Gateway, Phase, Poll, Progress, forwarded};
+use crate::account::Client;
 use crate::error::Error;
 use crate::metrics::Shed;
+use crate::task::TaskId;
 
 /// What upstream is thought to take before its first answer, if that is a small part of `budget.max_wait`: of the first rush
 /// after a start whoever has the last turns would else wait for an answer that comes too late.
@@ -45,6 +46,7 @@ impl Gateway {
         progress: watch::Receiver<Progress>,
         late_by: Option<Duration>,
         collapsed: bool,
+        client: &Client,
     ) -> Result<Answered, Error> {
         let (phase, last_error, was_stale) = {
             let progress = progress.borrow();
@@ -65,29 +67,30 @@ impl Gateway {
             return Ok(forwarded(answer, was_stale, collapsed));
         }
         Err(match phase {
-            Phase::Waiting => self.budget_spent(&poll.asker.account, late_by),
+            Phase::Waiting => self.budget_spent(poll, client, late_by),
             Phase::Connecting(_) => Error::NoConnection,
             Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow,
         })
     }
 
-    fn budget_spent(&self, account: &Arc<Account>, late_by: Option<Duration>) -> Error {
+    fn budget_spent(&self, poll: &Poll<'_>, client: &Client, late_by: Option<Duration>) -> Error {
+        let account = &poll.asker.account;
         let foreseen = late_by.is_some();
         let now = Instant::now();
         let late_by = late_by.unwrap_or_else(|| account.budget.paused_for(now));
         Error::BudgetSpent {
             limit: self.config.load().budget.limit,
-            retry_after: account.budget.retry_after(late_by, now),
+            retry_after: (account.budget).retry_after(Some((client, poll.asker.weight())), &poll.task, late_by, now),
             foreseen,
         }
     }
 
     /// Why a flight gave way that stood in a full queue.
-    pub(super) fn queue_full(&self, account: &Account) -> Error {
+    pub(super) fn queue_full(&self, account: &Account, task: &TaskId) -> Error {
         let now = Instant::now();
         Error::QueueFull {
             limit: self.config.load().budget.limit,
-            retry_after: account.budget.retry_after(account.budget.paused_for(now), now),
+            retry_after: (account.budget).retry_after(None, task, account.budget.paused_for(now), now),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A poll that cannot be served by its deadline hears so at once, and when to come back.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use http_body_util::Full;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::harness::paused::{Behaviour, Paused, json, most_in_a_second, running, success};
+use crate::harness::paused::{Behaviour, Paused, goodput, json, most_in_a_second, running, success};
 use crate::harness::{KEY, Reply};
 
 const GREEDY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
@@ -377,4 +378,94 @@ async fn a_poll_that_is_turned_away_counts_once_whoever_shared_its_flight() {
     let refused = greedy.iter().chain(&newcomers).filter(is_refused).count();
     let shed = gateway.metric("crun_gateway_budget_shed_total{account=\"other\",reason=\"queue_full\"}");
     assert!((shed - refused as f64).abs() < 0.5, "{shed} counted, {refused} refused");
+}
+
+/// Polls, and does as told until it is served: how often it was turned away.
+async fn persist(gateway: Arc<Paused>, peer: IpAddr, task: String) -> usize {
+    let mut refusals = 0;
+    loop {
+        let reply = gateway.poll_from(peer, KEY, &task).await;
+        if reply.status == 200 {
+            return refusals;
+        }
+        reply.assert_is_our_error(429);
+        let wait = reply.header("retry-after").unwrap().parse().unwrap();
+        sleep(Duration::from_secs(wait)).await;
+        refusals += 1;
+    }
+}
+
+/// How many were turned away so often: never, once, twice and so on.
+fn tally(refusals: impl IntoIterator<Item = usize>) -> BTreeMap<usize, usize> {
+    let mut tally = BTreeMap::new();
+    for count in refusals {
+        *tally.entry(count).or_default() += 1;
+    }
+    tally
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_who_does_as_told_is_turned_away_twice_however_many_they_are() {
+    for (limit, count) in [(15, 800), (1, 60)] {
+        let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+            config.budget.limit = limit.try_into().unwrap();
+        }));
+        sleep(HOLD).await;
+        let mut polls = JoinSet::new();
+        for task in tasks("task", count) {
+            polls.spawn(persist(Arc::clone(&gateway), GREEDY, task));
+        }
+        let refusals = tally(polls.join_all().await);
+        assert!(
+            refusals.keys().all(|count| *count <= 1),
+            "{limit} a second: {refusals:?}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn newcomers_do_not_take_the_places_of_those_who_come_back_when_told() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
+    sleep(HOLD).await;
+    let mut polls = JoinSet::new();
+    for task in tasks("first", 120) {
+        polls.spawn(persist(Arc::clone(&gateway), GREEDY, task));
+    }
+    let (began, apart) = (Instant::now(), Duration::from_secs(1) / 18);
+    let mut number = 0;
+    while began.elapsed() < OVERLOAD {
+        polls.spawn(persist(Arc::clone(&gateway), GREEDY, format!("new-{number}")));
+        number += 1;
+        sleep_until(began + apart * number).await;
+    }
+    let refusals = tally(polls.join_all().await);
+    assert!(refusals.keys().all(|count| *count <= 1), "{refusals:?}");
+    let arrivals = gateway.arrivals();
+    assert!(goodput(&arrivals) > 14.0, "{}", goodput(&arrivals));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_does_not_heed_retry_after_lengthens_nobody_elses() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
+    sleep(HOLD).await;
+    let mut greedy = JoinSet::new();
+    for number in 0..200 {
+        let gateway = Arc::clone(&gateway);
+        greedy.spawn(async move {
+            for poll in 0.. {
+                rush(&gateway, GREEDY, tasks(&format!("greedy-{number}-{poll}"), 1)).await;
+                sleep(Duration::from_millis(500)).await;
+            }
+        });
+    }
+    sleep(Duration::from_secs(4)).await;
+    let mut modest = JoinSet::new();
+    let began = Instant::now();
+    for task in tasks("modest", 110) {
+        modest.spawn(persist(Arc::clone(&gateway), MODEST, task));
+    }
+    let refusals = tally(modest.join_all().await);
+    assert!(refusals.keys().all(|count| *count <= 1), "{refusals:?}");
+    // Half of the budget is theirs.
+    assert!(began.elapsed() < Duration::from_secs(18), "{:?}", began.elapsed());
 }
