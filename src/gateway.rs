@@ -130,6 +130,8 @@ struct Poll<'t> {
     task: TaskId,
     /// How old a live answer may be, if the client says so.
     max_age: Option<Duration>,
+    /// Whether it has opened a flight that was to ask, and may go on without it: then it saved no call.
+    has_flown: bool,
     trace: &'t Trace,
 }
 
@@ -352,7 +354,7 @@ impl Gateway {
                 let (code, now) = (answer.code(), Instant::now());
                 let took = now.saturating_duration_since(arrived);
                 trace.answered(&account.label, served, code);
-                account.answered(&poll.asker.requests(&poll.caller), served, code, took);
+                account.answered(&poll.asker.requests(&poll.caller), served, poll.has_flown, code, took);
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
                     trace_id = %trace.id(),
@@ -370,7 +372,7 @@ impl Gateway {
                     account.metrics.shed(reason);
                 }
                 let (requests, code) = (poll.asker.requests(&poll.caller), error.status().as_u16());
-                account.answered(&requests, Served::None, code, arrived.elapsed());
+                account.answered(&requests, Served::None, poll.has_flown, code, arrived.elapsed());
                 refuse(&error, &account.label, request_id, trace)
             }
         }
@@ -399,12 +401,13 @@ impl Gateway {
             name: headers.get(&self.config.load().client_header).cloned(),
             task,
             max_age: max_age::wanted(headers),
+            has_flown: false,
             trace,
         })
     }
 
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
-    async fn answer(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Answered, Error> {
+    async fn answer(self: &Arc<Self>, poll: &mut Poll<'_>) -> Result<Answered, Error> {
         let account = &poll.asker.account;
         account.watch.asked(poll.task.as_str(), poll.arrived);
         let live = self.lifetime_for(poll);
@@ -432,7 +435,7 @@ impl Gateway {
     /// `snapshot` since when the stale one is kept.
     async fn fetch(
         self: &Arc<Self>,
-        poll: &Poll<'_>,
+        poll: &mut Poll<'_>,
         snapshot: Option<Instant>,
         live: Duration,
     ) -> Result<Answered, Error> {
@@ -463,6 +466,8 @@ impl Gateway {
             let standing = progress.borrow().standing.clone();
             let mut place = standing.join(client.clone(), asker.weight(), deadline, takes);
             let collapsed = leader.is_none();
+            let had_flown = poll.has_flown;
+            poll.has_flown |= !collapsed;
             let mut carried = if let (Some(leader), Some(trace)) = (leader, trace) {
                 Some(self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace))
             } else {
@@ -482,6 +487,9 @@ impl Gateway {
                 () = sleep_until(deadline) => None,
             };
             let was_stale = progress.borrow().was_stale;
+            if landed.as_ref().is_some_and(Landed::is_unspent) {
+                poll.has_flown = had_flown;
+            }
             return match landed {
                 None => self.answer_without_landing(poll, progress, None, collapsed, &client),
                 Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),

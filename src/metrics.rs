@@ -304,7 +304,7 @@ impl Metrics {
                 IntCounterVec::new(
                     opts(
                         "upstream_calls_saved_total",
-                        "Polls that cost no attempt of their own, by why.",
+                        "Polls that opened no flight of their own, by why.",
                     ),
                     &["account", "how"],
                 )?,
@@ -569,8 +569,7 @@ impl Metrics {
                 .map(|outcome| self.upstream_requests.with_label_values(&[account, outcome.label()]))
                 .collect(),
             upstream_request_duration: self.upstream_request_duration.clone(),
-            saved: [Served::Hit, Served::Stale, Served::Collapsed]
-                .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
+            saved: Served::SAVING.map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
             budget_wait: LANES.map(|lane| self.budget_wait.with_label_values(&[account, lane])),
             queue_length: LANES.map(|lane| self.budget_queue_length.with_label_values(&[account, lane])),
             rate: self.budget_rate.with_label_values(&[account]),
@@ -670,7 +669,7 @@ pub struct AccountMetrics {
     request_duration: Vec<Histogram>,
     upstream_requests: Vec<IntCounter>,
     upstream_request_duration: Histogram,
-    saved: [IntCounter; 3],
+    saved: [IntCounter; Served::SAVING.len()],
     /// How long flights waited for a permit that they got in the foreground's turn, in the background's.
     pub budget_wait: [Histogram; 2],
     /// Flights that wait for a permit: in the foreground, in the background.
@@ -692,11 +691,12 @@ impl AccountMetrics {
     pub fn answered(&self, client: &ClientRequests, served: Served, code: u16, after: Duration) {
         client.0[served as usize][code_class(code)].inc();
         self.request_duration[served as usize].observe(after.as_secs_f64());
-        match served {
-            Served::Hit => self.saved[0].inc(),
-            Served::Stale => self.saved[1].inc(),
-            Served::Collapsed => self.saved[2].inc(),
-            Served::Miss | Served::None => {}
+    }
+
+    /// Counts a poll that was answered `served` and has opened no flight.
+    pub fn saved(&self, served: Served) {
+        if let Some(place) = Served::SAVING.iter().position(|saving| *saving == served) {
+            self.saved[place].inc();
         }
     }
 

@@ -67,6 +67,9 @@ pub enum Served {
 }
 
 impl Served {
+    /// Those that save a call upstream, where the poll has opened no flight all the same.
+    pub const SAVING: [Self; 3] = [Self::Hit, Self::Stale, Self::Collapsed];
+
     /// Every way, so that each counter exists at 0 from the start.
     pub const ALL: [Self; 5] = [Self::Hit, Self::Stale, Self::Miss, Self::Collapsed, Self::None];
 

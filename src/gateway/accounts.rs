@@ -87,10 +87,20 @@ impl Account {
         self.watch.lifetime(self.budget.rate(now), now)
     }
 
-    /// Counts a poll of `client` that was answered `served` with `code`, `after` its arrival.
-    pub(super) fn answered(&self, client: &ClientRequests, served: Served, code: u16, after: Duration) {
-        self.tally.count(served);
+    /// Counts a poll of `client` that was answered `served` with `code`, `after` its arrival, and whether it `has_flown`.
+    pub(super) fn answered(
+        &self,
+        client: &ClientRequests,
+        served: Served,
+        has_flown: bool,
+        code: u16,
+        after: Duration,
+    ) {
+        self.tally.count(served, has_flown);
         self.metrics.answered(client, served, code, after);
+        if !has_flown {
+            self.metrics.saved(served);
+        }
     }
 
     /// Who presents an unlisted key, whose account this is.

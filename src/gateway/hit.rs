@@ -76,7 +76,7 @@ impl Gateway {
             }
             response::write_hit(head, &answer, freshness, poll.request_id);
             let took = arrived.elapsed();
-            account.answered(&asker.requests(caller), Served::Hit, answer.code(), took);
+            account.answered(&asker.requests(caller), Served::Hit, false, answer.code(), took);
             Some(answer)
         };
         let answer = self.accounts.with(poll.key, arrived, hit)??;

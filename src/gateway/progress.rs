@@ -65,6 +65,15 @@ impl Progress {
 }
 
 impl Landed {
+    /// Whether nothing has been asked, nor will be.
+    pub(super) fn is_unspent(&self) -> bool {
+        match self {
+            Self::Kept(_) | Self::InVain | Self::Superseded => true,
+            // It may have.
+            Self::Fetched(..) | Self::Failed(_) => false,
+        }
+    }
+
     /// The change that shows it to the followers.
     pub(super) fn stage(self) -> impl FnOnce(&mut Progress) {
         move |progress| progress.landed = Some(self)

@@ -134,7 +134,7 @@ struct PollsStatus {
     stale: u64,
     forwarded: u64,
     refused: u64,
-    /// Those that cost no query of their own: hit, collapsed, stale.
+    /// Hits, collapsed and stale ones that opened no flight of their own.
     calls_saved: u64,
 }
 
@@ -279,16 +279,14 @@ fn named<N, T>(clients: Vec<(Client, N)>, count: impl Fn(N) -> T) -> Vec<Named<T
 
 impl PollsStatus {
     fn new(span: Duration, polls: Polls) -> Self {
-        let of = |served: Served| polls[served as usize];
-        let [hit, collapsed, stale] = [Served::Hit, Served::Collapsed, Served::Stale].map(of);
         Self {
             span_seconds: span.as_secs_f64(),
-            hit,
-            collapsed,
-            stale,
-            forwarded: of(Served::Miss),
-            refused: of(Served::None),
-            calls_saved: hit + collapsed + stale,
+            hit: polls.of(Served::Hit),
+            collapsed: polls.of(Served::Collapsed),
+            stale: polls.of(Served::Stale),
+            forwarded: polls.of(Served::Miss),
+            refused: polls.of(Served::None),
+            calls_saved: polls.saved(),
         }
     }
 }

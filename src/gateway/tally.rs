@@ -12,13 +12,31 @@ use crate::outcome::Served;
 /// What is told of lately covers one to two of these.
 const SPAN: Duration = Duration::from_mins(3);
 
-/// Polls, by [`Served`].
-pub(super) type Polls = [u64; Served::ALL.len()];
+/// The ways of [`Served`], and last those that have flown and were answered without it.
+const COUNTS: usize = Served::ALL.len() + 1;
+const FLOWN: usize = Served::ALL.len();
+
+/// Polls by how they were answered.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Polls([u64; COUNTS]);
+
+impl Polls {
+    /// Those that were answered so.
+    pub(super) fn of(&self, served: Served) -> u64 {
+        self.0[served as usize]
+    }
+
+    /// Those that opened no flight, and were answered with what was there or by somebody else's.
+    pub(super) fn saved(&self) -> u64 {
+        let saving: u64 = Served::SAVING.into_iter().map(|served| self.of(served)).sum();
+        saving.saturating_sub(self.0[FLOWN])
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Tally {
     start: Instant,
-    polls: [AtomicU64; Served::ALL.len()],
+    polls: [AtomicU64; COUNTS],
     /// The counts at two instants: lately is since the first.
     marks: Mutex<[(Instant, Polls); 2]>,
 }
@@ -33,9 +51,12 @@ impl Tally {
         }
     }
 
-    /// One more poll was answered so.
-    pub(super) fn count(&self, served: Served) {
+    /// One more poll was answered so, and `has_flown` or not.
+    pub(super) fn count(&self, served: Served, has_flown: bool) {
         self.polls[served as usize].fetch_add(1, Ordering::Relaxed);
+        if has_flown && Served::SAVING.contains(&served) {
+            self.polls[FLOWN].fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// How long it has counted.
@@ -45,7 +66,7 @@ impl Tally {
 
     /// Polls since the account formed.
     pub(super) fn total(&self) -> Polls {
-        self.polls.each_ref().map(|count| count.load(Ordering::Relaxed))
+        Polls(self.polls.each_ref().map(|count| count.load(Ordering::Relaxed)))
     }
 
     /// Polls of the last three to six minutes before `now`, and how long that is exactly; longer where nobody calls
@@ -53,7 +74,7 @@ impl Tally {
     pub(super) fn lately(&self, now: Instant) -> (Duration, Polls) {
         let [(since, before), _] = *self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let mut polls = self.total();
-        for (count, before) in polls.iter_mut().zip(before) {
+        for (count, before) in polls.0.iter_mut().zip(before.0) {
             // Another thread may have marked what this one has not seen yet.
             *count = count.saturating_sub(before);
         }
@@ -81,12 +102,12 @@ mod tests {
         let mut longest = Duration::ZERO;
         for second in 1..=1000 {
             let now = start + Duration::from_secs(second);
-            tally.count(Served::Hit);
+            tally.count(Served::Hit, false);
             if second % 5 == 0 {
                 tally.turn(now);
             }
             let (span, polls) = tally.lately(now);
-            assert_eq!(polls[Served::Hit as usize], span.as_secs(), "one a second");
+            assert_eq!(polls.of(Served::Hit), span.as_secs(), "one a second");
             assert!(second < 180 || span >= SPAN, "{span:?}");
             longest = longest.max(span);
         }
@@ -94,6 +115,17 @@ mod tests {
             longest > SPAN && longest <= SPAN * 2 + Duration::from_secs(5),
             "{longest:?}"
         );
-        assert_eq!(tally.total(), [1000, 0, 0, 0, 0]);
+        assert_eq!((tally.total().of(Served::Hit), tally.total().saved()), (1000, 1000));
+    }
+
+    #[test]
+    fn who_has_flown_saved_nothing_however_it_was_answered() {
+        let tally = Tally::new(Instant::now());
+        for served in Served::ALL {
+            for has_flown in [true, false] {
+                tally.count(served, has_flown);
+            }
+        }
+        assert_eq!(tally.total().saved(), 3);
     }
 }

@@ -180,10 +180,39 @@ async fn polls_are_told_by_how_they_were_answered() {
     for polls in [&account["polls"], &account["polls_total"]] {
         let counts = ["hit", "collapsed", "stale", "forwarded", "refused", "calls_saved"]
             .map(|kind| polls[kind].as_u64().unwrap());
-        assert_eq!(counts, [5, 9, 1, 2, 0, 15], "{polls:#}");
+        assert_eq!(counts, [5, 9, 1, 2, 0, 14], "{polls:#}");
         assert!(polls["span_seconds"].as_f64().unwrap() > 3.0, "{polls:#}");
     }
     assert_eq!(gateway.arrivals().len(), 3);
+    let saved = gateway.metric("crun_gateway_upstream_calls_saved_total{account=\"music\",how=\"stale\"}");
+    assert!(saved < 0.1, "{saved}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_those_who_get_a_snapshot_whoever_opened_the_flight_saved_no_call() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        latency: Duration::from_millis(1500),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    gateway.poll(KEY, "a").await;
+    after(3.0).await;
+    // Upstream is slow: all of them get what is kept.
+    let mut polls = JoinSet::new();
+    for _ in 0..5 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, "a").await });
+    }
+    for reply in polls.join_all().await {
+        let said = reply.header("cache-status").unwrap();
+        assert!(said.ends_with("detail=upstream_slow"), "{said}");
+    }
+    assert_eq!(gateway.arrivals().len(), 2);
+    let polls = &gateway.status()["accounts"][0]["polls_total"];
+    assert_eq!((&polls["stale"], &polls["calls_saved"]), (&json!(5), &json!(4)));
+    let saved = gateway.metric("crun_gateway_upstream_calls_saved_total{account=\"other\",how=\"stale\"}");
+    assert!((saved - 4.0).abs() < 0.1, "{saved}");
 }
 
 #[tokio::test(start_paused = true)]
