@@ -77,7 +77,7 @@ pub use passthrough::RequestBody;
 use progress::{Landed, Phase, Progress, landing};
 use recall::Recall;
 use response::CacheStatus;
-pub use response::{Body, Data, may_have_body, refusal, write_head};
+pub use response::{Body, Data, REQUEST_ID, may_have_body, refusal, write_head};
 pub use status::Status;
 use traced::{FlightTrace, Trace};
 
@@ -216,7 +216,7 @@ impl Gateway {
             "request refused"
         );
         let mut response = response::error(error);
-        response.headers_mut().insert(response::REQUEST_ID, request_id);
+        response.headers_mut().insert(REQUEST_ID, request_id);
         response
     }
 
@@ -239,7 +239,7 @@ impl Gateway {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
         let mut response = self.answer_in_time(request, caller, &request_id).await;
-        response.headers_mut().insert(response::REQUEST_ID, request_id);
+        response.headers_mut().insert(REQUEST_ID, request_id);
         response
     }
 
@@ -251,10 +251,12 @@ impl Gateway {
         request_id: &HeaderValue,
     ) -> Response<Body> {
         let trace = self.trace(&request, request_id);
+        let is_poll = request.uri().path() == TASK_INFO_PATH;
+        let most = self.config.load().limits.request_timeout;
         let in_time = {
             // Each move of it would take its room again.
             let answering = pin!(async {
-                if request.uri().path() == TASK_INFO_PATH {
+                if is_poll {
                     let (method, uri, headers) = (request.method(), request.uri(), request.headers());
                     self.poll(method, uri, headers, caller, request_id, &trace).await
                 } else {
@@ -262,16 +264,29 @@ impl Gateway {
                     Box::pin(self.pass_through(*request, request_id, &trace)).await
                 }
             });
-            let most = self.config.load().limits.request_timeout;
             panics::contain(timeout(most, answering)).await
         };
         let response = match in_time {
             Some(Ok(response)) => response,
-            Some(Err(_)) => self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id()),
+            Some(Err(_)) => {
+                self.count_unanswered(is_poll, &Error::RequestTimeout, most);
+                self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id())
+            }
             None => response::error(&Error::Internal),
         };
         trace.ended(response.status());
         response
+    }
+
+    /// Counts a request for which there was no answer to count.
+    fn count_unanswered(&self, is_poll: bool, error: &Error, after: Duration) {
+        let code = error.status().as_u16();
+        if is_poll {
+            let (metrics, requests) = &self.strangers;
+            metrics.answered(requests, Served::None, code, after);
+        } else {
+            self.metrics.passed_through(code);
+        }
     }
 
     /// Forgets what nobody uses any more, from time to time, for as long as it is polled.

@@ -159,13 +159,14 @@ pub fn code_class(code: u16) -> usize {
 const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
 
 /// Why the edge goes no further with a request or a connection.
-const REFUSALS: [&str; 9] = [
+const REFUSALS: [&str; 10] = [
     "malformed",
     "head_too_large",
     "body_too_large",
     "overloaded",
     "header_timeout",
     "request_timeout",
+    "answer_cut",
     "connections",
     "accept",
     "too_many_accounts",

@@ -28,7 +28,7 @@ const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 /// Not a standard, but what everybody's logs are searched by.
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// RFC 9110 §7.6.3.
 pub(super) static VIA_GATEWAY: HeaderValue = HeaderValue::from_static("1.1 crun-gateway");
 

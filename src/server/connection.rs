@@ -35,7 +35,7 @@ use super::{GRACE, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::gateway::{Body, Data, Gateway, Hit, InFlight, PlainPoll, RequestBody};
+use crate::gateway::{Body, Data, Gateway, Hit, InFlight, PlainPoll, REQUEST_ID, RequestBody};
 
 /// How long a client may take to close, after our FIN.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
@@ -128,9 +128,7 @@ pub async fn serve_connection<S>(
                 line
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
-            (Event::Over(Phase::Busy { .. }), _) => {
-                return gateway.metrics().refused(Error::RequestTimeout.detail());
-            }
+            (Event::Over(Phase::Busy { .. }), _) => return served.cut(),
             (event @ (Event::Drained | Event::Over(Phase::Idle { .. })), Line::Serving(mut connection)) => {
                 is_closing = true;
                 if matches!(event, Event::Over(_)) {
@@ -256,6 +254,16 @@ struct Served {
     caller: Caller,
 }
 
+impl Served {
+    /// Tells of an answer that is cut.
+    fn cut(&self) {
+        let request_id = self.phase.request_id();
+        let request_id = request_id.as_ref().and_then(|id| id.to_str().ok());
+        tracing::info!(request_id, "answer cut: not at its end within limits.request_timeout");
+        self.gateway.metrics().refused("answer_cut");
+    }
+}
+
 /// Answers a connection's requests.
 fn service(
     served: Arc<Served>,
@@ -314,6 +322,7 @@ async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Respons
         Some(refused) if refused.in_body => gateway.refuse(&refused.error, response.headers()),
         Some(_) | None => response,
     };
+    served.phase.answers(response.headers().get(REQUEST_ID));
     (response, Some(in_flight))
 }
 

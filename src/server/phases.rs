@@ -4,11 +4,12 @@
 //! connection serves all phases.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use http::HeaderValue;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::connection::LINGER;
@@ -58,6 +59,8 @@ struct Shared {
     is_settled: AtomicBool,
     /// Since the last request was taken up, hyper has wanted more than there was of it: it has no byte left.
     is_starved: AtomicBool,
+    /// What the answer that was begun last calls its request; hits do not say.
+    request_id: Mutex<Option<HeaderValue>>,
     idle_timeout: Duration,
     header_timeout: Duration,
     request_timeout: Duration,
@@ -72,6 +75,7 @@ impl Phases {
             is_next_begun: AtomicBool::new(false),
             is_settled: AtomicBool::new(true),
             is_starved: AtomicBool::new(false),
+            request_id: Mutex::default(),
             idle_timeout: limits.idle_timeout,
             header_timeout: limits.header_timeout,
             request_timeout: limits.request_timeout,
@@ -148,6 +152,16 @@ impl Phases {
         self.0.is_starved.store(true, Ordering::Relaxed);
     }
 
+    /// The answer to the request that is being answered calls it so.
+    pub(super) fn answers(&self, request_id: Option<&HeaderValue>) {
+        *self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner) = request_id.cloned();
+    }
+
+    /// What the answer that has begun calls its request, if it is known.
+    pub(super) fn request_id(&self) -> Option<HeaderValue> {
+        self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Whether a request is being answered, or nothing more is.
     pub(super) fn is_busy(&self) -> bool {
         matches!(self.0.phase.load(Ordering::Relaxed) & 3, BUSY | CLOSING)
@@ -159,6 +173,7 @@ impl Phases {
         // An answer in words is given then, and has a while to go out.
         let until = time_is_over + LINGER;
         self.0.is_starved.store(false, Ordering::Relaxed);
+        self.answers(None);
         self.set(Phase::Busy { until });
         Busy {
             phases: self.clone(),

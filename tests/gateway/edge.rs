@@ -588,7 +588,7 @@ async fn a_request_that_takes_too_long_is_504_and_its_answer_cut_when_it_has_beg
     let url = format!("http://{}", listener.local_addr().unwrap());
     let config = "budget: { max_wait: \"1s\" }\nlimits: { request_timeout: \"1s\" }";
     let gateway = Gateway::start(&url, config).await;
-    let post = "POST /api/v1/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n";
+    let post = "POST /api/v1/echo HTTP/1.1\r\nhost: x\r\nx-request-id: the-one\r\ncontent-length: 0\r\n\r\n";
     // Upstream says nothing.
     let mut client = Raw::connect(gateway.address).await;
     client.send(post).await.unwrap();
@@ -619,10 +619,18 @@ async fn a_request_that_takes_too_long_is_504_and_its_answer_cut_when_it_has_beg
         .await
         .unwrap();
     assert!(client.reply().await.is(504));
-    let refused = gateway
-        .metric("crun_gateway_refused_total{reason=\"request_timeout\"}")
-        .await;
-    assert!((refused - 3.0).abs() < 0.1, "{refused}");
+    for (series, count) in [
+        ("crun_gateway_refused_total{reason=\"request_timeout\"}", 2.0),
+        ("crun_gateway_refused_total{reason=\"answer_cut\"}", 1.0),
+        ("crun_gateway_passthrough_requests_total{code=\"5xx\"}", 2.0),
+        ("crun_gateway_passthrough_requests_total{code=\"2xx\"}", 1.0),
+    ] {
+        let counted = gateway.metric(series).await;
+        assert!((counted - count).abs() < 0.1, "{series} {counted}");
+    }
+    let log = gateway.logged("answer cut", 1).await;
+    let line = log.lines().find(|line| line.contains("answer cut")).unwrap();
+    assert!(line.contains("INFO") && line.contains("the-one"), "{line}");
     assert_eq!(gateway.admin("/readyz").await.0, 200);
 }
 
@@ -647,8 +655,8 @@ async fn an_answer_that_has_begun_is_cut_when_the_requests_time_is_over() {
         sleep_until(start + Duration::from_millis(900_010)).await;
         assert!(in_flight() < 0.1, "{asked}");
     }
-    let refused = paused.metric("crun_gateway_refused_total{reason=\"request_timeout\"}");
-    assert!((refused - 2.0).abs() < 0.1, "{refused}");
+    let cut = paused.metric("crun_gateway_refused_total{reason=\"answer_cut\"}");
+    assert!((cut - 2.0).abs() < 0.1, "{cut}");
 }
 
 #[tokio::test(start_paused = true)]
