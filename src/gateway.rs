@@ -232,13 +232,18 @@ impl Gateway {
         &self.metrics
     }
 
-    /// Answers one request.
+    /// Answers one request. `broken` is what its body has turned out to be, if that is why it goes no further.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn handle(self: &Arc<Self>, mut request: Box<Request<RequestBody>>, caller: &Caller) -> Response<Body> {
+    pub async fn handle(
+        self: &Arc<Self>,
+        mut request: Box<Request<RequestBody>>,
+        caller: &Caller,
+        broken: impl Fn() -> Option<Error>,
+    ) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        let mut response = self.answer_in_time(request, caller, &request_id).await;
+        let mut response = self.answer_in_time(request, caller, &request_id, broken).await;
         response.headers_mut().insert(REQUEST_ID, request_id);
         response
     }
@@ -249,6 +254,7 @@ impl Gateway {
         request: Box<Request<RequestBody>>,
         caller: &Caller,
         request_id: &HeaderValue,
+        broken: impl Fn() -> Option<Error>,
     ) -> Response<Body> {
         let trace = self.trace(&request, request_id);
         let is_poll = request.uri().path() == TASK_INFO_PATH;
@@ -258,10 +264,12 @@ impl Gateway {
             let answering = pin!(async {
                 if is_poll {
                     let (method, uri, headers) = (request.method(), request.uri(), request.headers());
-                    self.poll(method, uri, headers, caller, request_id, &trace).await
+                    let response = self.poll(method, uri, headers, caller, request_id, &trace).await;
+                    let refused = broken().map(|error| self.refuse_named(&error, request_id.clone(), trace.id()));
+                    refused.unwrap_or(response)
                 } else {
                     // On the heap: a poll, which almost every request is, takes no room for it.
-                    Box::pin(self.pass_through(*request, request_id, &trace)).await
+                    Box::pin(self.pass_through(*request, request_id, &trace, broken)).await
                 }
             });
             panics::contain(timeout(most, answering)).await

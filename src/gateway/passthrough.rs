@@ -59,6 +59,7 @@ impl Gateway {
         request: Request<RequestBody>,
         request_id: &HeaderValue,
         trace: &Trace,
+        broken: impl Fn() -> Option<Error>,
     ) -> Response<Body> {
         let mut call = Span::none();
         let result = match self.admit(&request) {
@@ -68,6 +69,11 @@ impl Gateway {
             }
             Err(error) => Err(error),
         };
+        // Upstream's end of it, or ours, is but what came of that.
+        let result = broken().map_or(result, |error| {
+            self.metrics.refused(error.detail());
+            Err(error)
+        });
         let response = match result {
             Ok(response) => {
                 tracing::debug!(

@@ -316,12 +316,10 @@ async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Respons
         Ok(in_flight) => in_flight,
         Err(error) => return (gateway.refuse(&error, request.headers()), None),
     };
-    let response = gateway.handle(request, &served.caller).await;
-    let response = match refusal.get() {
-        // Whatever came of a body that broke off, this is why.
-        Some(refused) if refused.in_body => gateway.refuse(&refused.error, response.headers()),
-        Some(_) | None => response,
-    };
+    // Whatever comes of a body that breaks off, this is why.
+    let in_body = || refusal.get().filter(|refused| refused.in_body);
+    let broken = || in_body().map(|refused| refused.error.clone());
+    let response = gateway.handle(request, &served.caller, broken).await;
     served.phase.answers(response.headers().get(REQUEST_ID));
     (response, Some(in_flight))
 }

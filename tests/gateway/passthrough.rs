@@ -454,6 +454,51 @@ async fn a_client_that_leaves_takes_its_request_with_it() {
     }
 }
 
+/// What was counted, by class of the code.
+async fn counted<const N: usize>(gateway: &Gateway, codes: [&str; N]) -> [String; N] {
+    let mut counts = [const { String::new() }; N];
+    for (count, code) in counts.iter_mut().zip(codes) {
+        let series = format!("crun_gateway_passthrough_requests_total{{code=\"{code}\"}}");
+        *count = gateway.metric(&series).await.to_string();
+    }
+    counts
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_a_rule_under_way_is_counted_and_logged_once() {
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let (url, mut connections) = upstream_by_hand().await;
+    let config = "limits: { request_body: \"1KiB\" }\nlog: { level: debug, format: json }";
+    let gateway = Gateway::start(&url, config).await;
+    let too_large = format!("400\r\n{}\r\n", "x".repeat(1 << 10));
+    for (times, (rest, code, detail)) in [("ZZ\r\n", 400, "malformed"), (&too_large, 413, "body_too_large")]
+        .into_iter()
+        .enumerate()
+    {
+        let mut client = Raw::connect(gateway.address).await;
+        let head = format!(
+            "POST /api/v1/x HTTP/1.1\r\nhost: x\r\nx-request-id: {detail}\r\n\
+             traceparent: 00-{TRACE}-00f067aa0ba902b7-01\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n"
+        );
+        client.send(head).await.unwrap();
+        let mut upstream = next(&mut connections).await;
+        upstream.until("half").await;
+        client.send(rest).await.unwrap();
+        assert!(client.reply().await.is(code));
+        let log = gateway.logged("request refused", times + 1).await;
+        let lines: Vec<_> = log.lines().filter(|line| line.contains("request refused")).collect();
+        assert_eq!(lines.len(), times + 1, "{log}");
+        let line: serde_json::Value = serde_json::from_str(lines[times]).unwrap();
+        for (field, value) in [("request_id", detail), ("trace_id", TRACE), ("detail", detail)] {
+            assert_eq!(line[field], value, "{line}");
+        }
+        assert_eq!(line["code"], code, "{line}");
+        let refused = format!("crun_gateway_refused_total{{reason=\"{detail}\"}}");
+        assert!((gateway.metric(&refused).await - 1.0).abs() < 0.1);
+    }
+    assert_eq!(counted(&gateway, ["4xx", "5xx"]).await, ["2", "0"]);
+}
+
 #[tokio::test]
 async fn an_early_refusal_of_a_large_upload_reaches_the_client() {
     let (url, mut connections) = upstream_by_hand().await;
