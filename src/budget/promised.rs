@@ -87,6 +87,10 @@ impl Promised {
     /// How long before the end of the queue a poll of `client` for `task` has to stop, so that those find a place who are
     /// told to come back about now; not at all if it is one of them.
     pub(super) fn kept(&mut self, client: &Client, task: &TaskId, rate: f64, now: Instant) -> Duration {
+        // Mostly nobody was turned away.
+        if self.lines.is_empty() {
+            return Duration::ZERO;
+        }
         let task = self.hasher.hash_one(task);
         let key = self.key(Some(client));
         let Some(line) = self.lines.get_mut(&key) else {
