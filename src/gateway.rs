@@ -18,6 +18,7 @@
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s, and
 //! what the gateway tells of itself `gateway::status`'s.
 
+mod abandoned;
 mod accounts;
 mod admission;
 mod asker;
@@ -66,6 +67,7 @@ use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use crate::trace::TraceId;
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
+use abandoned::Unanswered;
 use accounts::{Account, Accounts};
 use asker::Asker;
 use attempt::{Attempt, outcome};
@@ -259,6 +261,7 @@ impl Gateway {
         let trace = self.trace(&request, request_id);
         let is_poll = request.uri().path() == TASK_INFO_PATH;
         let most = self.config.load().limits.request_timeout;
+        let unanswered = Unanswered::new(self, request_id, &trace, is_poll);
         let in_time = {
             // Each move of it would take its room again.
             let answering = pin!(async {
@@ -274,6 +277,7 @@ impl Gateway {
             });
             panics::contain(timeout(most, answering)).await
         };
+        unanswered.answered();
         let response = match in_time {
             Some(Ok(response)) => response,
             Some(Err(_)) => {

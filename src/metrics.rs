@@ -158,6 +158,10 @@ pub fn code_class(code: u16) -> usize {
 
 const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
 
+/// The code of those who left before the answer, a class of its own: no client was told it, and no other 4xx may have been
+/// carried out. nginx's word.
+const ABANDONED: &str = "499";
+
 /// Why the edge goes no further with a request or a connection.
 const REFUSALS: [&str; 10] = [
     "malformed",
@@ -203,6 +207,7 @@ pub struct Metrics {
     /// Of answers kept on disk.
     pub disk: DiskMetrics,
     passthrough_requests: Vec<IntCounter>,
+    passthrough_abandoned: IntCounter,
     /// 1 while the configuration last read is in force.
     pub config_reload_success: IntGauge,
     /// When one was last taken over, in seconds since 1970.
@@ -258,7 +263,7 @@ impl Metrics {
             IntCounterVec::new(
                 opts(
                     "passthrough_requests_total",
-                    "Requests for other paths than TaskInfo, streamed through or refused, by the answer's class.",
+                    "Requests for other paths than TaskInfo, streamed through or refused, by the answer's class; 499: left before it.",
                 ),
                 &["code"],
             )?,
@@ -413,6 +418,7 @@ impl Metrics {
                 .iter()
                 .map(|class| passthrough.with_label_values(&[class]))
                 .collect(),
+            passthrough_abandoned: passthrough.with_label_values(&[ABANDONED]),
             config_reload_success: register(
                 &registry,
                 IntGauge::with_opts(opts(
@@ -616,6 +622,11 @@ impl Metrics {
     /// Counts a request for another path than TaskInfo: streamed through, or refused.
     pub fn passed_through(&self, code: u16) {
         self.passthrough_requests[code_class(code)].inc();
+    }
+
+    /// Counts a request for another path than `TaskInfo` whose client has left before the answer.
+    pub fn abandoned(&self) {
+        self.passthrough_abandoned.inc();
     }
 
     /// Shows how many lines the log has dropped: `count` is read whenever Prometheus asks.

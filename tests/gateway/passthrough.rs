@@ -465,6 +465,42 @@ async fn counted<const N: usize>(gateway: &Gateway, codes: [&str; N]) -> [String
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_before_the_answer_is_counted_and_logged() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let gateway = Gateway::start(&url, "log: { level: debug, format: json }").await;
+    let mut client = Raw::connect(gateway.address).await;
+    let asked = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\nx-request-id: left\r\ncontent-length: 4\r\n\r\nbody";
+    client.send(asked).await.unwrap();
+    let mut upstream = next(&mut connections).await;
+    upstream.until("body").await;
+    drop(client);
+    let log = gateway.logged("request abandoned", 1).await;
+    let line = log.lines().find(|line| line.contains("\"left\"")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    assert_eq!(
+        (&line["level"], &line["trace_id"].as_str().unwrap().len()),
+        (&"DEBUG".into(), &32)
+    );
+    assert_eq!(log.matches("\"left\"").count(), 1, "{log}");
+    assert_eq!(counted(&gateway, ["499", "5xx"]).await, ["1", "0"]);
+}
+
+#[tokio::test]
+async fn a_poll_whose_client_leaves_is_logged() {
+    let upstream = Simulator::start(&["--latency", "10s"]).await;
+    let gateway = Gateway::start(&upstream.url, "log: { level: debug }").await;
+    let mut client = Raw::connect(gateway.address).await;
+    client.send(crate::harness::raw::poll("ended.a")).await.unwrap();
+    while gateway.metric("crun_gateway_requests_in_flight").await < 0.9 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(client);
+    let log = gateway.logged("poll abandoned", 1).await;
+    assert!(log.contains("DEBUG"), "{log}");
+    assert_eq!(counted(&gateway, ["499"]).await, ["0"]);
+}
+
+#[tokio::test]
 async fn a_body_that_breaks_a_rule_under_way_is_counted_and_logged_once() {
     const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
     let (url, mut connections) = upstream_by_hand().await;
