@@ -25,6 +25,7 @@ use tokio_util::io::poll_read_buf;
 use super::framing::{Framing, Refused};
 use super::head::Most;
 use super::phases::{Busy, Phases};
+use crate::error::Error;
 use crate::gateway::{Body, Data, Hit, InFlight, PlainPoll, RequestBody, may_have_body, write_head};
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
@@ -433,8 +434,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
             } else {
                 ready!(this.poll_read_behind(cx))?
             };
-            if matches!(read, Read::Checked | Read::End) {
-                return Poll::Ready(Ok(()));
+            match read {
+                Read::Checked => return Poll::Ready(Ok(())),
+                Read::Held => {}
+                Read::End => {
+                    if !this.framing.is_between_requests() {
+                        let error = Error::Malformed("the connection ends within the request's body");
+                        // Nothing was refused, or nothing would be read.
+                        let _ = this.refusal.set(Refused { error, in_body: true });
+                    }
+                    return Poll::Ready(Ok(()));
+                }
             }
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::Full;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -483,6 +484,27 @@ async fn a_client_that_leaves_before_the_answer_is_counted_and_logged() {
     );
     assert_eq!(log.matches("\"left\"").count(), 1, "{log}");
     assert_eq!(counted(&gateway, ["499", "5xx"]).await, ["1", "0"]);
+}
+
+#[tokio::test]
+async fn a_body_that_its_client_does_not_end_is_not_upstreams_failure() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let gateway = Gateway::start(&url, "log: { level: debug }").await;
+    for (times, leaves) in (1..).zip([true, false]) {
+        let mut client = Raw::connect(gateway.address).await;
+        let half = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf";
+        client.send(half).await.unwrap();
+        let mut upstream = next(&mut connections).await;
+        upstream.until("half").await;
+        if leaves {
+            drop(client);
+        } else {
+            client.stream.shutdown().await.unwrap();
+            assert!(client.reply().await.is(400));
+        }
+        gateway.logged("detail=\"malformed\"", times).await;
+    }
+    assert_eq!(counted(&gateway, ["4xx", "5xx"]).await, ["2", "0"]);
 }
 
 #[tokio::test]
