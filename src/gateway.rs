@@ -278,7 +278,7 @@ impl Gateway {
             panics::contain(timeout(most, answering)).await
         };
         unanswered.answered();
-        let response = match in_time {
+        let mut response = match in_time {
             Some(Ok(response)) => response,
             Some(Err(_)) => {
                 self.count_unanswered(is_poll, &Error::RequestTimeout, most);
@@ -287,6 +287,7 @@ impl Gateway {
             None => response::error(&Error::Internal),
         };
         trace.ended(response.status());
+        response.body_mut().carry(trace);
         response
     }
 

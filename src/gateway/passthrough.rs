@@ -83,7 +83,7 @@ impl Gateway {
                     "request passed through"
                 );
                 traced::said(&call, response.status());
-                response::streamed(response, call)
+                response::streamed(response, request_id, call)
             }
             Err(error) => {
                 tracing::debug!(
@@ -93,6 +93,7 @@ impl Gateway {
                     detail = error.detail(),
                     "request refused"
                 );
+                traced::failed(&call, &error);
                 trace.refused(&error);
                 response::error(&error)
             }

@@ -14,6 +14,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::traced::{self, Trace};
 use super::unix_now;
 use crate::error::Error;
 use crate::otlp::Span;
@@ -49,11 +50,41 @@ const USUAL_HEAD: usize = 384;
 pub enum Body {
     /// Bytes that are there, until they are taken.
     Whole(Option<Data>),
-    /// Upstream's, as they come; its span ends with them.
-    Streamed(Streamed, Span),
+    /// Upstream's, as they come.
+    Streamed(Streamed, Box<Told>),
+}
+
+/// What is told of an answer that is streamed through, to its last byte.
+#[derive(Debug)]
+pub struct Told {
+    request_id: HeaderValue,
+    /// Upstream's part ends first.
+    call: Span,
+    trace: Trace,
+}
+
+impl Told {
+    /// Upstream has broken off, and its status is with the client already.
+    fn breaks_off(&self, error: &hyper::Error) {
+        tracing::info!(
+            request_id = self.request_id.to_str().unwrap_or_default(),
+            trace_id = %self.trace.id(),
+            %error,
+            "answer broken off"
+        );
+        traced::failed(&self.call, &Error::UpstreamBroken);
+        self.trace.broken();
+    }
 }
 
 impl Body {
+    /// The request's trace goes on with the answer, where that is streamed through.
+    pub(super) fn carry(&mut self, trace: Trace) {
+        if let Self::Streamed(_, told) = self {
+            told.trace = trace;
+        }
+    }
+
     /// The bytes that are there.
     pub fn take(&mut self) -> Option<Data> {
         match self {
@@ -70,8 +101,11 @@ impl HttpBody for Body {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, hyper::Error>>> {
         match self.get_mut() {
             Self::Whole(data) => Poll::Ready(data.take().map(|data| Ok(Frame::data(data)))),
-            Self::Streamed(body, _) => {
+            Self::Streamed(body, told) => {
                 let bytes = ready!(Pin::new(body).poll_frame(cx));
+                if let Some(Err(error)) = &bytes {
+                    told.breaks_off(error);
+                }
                 Poll::Ready(bytes.map(|bytes| bytes.map(|frame| frame.map_data(Data::Bytes))))
             }
         }
@@ -342,8 +376,13 @@ pub fn refusal(error: &Error) -> Vec<u8> {
 }
 
 /// Upstream's response to a request that was streamed through: untouched, but for what belongs to one connection.
-pub(super) fn streamed(response: Response<Streamed>, call: Span) -> Response<Body> {
-    let mut response = response.map(|body| Body::Streamed(body, call));
+pub(super) fn streamed(response: Response<Streamed>, request_id: &HeaderValue, call: Span) -> Response<Body> {
+    let told = Told {
+        request_id: request_id.clone(),
+        call,
+        trace: Trace::default(),
+    };
+    let mut response = response.map(|body| Body::Streamed(body, Box::new(told)));
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_GATEWAY.clone());
     response

@@ -6,12 +6,15 @@
 //! ├ cache               what was kept
 //! ├ disk                the same, where the cache has nothing and the disk may
 //! └ flight              of the poll that opened it; who joined is linked to it
+//!   ├ shared store      what other replicas have
 //!   ├ wait for turn     in the account's queue
 //!   ├ connect
 //!   ├ wait for permit   paced
 //!   └ query             upstream's answer; once more after a 429 or a broken connection
 //! POST /api/v1/         what is streamed through, to its last byte
 //! └ POST                upstream
+//! probe                 on nobody's behalf, a trace of its own
+//! └ query
 //! ```
 //! A request that names no trace begins one, but only once somebody wants to know: a hit that nobody logs or exports costs
 //! nothing. No span says anything that a client sent, but for what has been checked: its method, task and request id.
@@ -138,6 +141,11 @@ impl Trace {
         }
     }
 
+    /// Its answer has begun, and is not to be had.
+    pub(super) fn broken(&self) {
+        failed(&self.span, &Error::UpstreamBroken);
+    }
+
     /// The trace of a flight that this request opens: the same.
     pub(super) fn flight(&self) -> FlightTrace {
         let span = self.span.child("flight", Kind::Internal);
@@ -178,6 +186,12 @@ pub(super) fn settle(headers: &mut HeaderMap, is_told: bool, call: &Span) {
     if let Some(call) = call.context().filter(|_| is_told).and_then(|call| call.header()) {
         headers.insert(TRACEPARENT, call);
     }
+}
+
+/// Why there was no whole answer of upstream's.
+pub(super) fn failed(call: &Span, error: &Error) {
+    call.say(DETAIL, error.detail());
+    call.fail();
 }
 
 /// The status of upstream's answer.
@@ -257,9 +271,8 @@ impl Query {
     }
 
     pub(super) fn failed(&self, error: &Error, outcome: Outcome) {
-        self.span.say(DETAIL, error.detail());
+        failed(&self.span, error);
         self.span.say(OUTCOME, outcome.label());
-        self.span.fail();
     }
 }
 

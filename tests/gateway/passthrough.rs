@@ -330,7 +330,8 @@ async fn an_answer_that_breaks_off_breaks_off_for_the_client_too() {
     let (url, mut connections) = upstream_by_hand().await;
     let gateway = Gateway::start(&url, "").await;
     let mut client = Raw::connect(gateway.address).await;
-    client.send("GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let asked = "GET /api/v1/x HTTP/1.1\r\nhost: x\r\nx-request-id: the-one\r\n\r\n";
+    client.send(asked).await.unwrap();
     let mut upstream = next(&mut connections).await;
     upstream.head().await.unwrap();
     upstream
@@ -340,6 +341,9 @@ async fn an_answer_that_breaks_off_breaks_off_for_the_client_too() {
     client.until("half").await;
     drop(upstream);
     assert!(!matches!(client.some().await, Ok(more) if !more.is_empty()));
+    let log = gateway.logged("answer broken off", 1).await;
+    let line = log.lines().find(|line| line.contains("answer broken off")).unwrap();
+    assert!(line.contains("INFO") && line.contains("the-one"), "{line}");
 }
 
 #[tokio::test]

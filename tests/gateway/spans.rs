@@ -6,13 +6,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::Full;
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::client::{bare, poll_request, request};
 use crate::harness::collector::{Collector, Span, Takes, socket};
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, KEY, PATIENCE, Scripted, Simulator, TASK_INFO, poll};
+use crate::harness::{Gateway, KEY, PATIENCE, Raw, Scripted, Simulator, TASK_INFO, poll};
 use crate::tls::Identity;
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -176,7 +177,7 @@ async fn what_is_streamed_through_is_told_to_its_last_byte() {
     let call = named(&spans, "POST");
     assert!(call.is_child_of(posted) && call.kind == 3);
     assert_eq!(call.says("http.response.status_code"), "200");
-    assert!(call.ended >= posted.ended, "the body goes on: {spans:#?}");
+    assert!(posted.ended >= call.ended, "both to the last byte: {spans:#?}");
     assert_eq!(named(&spans, "HTTP /api/v1/").says("http.request.method"), "_OTHER");
     let nowhere = named(&spans, "GET");
     assert_eq!(
@@ -187,6 +188,44 @@ async fn what_is_streamed_through_is_told_to_its_last_byte() {
         ("404", "path")
     );
     assert!(!nowhere.has_failed && spans.len() == 5, "{spans:#?}");
+}
+
+#[tokio::test]
+async fn upstreams_part_has_failed_where_it_cannot_be_asked() {
+    let collector = Collector::start(Takes::Everything);
+    let gone = socket();
+    let url = format!("http://{}", gone.local_addr().unwrap());
+    let gateway = Gateway::start(&url, &to(collector.address, ALL)).await;
+    request(gateway.address, bare(Method::POST, "/api/v1/x")).await;
+    let spans = collector.until("2 spans", |spans| spans.len() >= 2).await;
+    for name in ["POST", "POST /api/v1/"] {
+        let span = named(&spans, name);
+        assert!(span.has_failed, "{span:?}");
+        assert_eq!(span.says("crun_gateway.detail"), "no_connection");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_has_failed() {
+    let collector = Collector::start(Takes::Everything);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let gateway = Gateway::start(&url, &to(collector.address, ALL)).await;
+    let mut client = Raw::connect(gateway.address).await;
+    let asked = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n";
+    client.send(asked).await.unwrap();
+    let mut upstream = Raw::over(listener.accept().await.unwrap().0);
+    upstream.head().await.unwrap();
+    let half = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf";
+    upstream.send(half).await.unwrap();
+    client.until("half").await;
+    drop(upstream);
+    let spans = collector.until("2 spans", |spans| spans.len() >= 2).await;
+    for name in ["POST", "POST /api/v1/"] {
+        let span = named(&spans, name);
+        assert!(span.has_failed, "{span:?}");
+        assert_eq!(span.says("http.response.status_code"), "200");
+    }
 }
 
 #[tokio::test]
