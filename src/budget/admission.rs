@@ -114,8 +114,8 @@ impl Admission {
                     // Nobody listens when the poll has just been answered.
                     let _ = first.remove().late.send(turn - latest);
                 }
+                // All have been told, and will be gone: until then they stand before nobody.
                 if polls.is_empty() {
-                    self.polls.remove(&flight);
                     continue;
                 }
                 self.enter(flight);
@@ -123,5 +123,30 @@ impl Admission {
             ahead += 1;
         }
         self.next = Some(now + SPACING.saturating_mul(seen));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_been_told_and_is_not_gone_yet_stands_before_nobody() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        let turn = |position| now + Duration::from_secs(1) * u32::try_from(position).unwrap();
+        let flights = 0..5;
+        let join = |flight, admission: &mut Admission| {
+            let (late, is_late) = oneshot::channel();
+            let poll = (now + Duration::from_secs(1), flight);
+            admission.join(flight, poll, Duration::ZERO, late);
+            is_late
+        };
+        let mut told: Vec<_> = flights.clone().map(|flight| join(flight, &mut admission)).collect();
+        admission.judge(flights.map(|flight| (flight, false)), turn, now);
+        told.push(join(5, &mut admission));
+        admission.judge((0..6).map(|flight| (flight, false)), turn, now);
+        let late_by: Vec<_> = told.iter_mut().map(|late| late.try_recv().ok()).collect();
+        let late = Some(Duration::from_secs(1));
+        assert_eq!(late_by, [None, None, late, late, late, late]);
     }
 }
