@@ -148,6 +148,7 @@ fn replica(mut connection: Connection, number: usize, load: Load, from: Instant,
             call.arg(format!("key:{account:064}"))
                 .arg(10)
                 .arg(9)
+                .arg(1)
                 .arg(0)
                 .arg(0)
                 .arg(0);
