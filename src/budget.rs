@@ -6,9 +6,10 @@
 //!
 //! One dispatcher an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
 //! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time,
-//! `budget/promised.rs` when they may come back, and `budget/ring.rs` holds the instants at which requests were really written, which is what the promise is about: never
-//! more than `limit` of them in any sliding second. `budget/history.rs` and `budget/spending.rs` remember the
-//! last minutes, for people to look at. What happens to the answers is none of this module's business.
+//! `budget/promised.rs` when they may come back, and `budget/ring.rs` holds the instants at which requests were really
+//! written, which is what the promise is about: never more than `limit` of them in any sliding second.
+//! `budget/history.rs` and `budget/spending.rs` remember the last minutes, for people to look at. What happens to the
+//! answers is none of this module's business.
 
 mod admission;
 mod backoff;
@@ -194,17 +195,7 @@ impl Budget {
     /// Upstream answered 429 to a query that was `asked` then, and said for how long: nothing is granted until then, and
     /// the pace is cut for a while. Gives how long the pause is; a pause is only ever extended.
     pub fn rate_limited(&self, retry_after: Option<Duration>, asked: Instant, now: Instant) -> Duration {
-        let (before, pause, backed) = {
-            let mut backoff = lock(&self.0.backoff);
-            let before = backoff.backed();
-            (before, backoff.rate_limited(retry_after, asked, now), backoff.backed())
-        };
-        // What is no news is kept from the others: they may have heard something since.
-        if let (Some(lane), Some(backed)) = (&self.0.lane, backed.filter(|_| backed != before)) {
-            lane.back_off(backed);
-        }
-        self.0.tell(Message::BackedOff);
-        pause
+        self.back_off(|backoff| backoff.rate_limited(retry_after, asked, now))
     }
 
     /// Takes over what upstream's 429s did to another budget: a key that spent that one spends this one from now on.
@@ -212,11 +203,22 @@ impl Budget {
         let Some(backed) = lock(&other.0.backoff).backed() else {
             return;
         };
-        lock(&self.0.backoff).take_over(backed, now);
-        if let Some(lane) = &self.0.lane {
+        self.back_off(|backoff| backoff.take_over(backed, now));
+    }
+
+    /// Changes the backoff, and tells whoever goes by it.
+    fn back_off<T>(&self, change: impl FnOnce(&mut Backoff) -> T) -> T {
+        let (before, changed, backed) = {
+            let mut backoff = lock(&self.0.backoff);
+            let before = backoff.backed();
+            (before, change(&mut backoff), backoff.backed())
+        };
+        // What is no news is kept from the others: they may have heard something since.
+        if let (Some(lane), Some(backed)) = (&self.0.lane, backed.filter(|_| backed != before)) {
             lane.back_off(backed);
         }
         self.0.tell(Message::BackedOff);
+        changed
     }
 
     /// As far as is known by now, upstream takes so long at least: that counts for those who wait already, too.

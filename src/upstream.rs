@@ -233,7 +233,8 @@ impl Ready {
     /// Not cancel safe: dropped midway, the query is spent and the connection closed.
     ///
     /// # Errors
-    /// When there is no complete answer within `upstream.timeout`, be it for want of room to read it, or one that is too large or cannot be decoded.
+    /// When there is no complete answer within `upstream.timeout`, be it for want of room to read it, or one that is too
+    /// large or cannot be decoded.
     pub async fn send(
         self,
         permit: Permit,

@@ -59,21 +59,29 @@ async fn what_is_put_can_be_got_by_the_next_process() {
     }
 }
 
-#[tokio::test]
-async fn while_the_disk_stands_still_nobody_waits_for_it() {
-    let folder = tempfile::tempdir().unwrap();
+/// A disk that has written one answer, at `A`.
+async fn with_one(folder: &Path) -> (Arc<Metrics>, Disk) {
     let (metrics, disk_metrics) = metrics();
-    let disk = Disk::open(settings(folder.path()), disk_metrics);
+    let disk = Disk::open(settings(folder), disk_metrics);
     disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
     while metrics.disk.writes.get() < 1 {
         tokio::task::yield_now().await;
     }
-    // As many reads as there may be, none of which ends.
+    (metrics, disk)
+}
+
+/// As many reads as there may be, none of which ends before this is dropped.
+async fn all_readers(disk: &Disk) -> OwnedSemaphorePermit {
     let readers = u32::try_from(READERS).unwrap();
-    let stuck = Arc::clone(&disk.shared.readers)
-        .acquire_many_owned(readers)
-        .await
-        .unwrap();
+    let readers = Arc::clone(&disk.shared.readers).acquire_many_owned(readers);
+    readers.await.unwrap()
+}
+
+#[tokio::test]
+async fn while_the_disk_stands_still_nobody_waits_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (metrics, disk) = with_one(folder.path()).await;
+    let stuck = all_readers(&disk).await;
     assert!(disk.may_hold(A));
     assert_eq!(disk.get(A, Duration::from_millis(1), text).await, None);
     assert!(shows(&metrics, r#"crun_gateway_disk_reads_total{result="slow"} 1"#));
@@ -89,12 +97,7 @@ async fn while_the_disk_stands_still_nobody_waits_for_it() {
 #[tokio::test]
 async fn a_file_that_opens_slowly_is_read_once_it_is_open() {
     let folder = tempfile::tempdir().unwrap();
-    let (metrics, disk_metrics) = metrics();
-    let disk = Disk::open(settings(folder.path()), disk_metrics);
-    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
-    while metrics.disk.writes.get() < 1 {
-        tokio::task::yield_now().await;
-    }
+    let (_, disk) = with_one(folder.path()).await;
     let open = disk.shared.state.send_replace(State::Opening);
     // B is not in the file, which nobody knows yet.
     for place in [A, B] {
@@ -109,17 +112,8 @@ async fn a_file_that_opens_slowly_is_read_once_it_is_open() {
 #[tokio::test]
 async fn a_read_given_up_keeps_nobody_from_a_file_that_was_closed_and_opened_anew() {
     let folder = tempfile::tempdir().unwrap();
-    let (metrics, disk_metrics) = metrics();
-    let disk = Disk::open(settings(folder.path()), disk_metrics);
-    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
-    while metrics.disk.writes.get() < 1 {
-        tokio::task::yield_now().await;
-    }
-    let readers = u32::try_from(READERS).unwrap();
-    let stuck = Arc::clone(&disk.shared.readers)
-        .acquire_many_owned(readers)
-        .await
-        .unwrap();
+    let (_, disk) = with_one(folder.path()).await;
+    let stuck = all_readers(&disk).await;
     assert_eq!(disk.get(A, Duration::from_millis(1), text).await, None);
     // As after any trouble.
     let State::Open(file) = disk.shared.state.send_replace(State::Away) else {

@@ -3,7 +3,8 @@
 -- KEYS[1]  the one hash: nothing of it can be evicted without the rest
 -- ARGV     who, generation, time named in µs ('' says hello), lends (1 or 0), limit, replicas, window in µs;
 --          then for each account that wants a permit: its name, weight, flights with a connection,
---          more than one waits (1 or 0), and what it knows of upstream's last 429: pause left in µs (0: nothing), rate after it, pause chosen in µs
+--          more than one waits (1 or 0), and what it knows of upstream's last 429: pause left in µs (0: nothing), rate after
+--          it, pause chosen in µs
 -- returns  generation, time, leases alive;
 --          then for each account: µs to the permit's slot ('' is none), µs after which to ask again,
 --          its part of what is paid out in millionths ('' where nothing is asked for), pause left in µs (below 0: over for so

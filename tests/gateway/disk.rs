@@ -137,15 +137,20 @@ fn ttl_and_age(reply: &Reply) -> (u64, u64) {
     (ttl, reply.header("age").unwrap().parse().unwrap())
 }
 
+/// Has a gateway keep so many ended tasks, and stops it; gives how often upstream was asked.
+async fn filled(upstream: &Simulator, config: &str, tasks: u32) -> u64 {
+    let gateway = Gateway::start(&upstream.url, config).await;
+    fill(&gateway, tasks).await;
+    stop(gateway).await;
+    upstream.queries().await
+}
+
 #[tokio::test]
 async fn a_cold_restart_asks_upstream_for_none_of_ten_thousand_ended_tasks() {
     const TASKS: u32 = 10_000;
     let (upstream, place) = (quick_upstream().await, Place::new());
     let config = QUICK.to_owned() + &place.config("");
-    let gateway = Gateway::start(&upstream.url, &config).await;
-    fill(&gateway, TASKS).await;
-    stop(gateway).await;
-    let asked = upstream.queries().await;
+    let asked = filled(&upstream, &config, TASKS).await;
     let gateway = Gateway::start(&upstream.url, &config).await;
     poll_all(gateway.address, 0..TASKS, assert_is_hit).await;
     assert_eq!(upstream.queries().await, asked);
@@ -207,10 +212,7 @@ async fn a_moment_without_threads_costs_nothing_of_what_is_kept() {
     const TASKS: u32 = 20;
     let (upstream, place) = (quick_upstream().await, Place::new());
     let config = QUICK.to_owned() + &place.config("");
-    let gateway = Gateway::start(&upstream.url, &config).await;
-    fill(&gateway, TASKS).await;
-    stop(gateway).await;
-    let asked = upstream.queries().await;
+    let asked = filled(&upstream, &config, TASKS).await;
     let gateway = Gateway::start_without_threads(&upstream.url, &config).await;
     until(&gateway, NOT_OPENED, 1).await;
     gateway.allow_threads().await;
