@@ -17,6 +17,7 @@
 mod shares;
 
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -86,6 +87,10 @@ type Map = moka::sync::Cache<Key, Block, BuildHasherDefault<Hashed>>;
 pub struct Cache {
     tasks: Map,
     not_found: Map,
+    /// Mostly none is kept, and then nobody looks.
+    may_hold_not_found: AtomicBool,
+    /// How often an answer was put here.
+    puts: AtomicU64,
     keys: RandomState,
     /// See [`Self::change`].
     changing: Mutex<()>,
@@ -124,6 +129,8 @@ impl Cache {
             not_found: builder(NOT_FOUND_BYTES.min(max_bytes))
                 .expire_after(KeepsFor)
                 .build_with_hasher(BuildHasherDefault::default()),
+            may_hold_not_found: AtomicBool::new(false),
+            puts: AtomicU64::new(0),
             keys: RandomState::new(),
             changing: Mutex::default(),
             start: Instant::now(),
@@ -136,21 +143,33 @@ impl Cache {
     /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts. `live` is
     /// the freshness lifetime of live answers.
     pub fn get(&self, account: AccountId, task: &TaskId, now: Instant, live: Duration) -> Option<Answer> {
-        let task = task.as_str();
-        let key = self.key(account, task);
-        let state = kept(&self.tasks, key, account, task, now).inspect(Answer::note_read);
+        let state = self.state(account, task.as_str(), now);
         if state.as_ref().is_some_and(|state| state.is_fresh(now, live)) {
             return state;
         }
-        let since = state.as_ref().map(Answer::asked);
-        let not_found = kept(&self.not_found, key, account, task, now)
-            .filter(|answer| since.is_none_or(|since| answer.asked() >= since));
-        not_found.or(state)
+        self.or_not_found(state, account, task.as_str(), now)
     }
 
     /// The state that is kept for a task at `now`, fresh or stale, for somebody who reads it.
     pub fn state(&self, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
         kept(&self.tasks, self.key(account, task), account, task, now).inspect(Answer::note_read)
+    }
+
+    /// What counts at `now` of a task of which this `state` is kept, that is not fresh: a later not-found answer does.
+    pub fn or_not_found(&self, state: Option<Answer>, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
+        if !self.may_hold_not_found.load(Ordering::Acquire) {
+            return state;
+        }
+        let since = state.as_ref().map(Answer::asked);
+        let not_found = kept(&self.not_found, self.key(account, task), account, task, now)
+            .filter(|answer| since.is_none_or(|since| answer.asked() >= since));
+        not_found.or(state)
+    }
+
+    /// How often an answer was put here so far. While that is the same, whoever has looked need not look again: to be asked
+    /// before the first look.
+    pub fn puts(&self) -> u64 {
+        self.puts.load(Ordering::Acquire)
     }
 
     /// The state that is kept for a task at `now`, fresh or stale.
@@ -180,6 +199,7 @@ impl Cache {
         let answer = make(kept.as_ref());
         if answer.is_stored() {
             self.put_under(key, account, &answer, kept.as_ref());
+            self.puts.fetch_add(1, Ordering::Release);
         }
         answer
     }
@@ -190,6 +210,7 @@ impl Cache {
                 // A hit looks at the state alone.
                 kept.outdate();
             }
+            self.may_hold_not_found.store(true, Ordering::Release);
             self.not_found.insert(key, answer.block().clone());
             return;
         }
@@ -206,7 +227,9 @@ impl Cache {
             self.shares.add(key, block, weight, ends);
             self.tasks.insert(key, block.clone());
         }
-        self.not_found.invalidate(&key);
+        if self.may_hold_not_found.load(Ordering::Relaxed) {
+            self.not_found.invalidate(&key);
+        }
     }
 
     /// Whether any state of the account's tasks is kept.
@@ -218,7 +241,7 @@ impl Cache {
     pub fn maintain(&self) {
         self.give_back(Instant::now());
         self.tasks.run_pending_tasks();
-        self.not_found.run_pending_tasks();
+        self.forget_not_found();
         let entries = self.tasks.entry_count() + self.not_found.entry_count();
         let bytes = self.tasks.weighted_size() + self.not_found.weighted_size();
         self.metrics
@@ -235,6 +258,16 @@ impl Cache {
     /// that (`and_compute_with`) costs as much again as all else that a put does.
     fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets moka forget the not-found answers that are kept no longer, and takes notice once there are none.
+    fn forget_not_found(&self) {
+        // Nobody puts one meanwhile.
+        let _changing = self.change();
+        self.not_found.run_pending_tasks();
+        if self.not_found.entry_count() == 0 {
+            self.may_hold_not_found.store(false, Ordering::Release);
+        }
     }
 
     fn second(&self, at: Instant) -> u32 {

@@ -1,7 +1,7 @@
 //! The life of a request: the only module that knows all the parts.
 //!
 //! ```text
-//! hit       a poll that is a hit and nothing else: answered before hyper sees it
+//! look      a plain poll, before hyper sees it: answered there and then if it is a hit
 //! handle ─▶ poll    who asks, with a key that upstream accepts, for which task, until when
 //!           answer  cache: fresh? ───────────────────────▶ hit
 //!                   flight: someone already fetching? ───▶ wait, collapsed
@@ -40,7 +40,7 @@ mod tally;
 mod traced;
 
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -50,7 +50,7 @@ use futures_util::future::{FutureExt as _, OptionFuture};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::account::{AccountId, Caller};
+use crate::account::{AccountId, ApiKey, Caller};
 use crate::budget::Entry;
 use crate::cache::Cache;
 use crate::config::Config;
@@ -65,7 +65,7 @@ use crate::panics;
 use crate::shared::{Answers, Shared};
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
-use crate::trace::TraceId;
+use crate::trace::{TraceContext, TraceId};
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use abandoned::Unanswered;
 use accounts::{Account, Accounts};
@@ -73,13 +73,14 @@ use asker::Asker;
 use attempt::{Attempt, outcome};
 use clearance::{is_in_vain, is_refused_key};
 use elsewhere::Way;
-pub use hit::{Hit, PlainPoll};
+use hit::Seen;
+pub use hit::{Hit, Looked, Miss, PlainPoll};
 use keys::Key;
 pub use passthrough::RequestBody;
 use progress::{Landed, Phase, Progress, landing};
 use recall::Recall;
 use response::CacheStatus;
-pub use response::{Body, Data, REQUEST_ID, may_have_body, refusal, write_head};
+pub use response::{Body, Data, REQUEST_ID, Reply, may_have_body, refusal};
 pub use status::Status;
 use traced::{FlightTrace, Trace};
 
@@ -120,21 +121,46 @@ pub struct Gateway {
 /// With the number of the key that flies alone: upstream has yet to accept it.
 type FlightKey = (AccountId, TaskId, Option<u64>);
 
+/// What a poll's request says that has a say in its answer.
+#[derive(Debug)]
+struct Terms {
+    /// An account's, or a client token.
+    key: ApiKey,
+    task: TaskId,
+    /// What the client calls itself.
+    name: Option<HeaderValue>,
+    /// How old a live answer may be, if the client says so.
+    max_age: Option<Duration>,
+}
+
 /// Who asks, for which task, and since when.
 #[derive(Debug)]
 struct Poll<'t> {
     arrived: Instant,
     asker: Asker,
     /// Whose connection it came on.
-    caller: Caller,
-    /// What the client calls itself.
+    caller: &'t Caller,
+    key: ApiKey,
     name: Option<HeaderValue>,
     task: TaskId,
-    /// How old a live answer may be, if the client says so.
     max_age: Option<Duration>,
+    /// Whether this is known already: what the cache has.
+    is_looked_up: bool,
+    kept: Option<Answer>,
+    /// [`Cache::puts`] before the cache was looked at.
+    puts: u64,
     /// Whether it has opened a flight that was to ask, and may go on without it: then it saved no call.
     has_flown: bool,
     trace: &'t Trace,
+}
+
+/// What a flight's poll has sought in the cache, in vain.
+#[derive(Clone, Copy, Debug)]
+struct Sought {
+    /// How long live answers are fresh for it.
+    live: Duration,
+    /// [`Cache::puts`] before it looked.
+    puts: u64,
 }
 
 /// How a poll is answered.
@@ -245,50 +271,76 @@ impl Gateway {
     ) -> Response<Body> {
         credential::hide(request.headers_mut());
         let request_id = response::request_id(request.headers());
-        let mut response = self.answer_in_time(request, caller, &request_id, broken).await;
+        let (method, path, context) = (
+            request.method(),
+            request.uri().path(),
+            TraceContext::of(request.headers()),
+        );
+        let trace = self.trace(context, method, path, &request_id);
+        let is_poll = path == TASK_INFO_PATH;
+        let reply = {
+            // Each move of it would take its room again.
+            let answering = pin!(async {
+                if is_poll {
+                    let terms = self.terms(request.method(), request.uri(), request.headers());
+                    let reply = self.poll(terms, None, caller, &request_id, &trace).await;
+                    let refused = broken().map(|error| self.refuse_named(&error, request_id.clone(), trace.id()));
+                    refused.map_or(reply, Reply::from)
+                } else {
+                    // On the heap: a poll, which almost every request is, takes no room for it.
+                    let passing = Box::pin(self.pass_through(*request, &request_id, &trace, broken));
+                    Reply::from(passing.await)
+                }
+            });
+            self.in_time(is_poll, &request_id, &trace, answering).await
+        };
+        let mut response = reply.into_response();
+        response.body_mut().carry(trace);
         response.headers_mut().insert(REQUEST_ID, request_id);
         response
     }
 
-    /// Answers what may have to wait, within `limits.request_timeout`.
-    async fn answer_in_time(
-        self: &Arc<Self>,
-        request: Box<Request<RequestBody>>,
-        caller: &Caller,
-        request_id: &HeaderValue,
-        broken: impl Fn() -> Option<Error>,
-    ) -> Response<Body> {
-        let trace = self.trace(&request, request_id);
-        let is_poll = request.uri().path() == TASK_INFO_PATH;
-        let most = self.config.load().limits.request_timeout;
-        let unanswered = Unanswered::new(self, request_id, &trace, is_poll);
-        let in_time = {
-            // Each move of it would take its room again.
-            let answering = pin!(async {
-                if is_poll {
-                    let (method, uri, headers) = (request.method(), request.uri(), request.headers());
-                    let response = self.poll(method, uri, headers, caller, request_id, &trace).await;
-                    let refused = broken().map(|error| self.refuse_named(&error, request_id.clone(), trace.id()));
-                    refused.unwrap_or(response)
-                } else {
-                    // On the heap: a poll, which almost every request is, takes no room for it.
-                    Box::pin(self.pass_through(*request, request_id, &trace, broken)).await
-                }
-            });
-            panics::contain(timeout(most, answering)).await
+    /// Answers a plain poll that is no hit; gives its place among all requests back.
+    ///
+    /// Cancel safe: a client that leaves takes only its own wait away.
+    pub async fn answer_plain(self: &Arc<Self>, miss: Box<Miss>, caller: &Caller) -> (Reply, InFlight) {
+        let Miss {
+            request_id,
+            trace,
+            terms,
+            seen,
+            in_flight,
+        } = *miss;
+        let reply = {
+            let answering = pin!(self.poll(Ok(terms), seen, caller, &request_id, &trace));
+            self.in_time(true, &request_id, &trace, answering).await
         };
+        (reply.called(request_id), in_flight)
+    }
+
+    /// What comes of `answering` within `limits.request_timeout`.
+    async fn in_time(
+        &self,
+        is_poll: bool,
+        request_id: &HeaderValue,
+        trace: &Trace,
+        answering: Pin<&mut impl Future<Output = Reply>>,
+    ) -> Reply {
+        let most = self.config.load().limits.request_timeout;
+        let unanswered = Unanswered::new(self, request_id, trace, is_poll);
+        let in_time = panics::contain(timeout(most, answering)).await;
         unanswered.answered();
-        let mut response = match in_time {
-            Some(Ok(response)) => response,
+        let reply = match in_time {
+            Some(Ok(reply)) => reply,
             Some(Err(_)) => {
                 self.count_unanswered(is_poll, &Error::RequestTimeout, most);
-                self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id())
+                let refused = self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id());
+                Reply::from(refused)
             }
-            None => response::error(&Error::Internal),
+            None => Reply::from(response::error(&Error::Internal)),
         };
-        trace.ended(response.status());
-        response.body_mut().carry(trace);
-        response
+        trace.ended(reply.status());
+        reply
     }
 
     /// Counts a request for which there was no answer to count.
@@ -342,17 +394,17 @@ impl Gateway {
         self.cache.maintain();
     }
 
+    /// Answers a poll on these `terms`; what has been `seen` of it already is not looked at again.
     async fn poll(
         self: &Arc<Self>,
-        method: &Method,
-        uri: &Uri,
-        headers: &HeaderMap,
+        terms: Result<Terms, Error>,
+        seen: Option<Seen>,
         caller: &Caller,
         request_id: &HeaderValue,
         trace: &Trace,
-    ) -> Response<Body> {
-        let arrived = Instant::now();
-        let mut poll = match self.read_poll(method, uri, headers, caller, arrived, trace) {
+    ) -> Reply {
+        let arrived = seen.as_ref().map_or_else(Instant::now, |seen| seen.arrived);
+        let mut poll = match terms.and_then(|terms| self.take_up(terms, seen, caller, arrived, trace)) {
             Ok(poll) => poll,
             Err(error) => {
                 if error == Error::TooManyAccounts {
@@ -360,18 +412,16 @@ impl Gateway {
                 }
                 let (metrics, requests) = &self.strangers;
                 metrics.answered(requests, Served::None, error.status().as_u16(), arrived.elapsed());
-                return refuse(&error, OTHER, request_id, trace);
+                return Reply::from(refuse(&error, OTHER, request_id, trace));
             }
         };
         let answered = loop {
             match self.answer_to_key(&mut poll).await {
                 // A changed configuration has taken its key to another account: whatever went wrong was the old one's.
-                Err(_) if poll.asker.account.superseded.is_cancelled() => {
-                    match self.read_poll(method, uri, headers, caller, arrived, trace) {
-                        Ok(anew) => poll = anew,
-                        Err(error) => break Err(error),
-                    }
-                }
+                Err(_) if poll.asker.account.superseded.is_cancelled() => match self.accounts.of(&poll.key, arrived) {
+                    Ok(asker) => (poll.asker, poll.has_flown) = (asker, false),
+                    Err(error) => break Err(error),
+                },
                 answered => break answered,
             }
         };
@@ -382,7 +432,7 @@ impl Gateway {
                 let (code, now) = (answer.code(), Instant::now());
                 let took = now.saturating_duration_since(arrived);
                 trace.answered(&account.label, served, code);
-                account.answered(&poll.asker.requests(&poll.caller), served, poll.has_flown, code, took);
+                account.answered(&poll.asker.requests(caller), served, poll.has_flown, code, took);
                 tracing::debug!(
                     request_id = request_id.to_str().unwrap_or_default(),
                     trace_id = %trace.id(),
@@ -393,42 +443,63 @@ impl Gateway {
                     took_s = took.as_secs_f64(),
                     "poll answered"
                 );
-                response::answer(answer, cache, now, account.lifetime(now))
+                Reply::new(answer, cache, now, account.lifetime(now))
             }
             Err(error) => {
                 if let Some(reason) = admission::shed(&error) {
                     account.metrics.shed(reason);
                 }
-                let (requests, code) = (poll.asker.requests(&poll.caller), error.status().as_u16());
+                let (requests, code) = (poll.asker.requests(caller), error.status().as_u16());
                 account.answered(&requests, Served::None, poll.has_flown, code, arrived.elapsed());
-                refuse(&error, &account.label, request_id, trace)
+                Reply::from(refuse(&error, &account.label, request_id, trace))
             }
         }
     }
 
-    fn read_poll<'t>(
-        &self,
-        method: &Method,
-        uri: &Uri,
-        headers: &HeaderMap,
-        caller: &Caller,
-        arrived: Instant,
-        trace: &'t Trace,
-    ) -> Result<Poll<'t>, Error> {
+    /// What a poll's request says.
+    fn terms(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Terms, Error> {
         if method != Method::GET && method != Method::HEAD {
             return Err(Error::MethodNotAllowed);
         }
-        let key = self.credential(headers)?.ok_or(Error::MissingKey)?;
-        let task = TaskId::from_query(uri.query())?;
+        Ok(Terms {
+            key: self.credential(headers)?.ok_or(Error::MissingKey)?,
+            task: TaskId::from_query(uri.query())?,
+            name: headers.get(&self.config.load().client_header).cloned(),
+            max_age: max_age::wanted(headers),
+        })
+    }
+
+    fn take_up<'t>(
+        &self,
+        terms: Terms,
+        seen: Option<Seen>,
+        caller: &'t Caller,
+        arrived: Instant,
+        trace: &'t Trace,
+    ) -> Result<Poll<'t>, Error> {
+        let Terms {
+            key,
+            task,
+            name,
+            max_age,
+        } = terms;
         self.trace_task(trace, &task);
-        let asker = self.accounts.of(&key, arrived)?;
+        let is_looked_up = seen.is_some();
+        let (asker, puts, kept) = match seen {
+            Some(Seen { asker, puts, kept, .. }) => (asker, puts, kept),
+            None => (self.accounts.of(&key, arrived)?, self.cache.puts(), None),
+        };
         Ok(Poll {
             arrived,
             asker,
-            caller: caller.clone(),
-            name: headers.get(&self.config.load().client_header).cloned(),
+            caller,
+            key,
+            name,
             task,
-            max_age: max_age::wanted(headers),
+            max_age,
+            is_looked_up,
+            kept,
+            puts,
             has_flown: false,
             trace,
         })
@@ -441,7 +512,12 @@ impl Gateway {
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
         let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
-        let kept = match poll.trace.look_up(look) {
+        let kept = if std::mem::take(&mut poll.is_looked_up) {
+            poll.kept.take()
+        } else {
+            poll.trace.look_up(look)
+        };
+        let kept = match kept {
             None if !on_trial => self.look_further(poll, live).await,
             // Another replica may have heard more since, and here nobody might ask any more.
             Some(stale) if !on_trial && !stale.is_fresh(poll.arrived, live) => {
@@ -471,7 +547,7 @@ impl Gateway {
         let account = &poll.asker.account;
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
-        let client = asker.client(&poll.caller, name);
+        let client = asker.client(poll.caller, name);
         let kept = account.budget.kept(&client, &poll.task, poll.arrived);
         let takes = self.upstream_takes() + kept;
         self.reckon(account);
@@ -497,7 +573,9 @@ impl Gateway {
             let had_flown = poll.has_flown;
             poll.has_flown |= !collapsed;
             let mut carried = if let (Some(leader), Some(trace)) = (leader, trace) {
-                Some(self.launch(leader, &asker, &poll.task, alone.is_none().then_some(live), trace))
+                let puts = poll.puts;
+                let sought = alone.is_none().then_some(Sought { live, puts });
+                Some(self.launch(leader, &asker, &poll.task, sought, trace))
             } else {
                 poll.trace.joined(&progress.borrow());
                 None
@@ -571,19 +649,19 @@ impl Gateway {
             .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
     }
 
-    /// Gets the leader ready to go, on nobody's behalf. `live` is how long live answers are fresh for this poll; without it,
-    /// what is kept will not do, however fresh.
+    /// Gets the leader ready to go, on nobody's behalf, for what is `sought`; without that, what is kept will not do, however
+    /// fresh.
     fn launch(
         self: &Arc<Self>,
         leader: Leader<FlightKey, Progress>,
         asker: &Asker,
         task: &TaskId,
-        live: Option<Duration>,
+        sought: Option<Sought>,
         trace: FlightTrace,
     ) -> Carried {
         let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
         let (key, task) = (Arc::clone(&asker.key), task.clone());
-        Carried::new(panics::contain(gateway.fly(leader, account, key, task, live, trace)).map(drop))
+        Carried::new(panics::contain(gateway.fly(leader, account, key, task, sought, trace)).map(drop))
     }
 
     /// Whether a flight need not fly: what it is to fetch is kept by now, here or by another replica, or nobody may.
@@ -592,13 +670,15 @@ impl Gateway {
         leader: &Leader<FlightKey, Progress>,
         account: &Account,
         task: &TaskId,
-        live: Duration,
+        Sought { live, puts }: Sought,
         trace: &mut FlightTrace,
     ) -> Option<Landed> {
-        // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
         let launched = Instant::now();
         let is_fresh = |answer: &Answer| answer.is_fresh(launched, live);
-        if let Some(answer) = self.cache.get(account.id, task, launched, live).filter(is_fresh) {
+        // 1. a poll misses; 2. the flight that was under way keeps its answer and lands; 3. the poll opens this one.
+        let is_as_it_was = self.cache.puts() == puts;
+        let kept = (!is_as_it_was).then(|| self.cache.get(account.id, task, launched, live));
+        if let Some(answer) = kept.flatten().filter(is_fresh) {
             return Some(Landed::Kept(answer));
         }
         self.elsewhere.as_ref()?;
@@ -618,12 +698,13 @@ impl Gateway {
         account: Arc<Account>,
         key: Arc<Key>,
         task: TaskId,
-        live: Option<Duration>,
+        sought: Option<Sought>,
         mut trace: FlightTrace,
     ) {
         let launched = Instant::now();
-        if let Some(live) = live
-            && let Some(landed) = self.landed_already(&leader, &account, &task, live, &mut trace).await
+        let live = sought.map(|sought| sought.live);
+        if let Some(sought) = sought
+            && let Some(landed) = self.landed_already(&leader, &account, &task, sought, &mut trace).await
         {
             return leader.land(landed.stage());
         }

@@ -73,11 +73,15 @@ impl TraceContext {
 
     /// The one that a request names, if it does, once, and well-formed.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let mut named = headers.get_all(TRACEPARENT).iter();
+        Self::among(headers.get_all(TRACEPARENT).iter().map(HeaderValue::as_bytes))
+    }
+
+    /// The same, of what stands in each `traceparent` of a request.
+    pub fn among<'v>(mut named: impl Iterator<Item = &'v [u8]>) -> Option<Self> {
         let (Some(first), None) = (named.next(), named.next()) else {
             return None;
         };
-        Self::parse(first.as_bytes())
+        Self::parse(first)
     }
 
     fn parse(text: &[u8]) -> Option<Self> {

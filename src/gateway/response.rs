@@ -38,9 +38,9 @@ static NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
 /// What Cache-Status says of every hit, before its `ttl`.
 const HIT: &str = "crun-gateway; hit; ttl=";
-
-/// The fields of an answer.
-const USUAL_HEADERS: usize = 6;
+/// And of every answer of upstream's, before its status.
+const FWD_URI_MISS: &str = "crun-gateway; fwd=uri-miss; fwd-status=";
+const FWD_STALE: &str = "crun-gateway; fwd=stale; fwd-status=";
 
 /// Bytes that the head of a hit mostly fits.
 const USUAL_HEAD: usize = 384;
@@ -188,68 +188,193 @@ pub(super) enum CacheStatus {
 }
 
 impl CacheStatus {
-    fn value(self, answer: &Answer, ttl: i64) -> String {
-        match self {
-            Self::Hit(None) => format!("{HIT}{ttl}"),
-            Self::Hit(Some(detail)) => format!("{HIT}{ttl}; detail={detail}"),
-            Self::Forwarded { was_stale, collapsed } => {
-                let fwd = if was_stale { "stale" } else { "uri-miss" };
-                let status = answer.status().as_u16();
-                let collapsed = if collapsed { "; collapsed" } else { "" };
-                let stored = if answer.is_stored() {
-                    format!("; stored; ttl={ttl}")
-                } else {
-                    String::new()
-                };
-                format!("crun-gateway; fwd={fwd}; fwd-status={status}{collapsed}{stored}")
+    /// Its value, in pieces, for an answer that is fresh for so many seconds yet.
+    fn write(self, answer: &Answer, ttl: i64, mut add: impl FnMut(&[u8])) {
+        let mut number = itoa::Buffer::new();
+        let (was_stale, collapsed) = match self {
+            Self::Hit(detail) => {
+                add(HIT.as_bytes());
+                add(number.format(ttl).as_bytes());
+                if let Some(detail) = detail {
+                    add(b"; detail=");
+                    add(detail.as_bytes());
+                }
+                return;
+            }
+            Self::Forwarded { was_stale, collapsed } => (was_stale, collapsed),
+        };
+        add(if was_stale { FWD_STALE } else { FWD_URI_MISS }.as_bytes());
+        add(answer.status().as_str().as_bytes());
+        if collapsed {
+            add(b"; collapsed");
+        }
+        if answer.is_stored() {
+            add(b"; stored; ttl=");
+            add(number.format(ttl).as_bytes());
+        }
+    }
+}
+
+/// What a poll gets, until it is written.
+#[derive(Debug)]
+pub struct Reply(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    /// Upstream's answer: its bytes and status, and few headers, since most of upstream's speak of a connection or a moment
+    /// that is not this client's.
+    Answer {
+        answer: Answer,
+        cache: CacheStatus,
+        freshness: Freshness,
+        request_id: Option<HeaderValue>,
+    },
+    /// Whatever else.
+    Made(Box<Response<Body>>),
+}
+
+impl From<Response<Body>> for Reply {
+    fn from(response: Response<Body>) -> Self {
+        Self(Kind::Made(Box::new(response)))
+    }
+}
+
+impl Reply {
+    /// `live` is the freshness lifetime of live answers at `now`.
+    pub(super) fn new(answer: Answer, cache: CacheStatus, now: Instant, live: Duration) -> Self {
+        Self(Kind::Answer {
+            freshness: answer.freshness(now, live),
+            answer,
+            cache,
+            request_id: None,
+        })
+    }
+
+    /// The same with the `x-request-id` that it is called by.
+    pub(super) fn called(mut self, id: HeaderValue) -> Self {
+        match &mut self.0 {
+            Kind::Answer { request_id, .. } => *request_id = Some(id),
+            Kind::Made(response) => drop(response.headers_mut().insert(REQUEST_ID, id)),
+        }
+        self
+    }
+
+    /// What it is called by.
+    pub fn request_id(&self) -> Option<&HeaderValue> {
+        match &self.0 {
+            Kind::Answer { request_id, .. } => request_id.as_ref(),
+            Kind::Made(response) => response.headers().get(REQUEST_ID),
+        }
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        match &self.0 {
+            Kind::Answer { answer, .. } => answer.status(),
+            Kind::Made(response) => response.status(),
+        }
+    }
+
+    /// The same for hyper.
+    pub fn into_response(self) -> Response<Body> {
+        let (answer, cache, freshness, request_id) = match self.0 {
+            Kind::Answer {
+                answer,
+                cache,
+                freshness,
+                request_id,
+            } => (answer, cache, freshness, request_id),
+            Kind::Made(response) => return *response,
+        };
+        let mut response = Response::new(Body::Whole(None));
+        *response.status_mut() = answer.status();
+        let headers = response.headers_mut();
+        if let Some(content_type) = answer.content_type() {
+            headers.insert(CONTENT_TYPE, content_type.into_owned());
+        }
+        if let Some(retry_after) = answer.retry_after() {
+            headers.insert(RETRY_AFTER, retry_after.clone());
+        }
+        if let Some(location) = answer.location() {
+            headers.insert(LOCATION, location.clone());
+        }
+        let mut status = Vec::new();
+        cache.write(&answer, freshness.ttl(), |part| status.extend_from_slice(part));
+        if let Ok(value) = HeaderValue::try_from(status) {
+            headers.insert(CACHE_STATUS, value);
+        }
+        headers.insert(AGE, HeaderValue::from(freshness.age.as_secs()));
+        headers.insert(CACHE_CONTROL, NO_STORE.clone());
+        headers.insert(VIA, VIA_GATEWAY.clone());
+        if let Some(request_id) = request_id {
+            headers.insert(REQUEST_ID, request_id);
+        }
+        *response.body_mut() = Body::Whole(Some(answer.into()));
+        response
+    }
+
+    /// Writes to `head` what hyper would of its head, to a GET, and that it `is_last` on its connection if so; gives the body.
+    pub fn write(self, head: &mut Vec<u8>, is_last: bool) -> Data {
+        head.reserve(USUAL_HEAD);
+        let (status, body) = (self.status(), self.write_fields(head));
+        let mut add = |part: &[u8]| head.extend_from_slice(part);
+        if is_last {
+            add(b"\r\nconnection: close");
+        }
+        let body = body.filter(|_| may_have_body(status));
+        if may_have_body(status) {
+            add(b"\r\ncontent-length: ");
+            let length = body.as_ref().map_or(0, Data::remaining);
+            add(itoa::Buffer::new().format(length).as_bytes());
+        }
+        add(b"\r\ndate: ");
+        with_date(unix_now(), |date| add(date.as_bytes()));
+        add(b"\r\n\r\n");
+        body.unwrap_or(Data::Bytes(Bytes::new()))
+    }
+
+    /// The status line and the fields, without the last line end.
+    fn write_fields(self, head: &mut Vec<u8>) -> Option<Data> {
+        write_status(head, self.status());
+        let mut add = |part: &[u8]| head.extend_from_slice(part);
+        let (answer, cache, freshness, request_id) = match self.0 {
+            Kind::Answer {
+                answer,
+                cache,
+                freshness,
+                request_id,
+            } => (answer, cache, freshness, request_id),
+            Kind::Made(mut response) => {
+                for (name, value) in response.headers() {
+                    for part in [b"\r\n", name.as_str().as_bytes(), b": ", value.as_bytes()] {
+                        add(part);
+                    }
+                }
+                return response.body_mut().take();
+            }
+        };
+        let content_type = answer.content_type();
+        for (name, value) in [
+            ("\r\ncontent-type: ", content_type.as_deref()),
+            ("\r\nretry-after: ", answer.retry_after()),
+            ("\r\nlocation: ", answer.location()),
+        ] {
+            if let Some(value) = value {
+                add(name.as_bytes());
+                add(value.as_bytes());
             }
         }
-    }
-}
-
-/// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
-/// connection or a moment that is not this client's. `live` is the freshness lifetime of live answers at `now`.
-pub(super) fn answer(answer: Answer, cache: CacheStatus, now: Instant, live: Duration) -> Response<Body> {
-    let freshness = answer.freshness(now, live);
-    let mut response = Response::new(Body::Whole(None));
-    *response.status_mut() = answer.status();
-    let headers = response.headers_mut();
-    headers.reserve(USUAL_HEADERS);
-    if let Some(content_type) = answer.content_type() {
-        headers.insert(CONTENT_TYPE, content_type.into_owned());
-    }
-    if let Some(retry_after) = answer.retry_after() {
-        headers.insert(RETRY_AFTER, retry_after.clone());
-    }
-    if let Some(location) = answer.location() {
-        headers.insert(LOCATION, location.clone());
-    }
-    if let Ok(value) = HeaderValue::try_from(cache.value(&answer, freshness.ttl())) {
-        headers.insert(CACHE_STATUS, value);
-    }
-    headers.insert(AGE, HeaderValue::from(freshness.age.as_secs()));
-    headers.insert(CACHE_CONTROL, NO_STORE.clone());
-    headers.insert(VIA, VIA_GATEWAY.clone());
-    *response.body_mut() = Body::Whole(Some(answer.into()));
-    response
-}
-
-/// Writes to `head` what hyper would of the head of `response`, to a GET, with a body of so many bytes.
-pub fn write_head(head: &mut Vec<u8>, response: &Response<Body>, bytes: usize) {
-    head.reserve(USUAL_HEAD);
-    write_status(head, response.status());
-    for (name, value) in response.headers() {
-        for part in [b"\r\n", name.as_str().as_bytes(), b": ", value.as_bytes()] {
-            head.extend_from_slice(part);
+        add(b"\r\ncache-status: ");
+        cache.write(&answer, freshness.ttl(), &mut add);
+        add(b"\r\nage: ");
+        add(itoa::Buffer::new().format(freshness.age.as_secs()).as_bytes());
+        add(b"\r\ncache-control: no-store\r\nvia: 1.1 crun-gateway");
+        if let Some(request_id) = request_id {
+            add(b"\r\nx-request-id: ");
+            add(request_id.as_bytes());
         }
+        Some(answer.into())
     }
-    if may_have_body(response.status()) {
-        head.extend_from_slice(b"\r\ncontent-length: ");
-        head.extend_from_slice(itoa::Buffer::new().format(bytes).as_bytes());
-    }
-    head.extend_from_slice(b"\r\ndate: ");
-    with_date(unix_now(), |date| head.extend_from_slice(date.as_bytes()));
-    head.extend_from_slice(b"\r\n\r\n");
 }
 
 /// Whether a response to a GET may have a body (RFC 9110 §6.4.1).
@@ -267,7 +392,7 @@ fn write_status(head: &mut Vec<u8>, status: StatusCode) {
     }
 }
 
-/// The same of [`answer`]'s response to a hit, on a connection that stays open, without making one.
+/// The same of a hit's [`Reply`], on a connection that stays open, without making one.
 /// `sent` is the `x-request-id` that came with the request.
 pub(super) fn write_hit(head: &mut Vec<u8>, answer: &Answer, freshness: Freshness, sent: Option<&[u8]>) {
     let unix = unix_now();
@@ -363,15 +488,10 @@ pub(super) fn error(error: &Error) -> Response<Body> {
 
 /// The same as it goes out on a connection of which no request is read, and which closes.
 pub fn refusal(error: &Error) -> Vec<u8> {
-    let mut response = self::error(error);
-    let headers = response.headers_mut();
-    headers.insert(REQUEST_ID, request_id(&HeaderMap::new()));
-    headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    let body = response.body_mut().take();
-    let body = body.as_ref().map_or(&[][..], Data::chunk);
+    let reply = Reply::from(self::error(error)).called(request_id_of(None));
     let mut bytes = Vec::new();
-    write_head(&mut bytes, &response, body.len());
-    bytes.extend_from_slice(body);
+    let body = reply.write(&mut bytes, true);
+    bytes.extend_from_slice(body.chunk());
     bytes
 }
 
@@ -427,7 +547,11 @@ pub(super) fn strip(headers: &mut HeaderMap, is_one: impl Fn(&HeaderName, &Heade
 
 /// The `x-request-id` that a client sent, if it is well-formed, else a new one (UUIDv7: sortable by time).
 pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let sent = headers.get(REQUEST_ID).map(HeaderValue::as_bytes);
+    request_id_of(headers.get(REQUEST_ID).map(HeaderValue::as_bytes))
+}
+
+/// The same, where `sent` stands in it.
+pub(super) fn request_id_of(sent: Option<&[u8]>) -> HeaderValue {
     with_request_id(sent, unix_now(), |id| {
         HeaderValue::from_bytes(id).unwrap_or_else(|_| HeaderValue::from_static("none"))
     })

@@ -21,7 +21,7 @@
 
 use std::sync::OnceLock;
 
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 
 use super::{Gateway, Progress};
 use crate::error::Error;
@@ -47,20 +47,27 @@ const STATUS: &str = "http.response.status_code";
 
 impl Gateway {
     /// The trace of a request, and where it is kept its span from here on.
-    pub(super) fn trace<B>(&self, request: &Request<B>, request_id: &HeaderValue) -> Trace {
+    /// `told` is what the request says of it.
+    pub(super) fn trace(
+        &self,
+        told: Option<TraceContext>,
+        method: &Method,
+        path: &str,
+        request_id: &HeaderValue,
+    ) -> Trace {
         let Some(exporter) = &self.exporter else {
-            return Trace::of(request.headers());
+            return Trace::without_span(told);
         };
         let config = self.config.load();
-        let (path, mut prefixes) = (request.uri().path(), config.passthrough.iter());
+        let mut prefixes = config.passthrough.iter();
         let route = if path == TASK_INFO_PATH {
             Some(TASK_INFO_PATH)
         } else {
             prefixes.find(|prefix| path.starts_with(*prefix)).map(String::as_str)
         };
-        let (word, known) = word(request.method());
+        let (word, known) = word(method);
         let name = route.map_or(word.to_owned(), |route| format!("{word} {route}"));
-        let (context, span) = exporter.begin(TraceContext::of(request.headers()), &name, Kind::Server);
+        let (context, span) = exporter.begin(told, &name, Kind::Server);
         if span.is_kept() {
             span.say(METHOD, known);
             if let Some(route) = route {
@@ -93,10 +100,14 @@ pub(super) struct Trace {
 }
 
 impl Trace {
-    /// What a request says, without a span.
+    /// What a request with these `headers` says, without a span.
     pub(super) fn of(headers: &HeaderMap) -> Self {
+        Self::without_span(TraceContext::of(headers))
+    }
+
+    fn without_span(told: Option<TraceContext>) -> Self {
         Self {
-            context: TraceContext::of(headers).map(OnceLock::from).unwrap_or_default(),
+            context: told.map(OnceLock::from).unwrap_or_default(),
             span: Span::none(),
         }
     }

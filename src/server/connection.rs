@@ -35,7 +35,7 @@ use super::{GRACE, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::gateway::{Body, Data, Gateway, Hit, InFlight, PlainPoll, REQUEST_ID, RequestBody};
+use crate::gateway::{Body, Data, Gateway, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply, RequestBody};
 
 /// How long a client may take to close, after our FIN.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
@@ -64,9 +64,10 @@ pub async fn serve_connection<S>(
     });
     let Served { gateway, caller, .. } = &*served;
     let service = service(Arc::clone(&served));
-    // The last answer says that it is.
-    let hit = |poll: PlainPoll<'_>, head: &mut Vec<u8>| {
-        (!draining.is_cancelled()).then(|| gateway.hit(poll, caller, head))?
+    let look = |poll: PlainPoll<'_>, head: &mut Vec<u8>| {
+        // The last answer says that it is: a hit's does not.
+        let may_hit = !draining.is_cancelled();
+        gateway.look(poll, may_hit, caller, head)
     };
     let watched = Watched::new(stream, phase.clone());
     let guard = Guard::new(watched, phase.clone(), Most::new(limits), Arc::clone(&refusal));
@@ -87,7 +88,7 @@ pub async fn serve_connection<S>(
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
-                if let Poll::Ready(event) = line.poll(cx, &phase, &hit, || draining.is_cancelled()) {
+                if let Poll::Ready(event) = line.poll(cx, &phase, &look, || draining.is_cancelled()) {
                     return Poll::Ready(event);
                 }
                 if matches!(line, Line::Serving(_)) && !is_closing && phase.may_rest() {
@@ -105,8 +106,8 @@ pub async fn serve_connection<S>(
         };
         line = match (event, line) {
             (Event::Asked(None), Line::Resting(guard)) => Line::Serving(serve(guard)),
-            (Event::Asked(Some(request)), Line::Resting(guard)) => {
-                let answer = Box::pin(answer_plain(Arc::clone(&served), request));
+            (Event::Asked(Some(miss)), Line::Resting(guard)) => {
+                let answer = Box::pin(answer_plain(Arc::clone(&served), miss));
                 let busy = Some(phase.busy());
                 Line::Polling { guard, answer, busy }
             }
@@ -173,7 +174,7 @@ enum Line<G, A, C> {
 impl<S, A, C> Line<Guard<Watched<S>>, A, C>
 where
     S: AsyncRead + AsyncWrite + Unpin,
-    A: Future<Output = (Response<Body>, Option<InFlight>)> + Unpin,
+    A: Future<Output = (Reply, InFlight)> + Unpin,
     C: Future + Unpin,
 {
     /// Whether a plain poll is being answered, or an answer is on its way without hyper.
@@ -189,29 +190,25 @@ where
         &mut self,
         cx: &mut Context<'_>,
         phase: &Phases,
-        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
+        look: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Looked>,
         is_draining: impl Fn() -> bool,
     ) -> Poll<Event> {
         // However it ends, there is nobody left to tell.
         match self {
-            Self::Resting(guard) => guard.poll_request(cx, hit).map(|request| match request {
-                Ok(Came::Poll(request)) => Event::Asked(Some(request)),
+            Self::Resting(guard) => guard.poll_request(cx, look).map(|came| match came {
+                Ok(Came::Poll(miss)) => Event::Asked(Some(miss)),
                 Ok(Came::Other) => Event::Asked(None),
                 Ok(Came::End) => Event::Left,
                 Err(_) => Event::Ended,
             }),
             Self::Polling { guard, answer, busy } => {
-                let Poll::Ready((mut response, in_flight)) = Pin::new(answer).poll(cx) else {
+                let Poll::Ready((reply, in_flight)) = Pin::new(answer).poll(cx) else {
                     return guard.poll_left(cx).map(|()| Event::Ended);
                 };
-                let is_last = is_draining();
-                if is_last {
-                    close_after(&mut response);
-                }
-                let sent = guard.send(cx, response, in_flight, busy.take(), is_last);
+                let sent = guard.send(cx, reply, in_flight, busy.take(), is_draining());
                 Poll::Ready(match sent {
                     Ok(true) => Event::Left,
-                    Ok(false) => guard.answer_held(cx, hit).map_or(Event::Ended, |()| Event::Rested),
+                    Ok(false) => guard.answer_held(cx, look).map_or(Event::Ended, |()| Event::Rested),
                     Err(_) => Event::Ended,
                 })
             }
@@ -234,7 +231,7 @@ where
 /// What happens to a connection.
 enum Event {
     /// A plain poll came or, without one, something for hyper to do.
-    Asked(Option<Box<Request<RequestBody>>>),
+    Asked(Option<Box<Miss>>),
     /// The client has ended it with nothing asked, or has its last answer.
     Left,
     Ended,
@@ -300,8 +297,11 @@ fn close_after(response: &mut Response<Body>) {
 }
 
 /// The answer to a plain poll.
-async fn answer_plain(served: Arc<Served>, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
-    answer(&served, request).await
+async fn answer_plain(served: Arc<Served>, miss: Box<Miss>) -> (Reply, InFlight) {
+    let Served { gateway, caller, .. } = &*served;
+    let (reply, in_flight) = gateway.answer_plain(miss, caller).await;
+    served.phase.answers(reply.request_id());
+    (reply, in_flight)
 }
 
 /// The answer to one request, or to what came in place of one.

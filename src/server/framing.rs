@@ -3,13 +3,11 @@
 //! Bodies are followed only to know where the next head begins; they are not kept. What is refused ends the connection, so
 //! there is no way back from a refusal.
 
-use http::Request;
-
 use super::chunks::Chunks;
 use super::head::{self, Body, Most, Scan};
-use super::plain::{self, Plain};
+use super::plain::Plain;
 use crate::error::Error;
-use crate::gateway::{PlainPoll, RequestBody};
+use crate::gateway::PlainPoll;
 
 /// Where a connection's requests are.
 #[derive(Debug)]
@@ -70,11 +68,6 @@ impl Framing {
             State::Head(_) if !bytes.is_empty() => self.plain.read(bytes, &self.most),
             State::Head(_) | State::Length(_) | State::Chunked(_) => None,
         }
-    }
-
-    /// The same as hyper would read it, all that it says included: its head is `head`.
-    pub(super) fn request(&self, head: &[u8]) -> Option<Request<RequestBody>> {
-        plain::request(head, &self.most)
     }
 
     /// Whether all of every request is there.

@@ -17,8 +17,7 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf as _, Bytes, BytesMut};
-use http::{Request, Response};
+use bytes::{Buf as _, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
@@ -26,7 +25,7 @@ use super::framing::{Framing, Refused};
 use super::head::Most;
 use super::phases::{Busy, Phases};
 use crate::error::Error;
-use crate::gateway::{Body, Data, Hit, InFlight, PlainPoll, RequestBody, may_have_body, write_head};
+use crate::gateway::{Data, Hit, InFlight, Looked, Miss, PlainPoll, Reply};
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
@@ -56,7 +55,7 @@ pub(super) struct Guard<S> {
     checked: usize,
     refusal: Refusal,
     /// A plain poll that is no hit.
-    asked: Option<Box<Request<RequestBody>>>,
+    asked: Option<Box<Miss>>,
     /// What the client has not taken yet of the last answer.
     sending: Option<Box<(Sending, Busy)>>,
 }
@@ -162,11 +161,11 @@ impl<S: AsyncRead + Unpin> Guard<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
-    /// Reads until there is something to do that is not done here. What `hit` has an answer to is answered at once.
+    /// Reads until there is something to do that is not done here. What is a hit when one may `look` is answered at once.
     pub(super) fn poll_request(
         &mut self,
         cx: &mut Context<'_>,
-        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
+        look: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Looked>,
     ) -> Poll<io::Result<Came>> {
         loop {
             if let Some(sending) = &mut self.sending {
@@ -176,11 +175,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
                 if is_last {
                     return Poll::Ready(Ok(Came::End));
                 }
-                self.answer_held(cx, hit)?;
+                self.answer_held(cx, look)?;
                 continue;
             }
-            if let Some(request) = self.asked.take() {
-                return Poll::Ready(Ok(Came::Poll(request)));
+            if let Some(miss) = self.asked.take() {
+                return Poll::Ready(Ok(Came::Poll(miss)));
             }
             if self.checked > 0 || self.refusal.get().is_some() {
                 return Poll::Ready(Ok(Came::Other));
@@ -194,12 +193,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
                 return Poll::Ready(Ok(Came::End));
             }
             if self.held.is_empty() {
-                let taken = self.answer(came, cx, hit)?;
+                let taken = self.answer(came, cx, look)?;
                 self.held.extend_from_slice(&came[taken..]);
                 self.check_rest();
             } else {
                 self.held.extend_from_slice(came);
-                self.answer_held(cx, hit)?;
+                self.answer_held(cx, look)?;
             }
         }
     }
@@ -225,17 +224,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
     pub(super) fn send(
         &mut self,
         cx: &mut Context<'_>,
-        mut response: Response<Body>,
-        in_flight: Option<InFlight>,
+        reply: Reply,
+        in_flight: InFlight,
         busy: Option<Busy>,
         is_last: bool,
     ) -> io::Result<bool> {
-        let may_have_body = may_have_body(response.status());
-        let body = response.body_mut().take().filter(|_| may_have_body);
-        let body = body.unwrap_or(Data::Bytes(Bytes::new()));
         let mut out = OUT.take();
         out.clear();
-        write_head(&mut out, &response, body.remaining());
+        let body = reply.write(&mut out, is_last);
         let sending = Sending::new(out, body, in_flight, is_last);
         Ok(self.begin(cx, sending, busy)? && is_last)
     }
@@ -260,10 +256,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
     pub(super) fn answer_held(
         &mut self,
         cx: &mut Context<'_>,
-        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
+        look: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Looked>,
     ) -> io::Result<()> {
         let held = mem::take(&mut self.held);
-        let taken = self.answer(&held, cx, hit);
+        let taken = self.answer(&held, cx, look);
         self.held = held;
         self.held.advance(taken?);
         self.check_rest();
@@ -285,7 +281,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
         &mut self,
         bytes: &[u8],
         cx: &mut Context<'_>,
-        hit: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Hit>,
+        look: &impl Fn(PlainPoll<'_>, &mut Vec<u8>) -> Option<Looked>,
     ) -> io::Result<usize> {
         let mut taken = 0;
         while self.sending.is_none()
@@ -294,21 +290,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
         {
             let mut out = OUT.take();
             out.clear();
-            if let Some(Hit {
-                body,
-                arrived,
-                in_flight,
-            }) = hit(poll, &mut out)
-            {
-                if self.begin(cx, Sending::new(out, body, Some(in_flight), false), None)? {
-                    self.phases.answered(arrived);
+            match look(poll, &mut out) {
+                Some(Looked::Hit(Hit {
+                    body,
+                    arrived,
+                    in_flight,
+                })) => {
+                    if self.begin(cx, Sending::new(out, body, in_flight, false), None)? {
+                        self.phases.answered(arrived);
+                    }
                 }
-            } else {
-                OUT.set(out);
-                let Some(request) = self.framing.request(&bytes[taken..taken + length]) else {
-                    break;
-                };
-                self.asked = Some(Box::new(request));
+                missed => {
+                    OUT.set(out);
+                    let Some(Looked::Miss(miss)) = missed else { break };
+                    self.asked = Some(miss);
+                }
             }
             taken += length;
             self.framing.passed();
@@ -320,7 +316,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
 /// What a client wants.
 pub(super) enum Came {
     /// To know of a task: a plain poll that is no hit.
-    Poll(Box<Request<RequestBody>>),
+    Poll(Box<Miss>),
     /// What hyper is there for: a head is whole, or what came is refused.
     Other,
     /// Nothing more: it has ended its side, or its last answer is sent.
@@ -333,14 +329,14 @@ struct Sending {
     bytes: Vec<u8>,
     head: usize,
     body: Data,
-    _in_flight: Option<InFlight>,
+    _in_flight: InFlight,
     is_last: bool,
     /// So many bytes of head and body have gone.
     sent: usize,
 }
 
 impl Sending {
-    fn new(mut bytes: Vec<u8>, body: Data, in_flight: Option<InFlight>, is_last: bool) -> Self {
+    fn new(mut bytes: Vec<u8>, body: Data, in_flight: InFlight, is_last: bool) -> Self {
         let (head, behind) = (bytes.len(), body.chunk());
         if behind.len() <= JOINED {
             bytes.extend_from_slice(behind);
