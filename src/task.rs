@@ -13,10 +13,11 @@ mod retry_after;
 use std::borrow::Cow;
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 
 pub use id::{TaskId, TaskIdError};
 pub use lifetime::{Timestamp, media_lifetime};
-use object::{Member, members, nested};
+use object::{Object, members};
 pub use retry_after::retry_after;
 
 /// What an answer of upstream's means.
@@ -158,7 +159,7 @@ pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
         (true, Some(envelope)) => envelope.code,
         (true, None) => return Reading::unreadable(),
     };
-    let task = || Task::of(envelope?.data?.members()?, asked);
+    let task = || Task::of(envelope.as_ref()?.data.as_ref()?, asked);
     match code {
         200 => match task() {
             Some(task) => Reading::of_task(task, code),
@@ -178,43 +179,41 @@ pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
 }
 
 /// What every answer has in common.
-#[derive(Clone, Copy)]
 struct Envelope<'a> {
     code: i64,
     data: Option<Data<'a>>,
 }
 
-/// What `data` holds: mostly it was read with all the rest. Else it is unread text, since of what it holds under an error
-/// nothing is asked.
-#[derive(Clone, Copy)]
+/// What `data` holds.
 enum Data<'a> {
-    Read([Member<'a>; TASK.len()]),
+    /// Read with all the rest.
+    Usual(UsualTask<'a>),
+    /// Its text: of what it holds under an error nothing is asked.
     Unread(&'a str),
 }
-
-impl<'a> Data<'a> {
-    fn members(self) -> Option<[Member<'a>; TASK.len()]> {
-        match self {
-            Self::Read(members) => Some(members),
-            Self::Unread(json) => members(json, TASK),
-        }
-    }
-}
-
-/// What is asked of a task.
-const TASK: &[&str; 5] = &["task_id", "status", "result", "complete_at", "create_at"];
 
 impl<'a> Envelope<'a> {
     fn read(body: &'a [u8]) -> Option<Self> {
         // The whole body is checked: a client that decodes it strictly would stumble over a bad byte anywhere.
         let text = str::from_utf8(body).ok()?;
         let json = text.strip_prefix('\u{feff}').unwrap_or(text);
-        if let Some(([code], task)) = nested(json, &["code"], "data", TASK) {
-            return Some(Self {
-                code: integer(code.only()?)?,
-                data: Some(Data::Read(task)),
-            });
-        }
+        Self::usual(json).or_else(|| Self::any(json))
+    }
+
+    /// Of an answer about a task in which every member that is asked for is there at most once, and of the kind that it should
+    /// be, as almost every answer is: it is read in one go. Whatever is unusual is no matter of this.
+    fn usual(json: &'a str) -> Option<Self> {
+        let Object(UsualEnvelope {
+            code,
+            data: Object(task),
+        }) = serde_json::from_str(json).ok()?;
+        Some(Self {
+            code,
+            data: Some(Data::Usual(task)),
+        })
+    }
+
+    fn any(json: &'a str) -> Option<Self> {
         let [code, data] = members(json, &["code", "data"])?;
         if data.is_repeated() {
             return None;
@@ -226,8 +225,40 @@ impl<'a> Envelope<'a> {
     }
 }
 
+#[derive(Deserialize)]
+struct UsualEnvelope<'a> {
+    code: i64,
+    #[serde(borrow)]
+    data: Object<UsualTask<'a>>,
+}
+
+#[derive(Deserialize)]
+struct UsualTask<'a> {
+    #[serde(borrow)]
+    task_id: Cow<'a, str>,
+    #[serde(borrow)]
+    status: Cow<'a, str>,
+    #[serde(borrow)]
+    result: Option<Object<UsualResult<'a>>>,
+    #[serde(borrow)]
+    complete_at: Option<&'a RawValue>,
+    #[serde(borrow)]
+    create_at: Option<&'a RawValue>,
+}
+
+/// The places where media are: which one depends on the model.
+#[derive(Deserialize)]
+struct UsualResult<'a> {
+    #[serde(borrow)]
+    suno_data: Option<&'a RawValue>,
+    #[serde(borrow)]
+    media_urls: Option<&'a RawValue>,
+    #[serde(borrow)]
+    media_info: Option<&'a RawValue>,
+}
+
 /// What `data` says, when it is about the task that was asked for.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Task {
     stage: Stage,
     has_failed: bool,
@@ -236,29 +267,53 @@ struct Task {
 }
 
 impl Task {
-    fn of(data: [Member<'_>; TASK.len()], asked: &TaskId) -> Option<Self> {
-        let [task_id, status, result, complete_at, create_at] = data;
-        if string(task_id.only()?)? != asked.as_str() {
-            return None;
-        }
-        let status = string(status.only()?)?;
-        let stage = match &*status {
-            "pending" => Stage::Pending,
-            "running" => Stage::Running,
-            "success" if !has_media(result.last()) => Stage::Settling,
-            "success" | "failed" => Stage::Ended,
-            _ => return None,
+    fn of(data: &Data<'_>, asked: &TaskId) -> Option<Self> {
+        let json = match data {
+            Data::Usual(task) => return Self::usual(task, asked),
+            Data::Unread(json) => json,
         };
-        Some(Self {
+        let names = &["task_id", "status", "result", "complete_at", "create_at"];
+        let [task_id, status, result, complete_at, create_at] = members(json, names)?;
+        let task_id = string(task_id.only()?)?;
+        let status = string(status.only()?)?;
+        let stage = stage(&status, || has_media(result.last()))?;
+        (task_id == asked.as_str()).then(|| Self {
             stage,
             has_failed: status == "failed",
             complete_at: Timestamp::read(complete_at.last()),
             create_at: Timestamp::read(create_at.last()),
         })
     }
+
+    fn usual(task: &UsualTask<'_>, asked: &TaskId) -> Option<Self> {
+        let stage = stage(&task.status, || {
+            let media = task
+                .result
+                .as_ref()
+                .map(|Object(result)| [result.suno_data, result.media_urls, result.media_info]);
+            media.is_some_and(|media| media.into_iter().flatten().any(|media| !is_empty(media.get())))
+        })?;
+        (task.task_id == asked.as_str()).then(|| Self {
+            stage,
+            has_failed: task.status == "failed",
+            complete_at: Timestamp::read(task.complete_at.map(RawValue::get)),
+            create_at: Timestamp::read(task.create_at.map(RawValue::get)),
+        })
+    }
 }
 
-/// Whether `result` holds anything in one of the places where media are: which one depends on the model.
+/// The stage of a task that upstream gives this `status`.
+fn stage(status: &str, has_media: impl FnOnce() -> bool) -> Option<Stage> {
+    match status {
+        "pending" => Some(Stage::Pending),
+        "running" => Some(Stage::Running),
+        "success" if !has_media() => Some(Stage::Settling),
+        "success" | "failed" => Some(Stage::Ended),
+        _ => None,
+    }
+}
+
+/// Whether `result` holds anything in one of the places where media are.
 fn has_media(result: Option<&str>) -> bool {
     result
         .and_then(|result| members(result, &["suno_data", "media_urls", "media_info"]))
@@ -296,6 +351,8 @@ fn string(json: &str) -> Option<Cow<'_, str>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -365,6 +422,81 @@ mod tests {
         }
         for class in [Refused, Unrecognised] {
             assert!(!class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
+        }
+    }
+
+    /// A body whose members are mostly what they should be.
+    fn body() -> impl Strategy<Value = String> {
+        let any = |usual: &'static str| {
+            prop_oneof![
+                8 => usual.prop_map(|value| value),
+                1 => r#"null|1|-1|1.5|"x"|""|\[\]|\[1\]|\{\}|\{"a":1\}|tru|"\\ud800""#.prop_map(|value| value),
+            ]
+        };
+        let member = |name: &'static str, usual| {
+            let name = prop_oneof![30 => Just(format!("\"{name}\"")), 1 => Just(format!("\"{}\"", name.replace('a', "\\u0061")))];
+            let value = any(usual);
+            let often = prop_oneof![1 => Just(0), 20 => Just(1), 1 => Just(2)];
+            (name, prop::collection::vec(value, 2), often).prop_map(|(name, values, often)| {
+                values
+                    .into_iter()
+                    .take(often)
+                    .map(|value| format!("{name}:{value}"))
+                    .collect::<Vec<_>>()
+            })
+        };
+        let object = |members: Vec<Vec<String>>| format!("{{{}}}", members.concat().join(","));
+        let media = r#"null|\[\]|\[ \]|\["u"\]|\{\}|\{"a":"u"\}|"""#;
+        let result = vec![
+            member("suno_data", media),
+            member("media_urls", media),
+            member("media_info", media),
+            member("x", "1"),
+        ];
+        let result = prop_oneof![4 => result.prop_map(object), 1 => any("null")];
+        let data = (
+            member("task_id", "\"a\""),
+            member("status", "\"(pending|running|success|success|failed|other)\""),
+            result,
+            member("complete_at", "1800000000|null|5"),
+            member("create_at", "1700000000|null"),
+        );
+        let data = data.prop_map(move |(task_id, status, result, complete_at, create_at)| {
+            object(vec![
+                task_id,
+                status,
+                vec![format!("\"result\":{result}")],
+                complete_at,
+                create_at,
+            ])
+        });
+        let data = prop_oneof![8 => data, 1 => any("null")];
+        (member("code", "200|501|404|2e2"), data, member("message", "\"a\""))
+            .prop_map(move |(code, data, message)| object(vec![code, vec![format!("\"data\":{data}")], message]))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn what_is_usual_is_read_as_anything_is(body in body()) {
+            let asked = TaskId::new("a").unwrap();
+            if let Some(usual) = Envelope::usual(&body) {
+                let any = Envelope::any(&body).unwrap();
+                prop_assert_eq!(usual.code, any.code);
+                prop_assert_eq!(Task::of(&usual.data.unwrap(), &asked), Task::of(&any.data.unwrap(), &asked));
+            }
+        }
+    }
+
+    #[test]
+    fn what_upstream_says_is_usual() {
+        for body in [
+            r#"{"code":200,"message":"success","data":{"task_id":"a","status":"running"}}"#,
+            r#"{"code":200,"data":{"task_id":"a","status":"pending","result":null,"complete_at":null,"create_at":1}}"#,
+            r#"{"code":200,"data":{"task_id":"a","status":"success","result":{"code":200,"suno_data":[{"a":"\ud83d"}]}}}"#,
+        ] {
+            assert!(Envelope::usual(body).is_some(), "{body}");
         }
     }
 }

@@ -1,12 +1,15 @@
 //! Named members of one JSON object, as the bytes that they are, without building the rest.
 //!
 //! Values are skipped iteratively, so that nothing a task echoes back, however deep or long, can exhaust a stack or hit
-//! a recursion limit. A derived struct would not do: it also reads arrays, and it fails on any repeated member where
-//! here the reader decides.
+//! a recursion limit. A derived struct would not do by itself: it also reads arrays ([`Object`] does not), and it fails on
+//! any repeated member where here the reader decides.
 
 use std::borrow::Cow;
 use std::fmt;
+use std::marker::PhantomData;
 
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
@@ -42,44 +45,26 @@ pub(super) fn members<'a, const N: usize>(json: &'a str, names: &[&str; N]) -> O
     Some(members)
 }
 
-/// The same, and of the object that the member called `inside` is, the members called `inner`, without reading that twice.
-/// `None`, too, where that member is no object, not there, or there more than once.
-pub(super) fn nested<'a, const N: usize, const M: usize>(
-    json: &'a str,
-    names: &[&str; N],
-    inside: &str,
-    inner: &[&str; M],
-) -> Option<([Member<'a>; N], [Member<'a>; M])> {
-    let mut deserializer = serde_json::Deserializer::from_str(json);
-    let (members, within) = deserializer.deserialize_map(Nested { names, inside, inner }).ok()?;
-    deserializer.end().ok()?;
-    Some((members, within?))
+/// A `T` that is spelt as an object, and not as the array of its fields that a derived struct would read, too.
+pub(super) struct Object<T>(pub(super) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(AnObject(PhantomData)).map(Self)
+    }
 }
 
-struct Nested<'n, const N: usize, const M: usize> {
-    names: &'n [&'n str; N],
-    inside: &'n str,
-    inner: &'n [&'n str; M],
-}
+struct AnObject<T>(PhantomData<T>);
 
-impl<'de, const N: usize, const M: usize> Visitor<'de> for Nested<'_, N, M> {
-    type Value = ([Member<'de>; N], Option<[Member<'de>; M]>);
+impl<'de, T: Deserialize<'de>> Visitor<'de> for AnObject<T> {
+    type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let (mut members, mut within) = ([Member::default(); N], None);
-        while let Some(key) = map.next_key::<&'de RawValue>()? {
-            let key = spelled(key.get());
-            if key.as_deref() != Some(self.inside) {
-                note(&mut members, self.names, key.as_deref(), &mut map)?;
-            } else if within.replace(map.next_value_seed(Members(self.inner))?).is_some() {
-                return Err(serde::de::Error::custom("repeated"));
-            }
-        }
-        Ok((members, within))
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map))
     }
 }
 
@@ -157,29 +142,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_nested_is_read_as_it_is_alone() {
-        for json in [
-            r#"{"code":1,"data":{"a":[2],"b":{}},"x":3}"#,
-            r#"{"data":{"a":1,"a":2},"code":1,"code":2}"#,
-            r#"{"\u0064ata":{"\u0061":"\n"},"code":"x"}"#,
-            r#"{"data":{}}"#,
-        ] {
-            let [code, data] = members(json, &["code", "data"]).unwrap();
-            let inside = members(data.last().unwrap(), &["a", "b"]).unwrap();
-            let (read, within) = nested(json, &["code"], "data", &["a", "b"]).unwrap();
-            let said = |member: Member<'_>| (member.last().map(str::to_owned), member.is_repeated());
-            assert_eq!(read.map(said), [code].map(said), "{json}");
-            assert_eq!(within.map(said), inside.map(said), "{json}");
+    fn an_object_is_no_array() {
+        #[derive(Deserialize)]
+        struct A {
+            a: u8,
         }
-        for json in [
-            r#"{"code":1}"#,
-            r#"{"code":1,"data":null}"#,
-            r#"{"code":1,"data":[1]}"#,
-            r#"{"code":1,"data":{},"data":{}}"#,
-            r#"{"code":1,"data":{"a":}}"#,
-            r#"{"code":1,"data":{}} x"#,
-        ] {
-            assert!(nested(json, &["code"], "data", &["a"]).is_none(), "{json}");
+        let read = |json| serde_json::from_str::<Object<A>>(json).map(|Object(A { a })| a).ok();
+        assert_eq!(read(r#"{"b":[],"\u0061":1}"#), Some(1));
+        for json in ["[1]", "{}", r#"{"a":1,"a":1}"#, r#"{"a":1}x"#, "null"] {
+            assert_eq!(read(json), None, "{json}");
         }
     }
 
