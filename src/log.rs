@@ -10,10 +10,13 @@ use std::io::{self, Write};
 use std::panic::PanicHookInfo;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use tracing::Level;
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, reload};
@@ -77,7 +80,9 @@ impl Log {
     pub fn start(&self, log: &config::Log, metrics: &Metrics) -> impl Fn(Level) + Send + 'static {
         let (filter, level) = reload::Layer::<_, Registry>::new(targets(log.level));
         let registry = tracing_subscriber::registry().with(filter);
-        let lines = tracing_subscriber::fmt::layer().with_writer(self.lines.clone());
+        let lines = tracing_subscriber::fmt::layer()
+            .with_timer(Clock)
+            .with_writer(self.lines.clone());
         match log.format {
             LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
             LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
@@ -105,6 +110,15 @@ fn targets(level: Level) -> Targets {
     Targets::new()
         .with_default(Level::WARN)
         .with_target("crun_gateway", level)
+}
+
+/// The time of day as tracing's own clock writes it, for a fifth of what that takes.
+struct Clock;
+
+impl FormatTime for Clock {
+    fn format_time(&self, to: &mut Writer<'_>) -> fmt::Result {
+        write!(to, "{}", humantime::format_rfc3339_micros(SystemTime::now()))
+    }
 }
 
 /// std's own hook writes to stderr itself, and waits.

@@ -165,9 +165,10 @@ impl Gateway {
 impl<'r> PlainPoll<'r> {
     /// What stands in each field called `name`.
     fn fields(&self, name: &str) -> impl Iterator<Item = &'r [u8]> {
-        let lines = self.head.split(|byte| *byte == b'\n').skip(1);
-        lines.filter_map(move |line| {
-            let (field, value) = line.split_at_checked(name.len())?;
+        let ends = memchr::memchr_iter(b'\n', self.head);
+        let starts = ends.clone().map(|end| end + 1);
+        starts.zip(ends.skip(1)).filter_map(move |(start, end)| {
+            let (field, value) = self.head.get(start..end)?.split_at_checked(name.len())?;
             let value = value.strip_prefix(b":")?;
             field.eq_ignore_ascii_case(name.as_bytes()).then(|| value.trim_ascii())
         })
