@@ -144,16 +144,22 @@ impl Gateway {
 
     /// What has to be kept of `poll`, which asks for `task`, while it waits.
     fn miss(&self, poll: PlainPoll<'_>, task: &str, seen: Option<Seen>, in_flight: InFlight) -> Option<Looked> {
+        let key = match &seen {
+            // Whoever has no token presents the key itself.
+            Some(Seen { asker, .. }) if !asker.has_token() => asker.key.secret.clone(),
+            Some(_) | None => ApiKey::new(poll.key.trim())?,
+        };
         let request_id = response::request_id_of(poll.request_id);
-        let client_header = &self.config.load().client_header;
-        let trace = TraceContext::among(poll.fields(TRACEPARENT.as_str()));
+        let config = self.config.load();
+        let [names, traces] = poll.fields([config.client_header.as_str(), TRACEPARENT.as_str()]);
+        let told = TraceContext::among(traces.into_iter());
         Some(Looked::Miss(Box::new(Miss {
-            trace: self.trace(trace, &Method::GET, TASK_INFO_PATH, &request_id),
+            trace: self.trace(told, &Method::GET, TASK_INFO_PATH, &request_id),
             request_id,
             terms: Terms {
-                key: ApiKey::new(poll.key.trim())?,
+                key,
                 task: TaskId::new(task).ok()?,
-                name: (poll.fields(client_header.as_str()).next()).and_then(|name| HeaderValue::from_bytes(name).ok()),
+                name: names.first().and_then(|name| HeaderValue::from_bytes(name).ok()),
                 max_age: None,
             },
             seen,
@@ -163,14 +169,22 @@ impl Gateway {
 }
 
 impl<'r> PlainPoll<'r> {
-    /// What stands in each field called `name`.
-    fn fields(&self, name: &str) -> impl Iterator<Item = &'r [u8]> {
-        let ends = memchr::memchr_iter(b'\n', self.head);
-        let starts = ends.clone().map(|end| end + 1);
-        starts.zip(ends.skip(1)).filter_map(move |(start, end)| {
-            let (field, value) = self.head.get(start..end)?.split_at_checked(name.len())?;
-            let value = value.strip_prefix(b":")?;
-            field.eq_ignore_ascii_case(name.as_bytes()).then(|| value.trim_ascii())
-        })
+    /// What stands in each field that is called by one of `names`.
+    fn fields<const N: usize>(&self, names: [&str; N]) -> [Vec<&'r [u8]>; N] {
+        let mut fields = [const { Vec::new() }; N];
+        let mut start = 0;
+        for end in memchr::memchr_iter(b'\n', self.head) {
+            let line = &self.head[start..end];
+            start = end + 1;
+            for (name, values) in names.iter().zip(&mut fields) {
+                if let Some((field, value)) = line.split_at_checked(name.len())
+                    && let Some(value) = value.strip_prefix(b":")
+                    && field.eq_ignore_ascii_case(name.as_bytes())
+                {
+                    values.push(value.trim_ascii());
+                }
+            }
+        }
+        fields
     }
 }
