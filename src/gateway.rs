@@ -416,13 +416,11 @@ impl Gateway {
             }
         };
         let answered = loop {
-            match self.answer_to_key(&mut poll).await {
-                // A changed configuration has taken its key to another account: whatever went wrong was the old one's.
-                Err(_) if poll.asker.account.superseded.is_cancelled() => match self.accounts.of(&poll.key, arrived) {
-                    Ok(asker) => (poll.asker, poll.has_flown) = (asker, false),
-                    Err(error) => break Err(error),
-                },
-                answered => break answered,
+            let answered = self.answer_to_key(&mut poll).await;
+            match self.asker_since(&poll, &answered) {
+                None => break answered,
+                Some(Ok(asker)) => (poll.asker, poll.has_flown) = (asker, poll.has_flown && answered.is_ok()),
+                Some(Err(error)) => break Err(error),
             }
         };
         let account = &poll.asker.account;
@@ -454,6 +452,20 @@ impl Gateway {
                 Reply::from(refuse(&error, &account.label, request_id, trace))
             }
         }
+    }
+
+    /// Who asks since a changed configuration, where what has come of the poll is the business of what was before.
+    fn asker_since(&self, poll: &Poll<'_>, answered: &Result<Answered, Error>) -> Option<Result<Asker, Error>> {
+        let before = &poll.asker;
+        let may_be_over = match answered {
+            // Its key has come under another account: whatever went wrong was the old one's.
+            Err(_) => before.account.superseded.is_cancelled(),
+            // The keys that a token stands for may be others.
+            Ok(answered) => before.has_token() && is_refused_key(&answered.answer),
+        };
+        let since = may_be_over.then(|| self.accounts.of(&poll.key, poll.arrived));
+        let is_the_same = |asker: &Asker| Arc::ptr_eq(&asker.account, &before.account);
+        since.filter(|since| !since.as_ref().is_ok_and(is_the_same))
     }
 
     /// What a poll's request says.

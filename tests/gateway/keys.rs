@@ -680,6 +680,30 @@ async fn a_token_leaves_a_refused_key_and_comes_back_when_it_is_accepted_again()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_token_that_waits_while_its_accounts_key_is_rotated_uses_the_new_one() {
+    for keys in [&[GOOD][..], &[BAD, GOOD]] {
+        let revoked = |key: &str, after| (key == BAD && after > seconds(4)).then(|| refusal(401, 401));
+        let behaviour = Behaviour {
+            to_key: revoked,
+            ..Behaviour::default()
+        };
+        let gateway = Arc::new(Paused::start(behaviour, one_account(&[BAD])));
+        let mut polls = JoinSet::new();
+        for task in 0..60 {
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move { gateway.poll("token", &format!("task-{task}")).await });
+        }
+        sleep(seconds(2)).await;
+        gateway.configure(one_account(keys));
+        for reply in polls.join_all().await {
+            assert_code(&reply, 200);
+        }
+        assert!(!gateway.arrivals_with(BAD).is_empty());
+        assert!(gateway.arrivals_with(GOOD).len() > 10);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_token_all_of_whose_keys_are_refused_gets_upstreams_refusal() {
     let gateway = Paused::start(
         Behaviour {

@@ -195,10 +195,14 @@ impl Paused {
             keys: keys.iter().map(key).collect(),
             clients: Vec::new(),
         };
-        self.gateway.configure(Config {
-            accounts: accounts.iter().map(account).collect(),
-            ..self.config.clone()
-        });
+        self.configure(|config| config.accounts = accounts.iter().map(account).collect());
+    }
+
+    /// Takes a changed configuration over: that of the start, and what `change` makes of it.
+    pub fn configure(&self, change: impl FnOnce(&mut Config)) {
+        let mut config = self.config.clone();
+        change(&mut config);
+        self.gateway.configure(config);
     }
 
     /// When each connection to upstream began to be opened, in order.
