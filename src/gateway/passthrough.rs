@@ -4,16 +4,14 @@
 //! is unknown, so this does not guess one router's rules: a path in which the word `taskinfo` stands between any two
 //! separators, after any number of decodings and in any case, is answered 404 unless it is TaskInfo itself.
 
-use bytes::Bytes;
 use http::header::{EXPECT, HOST, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderName, HeaderValue, Request, Response, Uri};
-use http_body_util::{Either, Empty};
-use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
 use super::Gateway;
 use super::credential::bearers;
+use super::request_body::RequestBody;
 use super::response::{self, Body};
 use super::traced::{self, Trace};
 use crate::account::{API_KEY, ApiKey};
@@ -39,9 +37,6 @@ const REWRITING_HEADERS: [&str; 15] = [
     "x-http-method-override",
     "x-method-override",
 ];
-
-/// A request's body, as hyper reads it; a plain poll has none.
-pub type RequestBody = Either<Incoming, Empty<Bytes>>;
 
 /// What may pass: where to, and the key in place of a client token.
 struct Admitted {

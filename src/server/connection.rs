@@ -16,15 +16,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::header::CONNECTION;
+use http::header::{CONNECTION, EXPECT};
 use http::{HeaderValue, Method, Request, Response, Version};
-use http_body_util::Either;
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::framing::Refused;
@@ -39,6 +39,12 @@ use crate::gateway::{Body, Data, Gateway, InFlight, Looked, Miss, PlainPoll, REQ
 
 /// How long a client may take to close, after our FIN.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
+
+/// How long the body of a request that is answered without it may take to come: mostly it is on its way.
+const UNREAD_WAIT: Duration = Duration::from_millis(200);
+
+/// How much of it is read: for more, a connection of its own costs the next request less.
+const MOST_UNREAD: usize = 64 << 10;
 
 /// Serves one connection until the client closes it, a time-out does, or, once `draining` is cancelled, its grace is over
 /// and its last answer is given.
@@ -270,13 +276,12 @@ fn service(
         let version = request.version();
         async move {
             // On the heap, so that hyper's side of a connection keeps no room for it.
-            let answering = Box::pin(answer(&served, Box::new(request.map(Either::Left))));
-            let (mut response, in_flight) = answering.await;
+            let answering = Box::pin(answer(&served, Box::new(request.map(RequestBody::new))));
+            let (mut response, in_flight, may_ask_on) = answering.await;
             busy.answered();
             // To HTTP/1.0 only the connection's end says where a body of unknown length ends.
             let ends_body = version == Version::HTTP_10 && response.body().size_hint().exact().is_none();
-            let is_last = || served.refusal.get().is_some_and(|refused| refused.in_body);
-            if ends_body || served.draining.is_cancelled() || is_last() {
+            if ends_body || !may_ask_on {
                 close_after(&mut response);
                 // Or else hyper adds `keep-alive` for a client of HTTP/1.0 that has asked for it.
                 *response.version_mut() = version;
@@ -304,8 +309,33 @@ async fn answer_plain(served: Arc<Served>, miss: Box<Miss>) -> (Reply, InFlight)
     (reply, in_flight)
 }
 
+/// The answer to one request, and whether another may follow it on this connection.
+async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>, bool) {
+    // Whoever waits for `100 Continue` has sent nothing yet, and is not asked to.
+    let (body, holds_back) = (request.body().clone(), request.headers().contains_key(EXPECT));
+    let (response, in_flight) = answer_to(served, request).await;
+    let is_last = || {
+        let refused = served.refusal.get();
+        served.draining.is_cancelled() || refused.is_some_and(|refused| refused.in_body)
+    };
+    let may_ask_on = !is_last()
+        && match response.body() {
+            // Upstream goes on to read it.
+            Body::Streamed(..) => true,
+            Body::Whole(_) => body.is_end_stream() || !holds_back && comes_to_its_end(body).await && !is_last(),
+        };
+    (response, in_flight, may_ask_on)
+}
+
+/// Reads what is left of a body that nobody wants: without its end nobody can say where the next request begins.
+async fn comes_to_its_end(body: RequestBody) -> bool {
+    let is_short = body.size_hint().lower() <= MOST_UNREAD as u64;
+    let all = Limited::new(body, MOST_UNREAD).collect();
+    is_short && timeout(UNREAD_WAIT, all).await.is_ok_and(|all| all.is_ok())
+}
+
 /// The answer to one request, or to what came in place of one.
-async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
+async fn answer_to(served: &Served, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
     let Served { gateway, refusal, .. } = served;
     if request.method() == Method::TRACE {
         // Ours: `guard` lets no client's through.
@@ -332,7 +362,7 @@ pub(super) async fn close<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> 
         while stream.read(&mut discarded).await? > 0 {}
         Ok(())
     };
-    tokio::time::timeout(LINGER, drain).await.unwrap_or(Ok(()))
+    timeout(LINGER, drain).await.unwrap_or(Ok(()))
 }
 
 /// A response's body; with it goes the request's time.

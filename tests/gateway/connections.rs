@@ -235,6 +235,72 @@ async fn a_streamed_answer_of_unknown_length_ends_with_its_connection_whenever_i
     }
 }
 
+/// Requests that are answered without a look at their bodies: a hit or a miss, 401, 405, 404.
+fn answered_unread(fields: &str) -> [(u16, String); 5] {
+    let key = format!("x-api-key: {KEY}\r\n");
+    let poll = format!("GET {TASK_INFO}?task_id=a");
+    [
+        (200, poll.clone(), &*key),
+        (200, format!("GET {TASK_INFO}?task_id=b"), &*key),
+        (401, poll, ""),
+        (405, format!("POST {TASK_INFO}?task_id=a"), &*key),
+        (404, "POST /elsewhere".to_owned(), &*key),
+    ]
+    .map(|(status, line, key)| (status, format!("{line} HTTP/1.1\r\nhost: x\r\n{key}{fields}\r\n\r\n")))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_comes_a_moment_after_its_request_costs_the_next_one_nothing() {
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    assert_eq!(gateway.poll(KEY, "a").await.status, 200);
+    let chunked = ["2\r\n{", "}\r\n", "0\r\n\r\n"];
+    for (fields, pieces) in [
+        ("content-length: 2", &["{}"][..]),
+        ("content-length: 2", &["{", "}"]),
+        ("transfer-encoding: chunked", &chunked),
+        ("transfer-encoding: chunked", &[&chunked.concat()]),
+    ] {
+        for (status, head) in answered_unread(fields) {
+            let mut client = gateway.connect(1 << 16, CancellationToken::new());
+            client.send(&head).await.unwrap();
+            for piece in pieces {
+                sleep(Duration::from_millis(50)).await;
+                client.send(piece).await.unwrap();
+            }
+            let reply = client.reply().await;
+            assert!(reply.is(status) && !reply.says_close(), "{head}{pieces:?}: {reply:?}");
+            assert!(client.poll("a").await.is(200), "{head}{pieces:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_is_answered_without_a_body_that_does_not_come_is_told_that_nothing_may_follow() {
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    for task in ["a", "b"] {
+        assert_eq!(gateway.poll(KEY, task).await.status, 200);
+    }
+    let at_once = Duration::ZERO;
+    let soon = Duration::from_millis(200);
+    for (fields, body, after) in [
+        ("content-length: 2", "", soon),
+        ("content-length: 2", "{", soon),
+        ("transfer-encoding: chunked", "2\r\n{}\r\n", soon),
+        ("content-length: 65537", "{}", at_once),
+        ("content-length: 2\r\nexpect: 100-continue", "", at_once),
+    ] {
+        for (status, head) in answered_unread(fields) {
+            let mut client = gateway.connect(1 << 16, CancellationToken::new());
+            let started = Instant::now();
+            client.send(head.clone() + body).await.unwrap();
+            let reply = client.reply().await;
+            assert!(reply.is(status) && reply.says_close(), "{head}{body}: {reply:?}");
+            assert_eq!(started.elapsed(), after, "{head}{body}");
+            client.assert_ends().await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_has_said_all_it_has_to_say_is_answered_when_the_answer_is_there() {
     let upstream = quick().await;

@@ -1,0 +1,41 @@
+//! A request's body: whoever answers without it leaves it to the connection, which has to come to the next request.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+
+/// A request's body, as hyper reads it. Whoever has a clone can read on where the others have left it; hyper gives it up with
+/// the last one.
+#[derive(Clone, Debug)]
+pub struct RequestBody(Arc<Mutex<Incoming>>);
+
+impl RequestBody {
+    /// A body of which nothing is read.
+    pub fn new(body: Incoming) -> Self {
+        Self(Arc::new(Mutex::new(body)))
+    }
+
+    fn incoming(&self) -> MutexGuard<'_, Incoming> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut *self.incoming()).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming().is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming().size_hint()
+    }
+}
