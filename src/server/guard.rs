@@ -86,6 +86,9 @@ impl<S> Guard<S> {
             self.framing.answered();
         }
         let followed = self.framing.follow(bytes);
+        if followed.heads > 0 || asks(&bytes[followed.through..]) {
+            self.phases.heard();
+        }
         if let Some(refused) = followed.refused {
             // Set once: nothing is checked after a refusal.
             let _ = self.refusal.set(refused);
@@ -103,7 +106,7 @@ impl<S> Guard<S> {
             self.hold(&[]);
         }
         self.phases
-            .next_begun(self.refusal.get().is_none() && self.held.len() > through);
+            .next_begun(self.refusal.get().is_none() && asks(&self.held[through..]));
         self.checked = self.checked.max(through);
     }
 
@@ -120,7 +123,7 @@ impl<S> Guard<S> {
         match self.refusal.get() {
             None => {
                 self.held.extend_from_slice(rest);
-                if !rest.is_empty() {
+                if asks(rest) {
                     self.phases.next_begun(true);
                 }
             }
@@ -142,7 +145,6 @@ impl<S: AsyncRead + Unpin> Guard<S> {
         if came.is_empty() {
             return Poll::Ready(Ok(Read::End));
         }
-        self.phases.heard();
         let through = self.check(came);
         self.hold(&came[through..]);
         buffer.set_filled(before + through);
@@ -214,7 +216,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
                 return Poll::Ready(());
             }
             self.held.extend_from_slice(buffer.filled());
-            self.phases.next_begun(true);
+            self.phases.next_begun(asks(&self.held));
         }
         Poll::Pending
     }
@@ -268,9 +270,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
 
     /// Checks what is held, once nothing before it waits for an answer or is on its way any more.
     fn check_rest(&mut self) {
-        self.phases.next_begun(!self.held.is_empty());
+        self.phases.next_begun(asks(&self.held));
         if !self.held.is_empty() && self.sending.is_none() && self.asked.is_none() {
-            self.phases.heard();
             self.check_held();
         }
     }
@@ -311,6 +312,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
         }
         Ok(taken)
     }
+}
+
+/// Whether a request begins with `bytes`: the empty lines that may stand before one are none (RFC 9112 §2.2).
+fn asks(bytes: &[u8]) -> bool {
+    bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'))
 }
 
 /// What a client wants.
@@ -418,19 +424,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
                 Some(_) => return Poll::Pending,
             }
             let read = if this.held.is_empty() {
-                match this.poll_read_through(cx, buffer) {
-                    Poll::Ready(read) => read?,
-                    Poll::Pending => {
-                        if this.framing.is_between_requests() {
-                            this.phases.starved();
-                        }
-                        return Poll::Pending;
-                    }
-                }
+                this.poll_read_through(cx, buffer)
             } else {
-                ready!(this.poll_read_behind(cx))?
+                this.poll_read_behind(cx)
             };
-            match read {
+            let Poll::Ready(read) = read else {
+                if this.framing.is_between_requests() && !asks(&this.held) {
+                    this.phases.starved();
+                }
+                return Poll::Pending;
+            };
+            match read? {
                 Read::Checked => return Poll::Ready(Ok(())),
                 Read::Held => {}
                 Read::End => {

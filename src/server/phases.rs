@@ -123,7 +123,7 @@ impl Phases {
         sleep_until(self.now().until().unwrap_or_else(Instant::now))
     }
 
-    /// Bytes came: where nothing was asked, a request has begun.
+    /// A head has begun, or is whole: where nothing was asked, something is.
     pub(super) fn heard(&self) {
         if self.0.phase.load(Ordering::Relaxed) & 3 == IDLE {
             let until = Instant::now() + self.0.header_timeout;

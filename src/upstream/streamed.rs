@@ -14,8 +14,7 @@ use tokio::time::timeout;
 
 use super::pool::Slot;
 
-/// How long a request may still be sent when its answer is whole. Its client has less by default: `limits.header_timeout`,
-/// from the next byte on.
+/// How long a request may still be sent when its answer is whole. Then its client's connection ends, too: nobody reads it.
 const GRACE: Duration = Duration::from_secs(15);
 
 /// Whoever waits for an answer. Dropped, it takes the connection along.

@@ -1,16 +1,23 @@
 //! What passes through: everything but TaskInfo, untouched, as it comes, never retried, and on nobody's budget.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use crun_gateway::config::Config;
+use crun_gateway::gateway;
+use crun_gateway::metrics::Metrics;
+use crun_gateway::server::serve_connection;
+use crun_gateway::upstream::{Dial, Stream};
 use http::{Method, Request};
 use http_body_util::Full;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::client::bare;
 use crate::harness::raw::{Raw, header};
@@ -455,7 +462,7 @@ async fn a_client_that_leaves_takes_its_request_with_it() {
     let start = Instant::now();
     while gateway.metric("crun_gateway_upstream_connections").await > 0.1 {
         assert!(start.elapsed() < Duration::from_secs(5));
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        sleep(Duration::from_millis(5)).await;
     }
 }
 
@@ -518,7 +525,7 @@ async fn a_poll_whose_client_leaves_is_logged() {
     let mut client = Raw::connect(gateway.address).await;
     client.send(crate::harness::raw::poll("ended.a")).await.unwrap();
     while gateway.metric("crun_gateway_requests_in_flight").await < 0.9 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        sleep(Duration::from_millis(5)).await;
     }
     drop(client);
     let log = gateway.logged("poll abandoned", 1).await;
@@ -575,6 +582,62 @@ async fn an_early_refusal_of_a_large_upload_reaches_the_client() {
     let reply = client.reply().await;
     assert!(reply.is(413), "{reply:?}");
     assert_eq!(reply.body, b"too large");
+}
+
+/// A client's connection to a gateway in memory, and the connections that it opens to upstream.
+fn in_memory() -> (Raw<DuplexStream>, mpsc::UnboundedReceiver<Raw<DuplexStream>>) {
+    let (dialled, connections) = mpsc::unbounded_channel();
+    let dial: Dial = Arc::new(move || {
+        let (near, far) = duplex(1 << 16);
+        let _ = dialled.send(Raw::over(far));
+        Box::pin(async move { Ok(Box::new(near) as Box<dyn Stream>) })
+    });
+    let mut config = Config::default();
+    config.upstream.url = "http://upstream".parse().unwrap();
+    let limits = config.limits.clone();
+    let gateway = gateway::Gateway::new(config, dial, Arc::new(Metrics::new().unwrap())).unwrap();
+    let (client, far) = duplex(1 << 16);
+    tokio::spawn(async move {
+        let peer = IpAddr::from(Ipv4Addr::LOCALHOST);
+        serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await;
+    });
+    (Raw::over(client), connections)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_goes_on_for_a_while_behind_its_answer() {
+    const SECOND: Duration = Duration::from_secs(1);
+    // It takes so long, and its client goes on for so long.
+    for (takes, goes_on) in [(14, 14), (20, 20), (20, 0)] {
+        let (mut client, mut connections) = in_memory();
+        let length = takes * 1000;
+        let head = format!("POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+        client.send(head).await.unwrap();
+        let mut upstream = connections.recv().await.unwrap();
+        upstream.head().await.unwrap();
+        upstream.send(response("200 OK", "", b"early")).await.unwrap();
+        assert_eq!(client.reply().await.body, b"early");
+        let answered = Instant::now();
+        for _ in 0..goes_on.min(15) {
+            sleep(SECOND).await;
+            client.send([b'x'; 1000]).await.unwrap();
+        }
+        let mut came = 0;
+        while came < length
+            && let Ok(some) = upstream.some().await
+            && !some.is_empty()
+        {
+            came += some.len();
+        }
+        if goes_on == takes && takes < 15 {
+            assert_eq!(came, length);
+            client.send("GET /elsewhere HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+            assert!(client.reply().await.is(404));
+        } else {
+            assert_eq!((came, answered.elapsed()), (goes_on.min(14) * 1000, 15 * SECOND));
+            client.assert_ends().await;
+        }
+    }
 }
 
 #[tokio::test]

@@ -8,9 +8,9 @@ use tokio::io::AsyncReadExt as _;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::TASK_INFO;
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::raw;
+use crate::harness::{KEY, TASK_INFO};
 
 const ROOM: usize = 1 << 16;
 /// Longer than it takes to come to rest.
@@ -81,6 +81,46 @@ async fn the_idle_timeout_counts_from_the_last_answer_though_the_connection_rest
         }
         let idle_since = if asks { Instant::now() } else { started };
         assert_eq!(client.stream.read(&mut [0; 64]).await.unwrap(), 0);
+        assert_eq!(idle_since.elapsed(), Duration::from_secs(75));
+    }
+}
+
+/// RFC 9112 §2.2: some clients send one behind a request.
+#[tokio::test(start_paused = true)]
+async fn an_empty_line_behind_a_request_asks_for_nothing() {
+    let gateway = start();
+    assert_eq!(gateway.poll(KEY, "hit").await.status, 200);
+    let head = "POST /api/v1/x?task_id=a HTTP/1.1\r\nhost: gateway\r\ncontent-length: 2";
+    let post = format!("{head}\r\nx-api-key: {KEY}\r\n\r\nab");
+    for asked in [&raw::poll("hit"), &raw::poll("miss"), &post] {
+        for (behind, later) in [("\r\n", false), ("\r\n\r\n", false), ("\r", false), ("\r\n", true)] {
+            let mut client = gateway.connect(ROOM, CancellationToken::new());
+            if later {
+                client.send(asked).await.unwrap();
+                sleep(Duration::from_millis(1)).await;
+                client.send(behind).await.unwrap();
+            } else {
+                client.send(format!("{asked}{behind}")).await.unwrap();
+            }
+            assert!(client.reply().await.is(200));
+            sleep(Duration::from_mins(1)).await;
+            let next = raw::poll("hit");
+            client
+                .send(if behind == "\r" { format!("\n{next}") } else { next })
+                .await
+                .unwrap();
+            assert!(client.reply().await.is(200), "{asked:?} {behind:?}");
+        }
+        // Nor do they win any time.
+        let mut client = gateway.connect(ROOM, CancellationToken::new());
+        client.send(asked).await.unwrap();
+        assert!(client.reply().await.is(200));
+        let idle_since = Instant::now();
+        for _ in 0..2 {
+            sleep(Duration::from_secs(30)).await;
+            client.send("\r\n").await.unwrap();
+        }
+        client.assert_ends().await;
         assert_eq!(idle_since.elapsed(), Duration::from_secs(75));
     }
 }
