@@ -11,6 +11,7 @@
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -37,8 +38,14 @@ use crate::config::Limits;
 use crate::error::Error;
 use crate::gateway::{Body, Data, Gateway, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply, RequestBody};
 
-/// How long a client may take to close, after our FIN.
+/// How long a client may take to close, after our FIN, or to go on with what it is sending.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
+
+/// How long it may go on: many look for an answer only when they have sent all, and a reset would take it away.
+const MOST_LINGER: Duration = Duration::from_secs(30);
+
+/// How much of it is read at once.
+const DISCARDED: usize = 16 << 10;
 
 /// How long the body of a request that is answered without it may take to come: mostly it is on its way.
 const UNREAD_WAIT: Duration = Duration::from_millis(200);
@@ -75,7 +82,7 @@ pub async fn serve_connection<S>(
         let may_hit = !draining.is_cancelled();
         gateway.look(poll, may_hit, caller, head)
     };
-    let watched = Watched::new(stream, phase.clone());
+    let watched = Watched::new(stream, phase.clone(), draining.clone());
     let guard = Guard::new(watched, phase.clone(), Most::new(limits), Arc::clone(&refusal));
     let mut builder = http1::Builder::new();
     if limits.headers > USUAL_HEADERS {
@@ -393,15 +400,17 @@ impl HttpBody for Tracked {
 struct Watched<S> {
     stream: S,
     phase: Phases,
+    draining: CancellationToken,
     has_held_back_end: bool,
     ending: Ending,
 }
 
 impl<S> Watched<S> {
-    fn new(stream: S, phase: Phases) -> Self {
+    fn new(stream: S, phase: Phases, draining: CancellationToken) -> Self {
         Self {
             stream,
             phase,
+            draining,
             has_held_back_end: false,
             ending: Ending::Open,
         }
@@ -410,8 +419,8 @@ impl<S> Watched<S> {
 
 enum Ending {
     Open,
-    /// Our FIN is sent; the client's is awaited, for so long.
-    Lingering(Pin<Box<Sleep>>),
+    /// Our FIN is sent; the client's is awaited, for so long, and in the end until then.
+    Lingering(Pin<Box<Sleep>>, Instant),
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
@@ -463,17 +472,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
             match &mut this.ending {
                 Ending::Open => {
                     ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
-                    this.ending = Ending::Lingering(Box::pin(sleep(LINGER)));
+                    this.phase.set(Phase::Closing);
+                    let until = Instant::now() + MOST_LINGER;
+                    this.ending = Ending::Lingering(Box::pin(sleep(LINGER)), until);
                 }
-                Ending::Lingering(over) => {
+                Ending::Lingering(over, until) => {
                     if over.as_mut().poll(cx).is_ready() {
                         return Poll::Ready(Ok(()));
                     }
-                    let mut discarded = [0; 1024];
-                    let mut buffer = ReadBuf::new(&mut discarded);
+                    let mut discarded = [MaybeUninit::uninit(); DISCARDED];
+                    let mut buffer = ReadBuf::uninit(&mut discarded);
                     ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer))?;
                     if buffer.filled().is_empty() {
                         return Poll::Ready(Ok(()));
+                    }
+                    // A stop waits for nobody's upload.
+                    if !this.draining.is_cancelled() {
+                        over.as_mut().reset((Instant::now() + LINGER).min(*until));
                     }
                 }
             }

@@ -301,6 +301,51 @@ async fn whoever_is_answered_without_a_body_that_does_not_come_is_told_that_noth
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_refused_upload_may_go_on_for_a_while() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    // What it sends, how often, when a stop comes, and for how long it is read.
+    for (pieces, pause, stops, lasts) in [
+        (25, SECOND, None, 25),
+        (60, SECOND, None, 30),
+        (25, 3 * SECOND, None, 2),
+        (25, SECOND, Some(10), 12),
+    ] {
+        let draining = CancellationToken::new();
+        let mut client = gateway.connect(1 << 16, draining.clone());
+        let head = "POST /elsewhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n";
+        client.send(head).await.unwrap();
+        let started = Instant::now();
+        if let Some(stops) = stops {
+            tokio::spawn(async move {
+                sleep(stops * SECOND + SECOND / 2).await;
+                draining.cancel();
+            });
+        }
+        let mut sent = 0;
+        while sent < pieces {
+            sleep(pause).await;
+            if client.send([b'x'; 1000]).await.is_err() {
+                break;
+            }
+            sent += 1;
+        }
+        let took = started.elapsed();
+        if lasts == pieces {
+            assert_eq!(sent, pieces);
+        } else {
+            assert!(
+                took > lasts * SECOND && took <= lasts * SECOND + pause,
+                "{took:?} for {lasts} s"
+            );
+        }
+        let reply = client.reply().await;
+        assert!(reply.is(404) && reply.says_close(), "{reply:?}");
+        client.assert_ends().await;
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_has_said_all_it_has_to_say_is_answered_when_the_answer_is_there() {
     let upstream = quick().await;
