@@ -53,6 +53,12 @@ pub(super) struct Guard<S> {
     held: BytesMut,
     /// So many bytes of it may.
     checked: usize,
+    /// What is behind them was not looked at yet.
+    is_unchecked: bool,
+    /// How much may come behind a request that is being answered before no more is read.
+    most_ahead: usize,
+    /// hyper waits for more, and sees for itself when there is none.
+    is_awaited: bool,
     refusal: Refusal,
     /// A plain poll that is no hit.
     asked: Option<Box<Miss>>,
@@ -68,6 +74,9 @@ impl<S> Guard<S> {
             framing: Framing::new(most),
             held: BytesMut::new(),
             checked: 0,
+            is_unchecked: false,
+            most_ahead: most.bytes,
+            is_awaited: false,
             refusal,
             asked: None,
             sending: None,
@@ -98,6 +107,7 @@ impl<S> Guard<S> {
 
     /// The same for what is held, to which something was added.
     fn check_held(&mut self) {
+        self.is_unchecked = false;
         let held = mem::take(&mut self.held);
         let through = self.check(&held);
         self.held = held;
@@ -160,6 +170,81 @@ impl<S: AsyncRead + Unpin> Guard<S> {
         self.check_held();
         Poll::Ready(Ok(Read::Held))
     }
+
+    /// Waits, while a request is answered, until the client has left; an error is no other. What it asks meanwhile is held, and
+    /// looked at later. Behind more than a head's worth of that it is not seen to leave.
+    pub(super) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.held.len() < self.most_ahead {
+            let mut room = [MaybeUninit::uninit(); READ];
+            let mut buffer = ReadBuf::uninit(&mut room);
+            let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer));
+            if read.is_err() || buffer.filled().is_empty() {
+                return Poll::Ready(());
+            }
+            self.held.extend_from_slice(buffer.filled());
+            self.is_unchecked = true;
+            self.phases.next_begun(asks(&self.held));
+        }
+        Poll::Pending
+    }
+
+    /// What goes on, read if there is none yet.
+    fn poll_checked(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if self.checked > 0 {
+                let here = self.checked.min(buffer.remaining());
+                buffer.put_slice(&self.held[..here]);
+                self.held.advance(here);
+                self.checked -= here;
+                if self.held.is_empty() {
+                    // Its room is not kept: mostly it is not needed again.
+                    self.held = BytesMut::new();
+                }
+                return Poll::Ready(Ok(()));
+            }
+            match self.refusal.get() {
+                None => {}
+                // The body breaks off.
+                Some(refused) if refused.in_body => return Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
+                // The head that is held here has taken too long.
+                Some(_) if !self.held.is_empty() => {
+                    self.held.clear();
+                    self.hold(&[]);
+                    self.phases.next_begun(false);
+                    continue;
+                }
+                // hyper closes when it has answered.
+                Some(_) => return Poll::Pending,
+            }
+            if self.is_unchecked {
+                self.check_held();
+                continue;
+            }
+            let read = if self.held.is_empty() {
+                self.poll_read_through(cx, buffer)
+            } else {
+                self.poll_read_behind(cx)
+            };
+            let Poll::Ready(read) = read else {
+                if self.framing.is_between_requests() && !asks(&self.held) {
+                    self.phases.starved();
+                }
+                return Poll::Pending;
+            };
+            match read? {
+                Read::Checked => return Poll::Ready(Ok(())),
+                Read::Held => {}
+                Read::End => {
+                    if !self.framing.is_between_requests() {
+                        let error = Error::Malformed("the connection ends within the request's body");
+                        // Nothing was refused, or nothing would be read.
+                        let _ = self.refusal.set(Refused { error, in_body: true });
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
@@ -203,22 +288,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
                 self.answer_held(cx, look)?;
             }
         }
-    }
-
-    /// Waits, while a poll is answered, until the client has left; an error is no other. One that asks on meanwhile is not
-    /// seen to leave: what it asks is held, and no more is read.
-    pub(super) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.held.is_empty() {
-            let mut room = [MaybeUninit::uninit(); READ];
-            let mut buffer = ReadBuf::uninit(&mut room);
-            let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer));
-            if read.is_err() || buffer.filled().is_empty() {
-                return Poll::Ready(());
-            }
-            self.held.extend_from_slice(buffer.filled());
-            self.phases.next_begun(asks(&self.held));
-        }
-        Poll::Pending
     }
 
     /// Sends the answer to the poll that was handed out, as far as the client takes it at once; `busy` lasts until it has
@@ -397,60 +466,13 @@ enum Read {
 impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        loop {
-            if this.checked > 0 {
-                let here = this.checked.min(buffer.remaining());
-                buffer.put_slice(&this.held[..here]);
-                this.held.advance(here);
-                this.checked -= here;
-                if this.held.is_empty() {
-                    // Its room is not kept: mostly it is not needed again.
-                    this.held = BytesMut::new();
-                }
-                return Poll::Ready(Ok(()));
-            }
-            match this.refusal.get() {
-                None => {}
-                // The body breaks off.
-                Some(refused) if refused.in_body => return Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
-                // The head that is held here has taken too long.
-                Some(_) if !this.held.is_empty() => {
-                    this.held.clear();
-                    this.hold(&[]);
-                    this.phases.next_begun(false);
-                    continue;
-                }
-                // hyper closes when it has answered.
-                Some(_) => return Poll::Pending,
-            }
-            let read = if this.held.is_empty() {
-                this.poll_read_through(cx, buffer)
-            } else {
-                this.poll_read_behind(cx)
-            };
-            let Poll::Ready(read) = read else {
-                if this.framing.is_between_requests() && !asks(&this.held) {
-                    this.phases.starved();
-                }
-                return Poll::Pending;
-            };
-            match read? {
-                Read::Checked => return Poll::Ready(Ok(())),
-                Read::Held => {}
-                Read::End => {
-                    if !this.framing.is_between_requests() {
-                        let error = Error::Malformed("the connection ends within the request's body");
-                        // Nothing was refused, or nothing would be read.
-                        let _ = this.refusal.set(Refused { error, in_body: true });
-                    }
-                    return Poll::Ready(Ok(()));
-                }
-            }
-        }
+        let read = this.poll_checked(cx, buffer);
+        this.is_awaited = read.is_pending();
+        read
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guard<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
@@ -467,8 +489,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        // hyper comes by here whenever it goes to wait. While it holds the next request it does not read.
+        let may_leave_unseen = !this.is_awaited
+            && this.phases.is_answering()
+            && this.framing.is_between_requests()
+            && this.refusal.get().is_none();
+        if may_leave_unseen && this.poll_left(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Pin::new(&mut this.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -162,6 +162,11 @@ impl Phases {
         self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether a request is being answered.
+    pub(super) fn is_answering(&self) -> bool {
+        self.0.phase.load(Ordering::Relaxed) & 3 == BUSY
+    }
+
     /// Whether a request is being answered, or nothing more is.
     pub(super) fn is_busy(&self) -> bool {
         matches!(self.0.phase.load(Ordering::Relaxed) & 3, BUSY | CLOSING)

@@ -156,6 +156,37 @@ async fn pipelined_requests_are_answered_in_order() {
     assert_eq!(upstream.queries().await, 4);
 }
 
+#[tokio::test(start_paused = true)]
+async fn requests_of_all_kinds_that_come_while_others_are_answered_are_answered_in_order() {
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    let head = format!("HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\n");
+    let ask = |number: usize| match number % 5 {
+        0 => raw::poll(&format!("t{number}")),
+        1 => format!("POST /api/v1/x?task_id=t{number} {head}content-length: 3\r\n\r\nabc"),
+        2 => format!("\r\nGET /api/v1/x?task_id=t{number} {head}\r\n"),
+        3 => format!("POST /api/v1/x?task_id=t{number} {head}transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
+        _ => format!("GET /api/v1/x?task_id=t{number} {head}\r\n"),
+    };
+    // More than is read ahead, in pieces of any length.
+    let all = (0..500).map(ask).collect::<String>().into_bytes();
+    for piece in [7, 100, 1000, all.len()] {
+        let (mut reading, mut writing) = tokio::io::split(gateway.connect(1 << 16, CancellationToken::new()).stream);
+        let all = all.clone();
+        tokio::spawn(async move {
+            for piece in all.chunks(piece) {
+                writing.write_all(piece).await.unwrap();
+                sleep(Duration::from_millis(1)).await;
+            }
+        });
+        let mut client = Raw::over(tokio::io::join(&mut reading, tokio::io::sink()));
+        for number in 0..500 {
+            let reply = client.reply().await;
+            assert!(reply.is(200), "{number} in pieces of {piece}: {reply:?}");
+            assert_eq!(reply.json()["data"]["task_id"], format!("t{number}"));
+        }
+    }
+}
+
 #[tokio::test]
 async fn head_leaves_the_connection_in_step() {
     let upstream = quick().await;
@@ -369,7 +400,10 @@ async fn a_client_that_leaves_takes_its_unsent_flight_with_it() {
     let mut leaving = Vec::new();
     for number in 0..20 {
         let mut client = Raw::connect(gateway.address).await;
-        client.send(raw::poll(&format!("ended.{number}"))).await.unwrap();
+        // Some have sent a little more.
+        let behind = ["", "\r\n", "GET /", &raw::poll("ended.never")][number % 4].to_owned();
+        let asked = raw::poll(&format!("ended.{number}"));
+        client.send(asked + &behind).await.unwrap();
         leaving.push(client);
     }
     reaches(&gateway, "crun_gateway_connections", 21.0).await;

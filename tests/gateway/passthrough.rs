@@ -434,17 +434,24 @@ async fn a_client_that_leaves_takes_its_request_with_it() {
     let get = "GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n";
     let upload = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf";
     let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n";
-    for (asked, answered) in [
+    for (asked, behind, later, answered) in [
         // Before upstream has answered, as it answers and says no more, and in the middle of an upload.
-        (get, ""),
-        (get, chunked),
-        (upload, ""),
-        (upload, chunked),
+        (get, "", "", ""),
+        (get, "", "", chunked),
+        (upload, "", "", ""),
+        (upload, "", "", chunked),
+        // It has asked for more.
+        (get, "\r\n", "", ""),
+        (get, get, "", ""),
+        (get, "", get, ""),
+        (get, get, "", chunked),
+        (get, get, &get.repeat(500), ""),
     ] {
         let mut client = Raw::connect(gateway.address).await;
-        client.send(asked).await.unwrap();
+        client.send(format!("{asked}{behind}")).await.unwrap();
         let mut upstream = next(&mut connections).await;
         upstream.head().await.unwrap();
+        client.send(later).await.unwrap();
         if asked == upload {
             upstream.until("half").await;
         }
@@ -456,7 +463,7 @@ async fn a_client_that_leaves_takes_its_request_with_it() {
         let end = upstream.some().await;
         assert!(
             !matches!(&end, Ok(more) if !more.is_empty()),
-            "{asked}{answered}: {end:?}"
+            "{asked}{behind}{answered}: {end:?}"
         );
     }
     let start = Instant::now();

@@ -13,7 +13,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use proptest::prelude::*;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _, ReadBuf};
 
 use super::super::guard::{Came, Guard, REFUSED, Refusal};
 use super::super::phases::Phases;
@@ -530,7 +530,7 @@ impl AsyncRead for Pieces<'_> {
 }
 
 /// What a guard lets through, and whether it then breaks off. Before each read it may rest; what hyper had not looked at then
-/// it takes back.
+/// it takes back. If it never does, it looks before each read whether the client leaves.
 fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec<u8>, bool) {
     let pieces = Pieces {
         bytes,
@@ -542,6 +542,7 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec
     let mut guard = Guard::new(stream, phases, most(), Refusal::default());
     let mut cx = Context::from_waker(Waker::noop());
     let (mut through, mut last) = (Vec::new(), 0);
+    let rests_at_all = rests.contains(&true);
     for rests in rests.iter().cycle() {
         if *rests {
             let unread = through.split_off(through.len() - last / 2);
@@ -549,6 +550,10 @@ fn guarded(bytes: &[u8], lengths: &[usize], room: usize, rests: &[bool]) -> (Vec
             if let Poll::Ready(Ok(Came::End)) = guard.poll_request(&mut cx, &|_, _| None) {
                 return (through, false);
             }
+        }
+        if !rests_at_all {
+            // That the bytes are at their end is nothing new.
+            let _ = Pin::new(&mut guard).poll_flush(&mut cx);
         }
         let mut buffer = vec![0; room];
         let mut buffer = ReadBuf::new(&mut buffer);
@@ -588,6 +593,27 @@ fn what_turns_out_not_to_be_plain_is_looked_up_once() {
     }
 }
 
+#[test]
+fn so_much_is_read_behind_a_request_that_is_being_answered_and_no_more() {
+    RUNTIME.with(|runtime| {
+        runtime.block_on(async {
+            let most = most();
+            let room = 1 << 16;
+            let (mut near, far) = tokio::io::duplex(room);
+            let phases = Phases::new(&LIMITS);
+            let _busy = phases.busy();
+            let mut guard = Guard::new(far, phases, most, Refusal::default());
+            near.write_all(&vec![b'x'; room]).await.unwrap();
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(guard.poll_left(&mut cx).is_pending());
+            let taken = near.write(&vec![b'x'; room]).await.unwrap();
+            assert!((most.bytes..most.bytes + (8 << 10)).contains(&taken), "{taken}");
+            drop(near);
+            assert!(guard.poll_left(&mut cx).is_pending());
+        });
+    });
+}
+
 thread_local! {
     static RUNTIME: tokio::runtime::Runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
 }
@@ -613,7 +639,7 @@ proptest! {
         bytes in stream(),
         lengths in prop::collection::vec(1_usize..400, 1..6),
         room in 1_usize..300,
-        rests in prop::collection::vec(any::<bool>(), 1..6),
+        rests in prop_oneof![Just(vec![false]), prop::collection::vec(any::<bool>(), 1..6)],
     ) {
         let whole = follow(&bytes);
         let (through, breaks_off) = guarded(&bytes, &lengths, room, &rests);
