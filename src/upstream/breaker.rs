@@ -61,28 +61,35 @@ impl Breaker {
         self.state().last_opened().is_none_or(|opened| opened <= since)
     }
 
-    /// The right to ask for `task` although it is open, if a probe is due at `now`: one at a time.
+    /// The right to ask for `task` although it is open, if a probe is due at `now`: one at a time, and none while anybody
+    /// waits for [`Self::next_probe`].
     pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
         let number = self.state().probe(task, now)?;
-        Some(Probe {
-            breaker: Arc::clone(self),
-            number,
-        })
+        Some(self.begun(number))
     }
 
-    /// The same, as soon as one is due; `None` once it is closed.
+    /// The same for somebody who has a connection, as soon as one is due; `None` once it is closed.
     ///
     /// Cancel safe.
     pub async fn next_probe(self: &Arc<Self>, task: &TaskId) -> Option<Probe> {
+        let _connected = Connected::new(self);
         while self.is_open() {
             let now = Instant::now();
-            if let Some(probe) = self.probe(task, now) {
-                return Some(probe);
+            let begun = self.state().probe_connected(task, now);
+            if let Some(number) = begun {
+                return Some(self.begun(number));
             }
-            // One that is due may still not start: another is under way, or another task is to be asked for.
+            // One that is due may still not start: another is under way.
             sleep_until(now + self.until_probe(now).max(NEXT_LOOK)).await;
         }
         None
+    }
+
+    fn begun(self: &Arc<Self>, number: u64) -> Probe {
+        Probe {
+            breaker: Arc::clone(self),
+            number,
+        }
     }
 
     /// An attempt that was begun at `asked` got an answer that says that upstream is there.
@@ -182,6 +189,22 @@ impl Drop for Connecting<'_> {
     }
 }
 
+/// Somebody who has a connection and waits to probe with it.
+struct Connected<'a>(&'a Breaker);
+
+impl<'a> Connected<'a> {
+    fn new(breaker: &'a Breaker) -> Self {
+        breaker.state().connected();
+        Self(breaker)
+    }
+}
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        self.0.state().no_longer_connected();
+    }
+}
+
 /// The one probe under way. Dropped without an answer, be it for want of a permit, it lets the next one start.
 #[derive(Debug)]
 pub struct Probe {
@@ -192,5 +215,50 @@ pub struct Probe {
 impl Drop for Probe {
     fn drop(&mut self) {
         self.breaker.state().probe_ended(self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures_util::FutureExt as _;
+    use tokio::time::advance;
+
+    use super::state::PROBE_INTERVAL;
+    use super::*;
+
+    fn task(name: &str) -> TaskId {
+        TaskId::new(name).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_with_a_connection_is_the_next_to_probe() {
+        let breaker = Arc::new(Breaker::new(IntGauge::new("open", "open").unwrap()));
+        for name in ["a", "b", "a", "b", "a"] {
+            breaker.failed(&task(name), Instant::now(), "a test");
+        }
+        let probe = |name| breaker.probe(&task(name), Instant::now());
+        advance(PROBE_INTERVAL).await;
+        drop(probe("a").unwrap());
+        assert!(probe("b").is_none(), "another task was asked for meanwhile");
+        {
+            let a = task("a");
+            let mut waits = pin!(breaker.next_probe(&a));
+            assert!(waits.as_mut().now_or_never().is_none());
+            advance(PROBE_INTERVAL).await;
+            // Its timer may wake it later than this.
+            assert!(probe("b").is_none(), "it would have to connect first");
+            assert!(waits.as_mut().now_or_never().is_some(), "it has waited an interval");
+            advance(PROBE_INTERVAL).await;
+        }
+        drop(probe("b").expect("nobody waits any more"));
+        let b = task("b");
+        {
+            let mut gives_up = pin!(breaker.next_probe(&b));
+            assert!(gives_up.as_mut().now_or_never().is_none());
+        }
+        advance(PROBE_INTERVAL).await;
+        assert!(probe("a").is_some());
     }
 }

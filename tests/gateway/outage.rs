@@ -251,6 +251,33 @@ async fn many_accounts_find_an_upstream_back_whose_connections_open_slowly() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn however_many_poll_meanwhile_an_upstream_is_found_back_whose_connections_open_slowly() {
+    let behaviour = Behaviour {
+        opening: |_| seconds(0.6),
+        outage: Some((seconds(AWAY)..seconds(10.0), Away::Refuses)),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let start = Instant::now();
+    sleep(seconds(AWAY)).await;
+    // Each task is asked for once.
+    let (mut task, mut polls) = (0, JoinSet::new());
+    let back = loop {
+        task += 1;
+        let (asked, name) = (Arc::clone(&gateway), format!("task-{task}"));
+        polls.spawn(async move { asked.poll(KEY, &name).await.status });
+        let since = start.elapsed().saturating_sub(seconds(10.0));
+        sleep(if since.is_zero() { seconds(0.1) } else { seconds(0.001) }).await;
+        if !since.is_zero() && gateway.metric(BREAKER).abs() < f64::EPSILON {
+            break since;
+        }
+        assert!(since < seconds(20.0), "it is still open");
+    };
+    // A probe may be due an interval after upstream is back, and ask one later.
+    assert!(back < seconds(3.5), "{back:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_task_that_always_fails_never_opens_it() {
     for how in [Away::Status(502), Away::Code(504), Away::Silent] {
         let outage = Some((seconds(2.0)..seconds(1e6), how));

@@ -63,6 +63,8 @@ pub(super) struct State {
     probed: Option<TaskId>,
     /// Whether another task was asked for since.
     others_ask: bool,
+    /// Those who have a connection and wait to probe with it.
+    connected: usize,
 }
 
 impl State {
@@ -82,6 +84,7 @@ impl State {
             next_probe: None,
             probed: None,
             others_ask: false,
+            connected: 0,
         }
     }
 
@@ -169,7 +172,8 @@ impl State {
     /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
     /// [`Self::probe_ended`], which takes the probe's number.
     pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
-        if self.phase != Phase::Open {
+        // Its connection may be as late as theirs was: each would give its right back, and nobody ever ask.
+        if self.connected > 0 {
             return None;
         }
         let was_probed = self.probed.as_ref() == Some(task);
@@ -180,7 +184,26 @@ impl State {
         } else {
             self.next_probe
         };
-        if turn.is_some_and(|turn| now < turn) {
+        self.start_probe(task, turn, now)
+    }
+
+    /// Somebody has a connection and waits to probe with it: until [`Self::no_longer_connected`] nobody else may.
+    pub(super) fn connected(&mut self) {
+        self.connected += 1;
+    }
+
+    /// It has probed, or waits no longer.
+    pub(super) fn no_longer_connected(&mut self) {
+        self.connected = self.connected.saturating_sub(1);
+    }
+
+    /// Lets one of them probe, whichever task was probed last: that one was not asked for.
+    pub(super) fn probe_connected(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
+        self.start_probe(task, self.next_probe, now)
+    }
+
+    fn start_probe(&mut self, task: &TaskId, turn: Option<Instant>, now: Instant) -> Option<u64> {
+        if self.phase != Phase::Open || turn.is_some_and(|turn| now < turn) {
             return None;
         }
         self.phase = Phase::HalfOpen;
@@ -425,6 +448,8 @@ mod tests {
         Failed(u8, u64),
         Answered(u64),
         Probe(u8),
+        Connected,
+        ProbeConnected(u8),
         ProbeEnded,
         Connecting,
         /// And whether it is there.
@@ -437,6 +462,8 @@ mod tests {
             8 => (0_u8..3, 0_u64..3000).prop_map(|(task, ago)| Event::Failed(task, ago)),
             1 => (0_u64..3000).prop_map(Event::Answered),
             4 => (0_u8..3).prop_map(Event::Probe),
+            1 => Just(Event::Connected),
+            2 => (0_u8..3).prop_map(Event::ProbeConnected),
             2 => Just(Event::ProbeEnded),
             1 => Just(Event::Connecting),
             1 => any::<bool>().prop_map(Event::NoLongerConnecting),
@@ -455,7 +482,7 @@ mod tests {
             let (mut probing, mut last_probe) = (false, None::<Instant>);
             let mut failing: Vec<u8> = Vec::new();
             let mut opened = None;
-            let mut connecting = 0_u32;
+            let (mut connecting, mut connected) = (0_u32, 0_u32);
             let mut first_wanted = None::<Instant>;
             for (event, ms) in events {
                 now += Duration::from_millis(ms);
@@ -482,8 +509,24 @@ mod tests {
                         first_wanted = (connecting > 0).then_some(now);
                         change
                     }
-                    Event::Probe(name) => {
-                        if state.probe(&task(&name.to_string()), now).is_some() {
+                    Event::Connected => {
+                        state.connected();
+                        connected += 1;
+                        None
+                    }
+                    Event::Probe(name) | Event::ProbeConnected(name) => {
+                        let name = task(&name.to_string());
+                        let begun = if matches!(event, Event::Probe(_)) {
+                            state.probe(&name, now).inspect(|_| assert_eq!(connected, 0, "they come first"))
+                        } else if connected > 0 {
+                            connected -= 1;
+                            let begun = state.probe_connected(&name, now);
+                            state.no_longer_connected();
+                            begun
+                        } else {
+                            None
+                        };
+                        if begun.is_some() {
                             prop_assert!(was_open && !probing);
                             prop_assert!(last_probe.is_none_or(|last| now >= last + PROBE_INTERVAL));
                             prop_assert!(opened.is_some_and(|opened| now >= opened + PROBE_INTERVAL));
