@@ -95,7 +95,8 @@ impl Backoff {
     pub(super) fn take_over(&mut self, heard: Backed, now: Instant) {
         if self.cut.is_none_or(|(_, until)| until < heard.until) {
             self.cut = Some((heard.rate.clamp(1.0, self.limit().max(1.0)), heard.until));
-            self.cut_at = Some(now);
+            // A pause that is over may be long over: what was asked since is news.
+            self.cut_at = Some(now.min(heard.until));
             self.paused_until = Some(heard.until);
             self.chosen = heard.chosen;
         }
@@ -224,6 +225,16 @@ mod tests {
         backoff.take_over(Backed { until, rate, chosen }, asked + SECOND);
         assert_eq!(backoff.rate_limited(None, asked, until + SECOND), Duration::ZERO);
         assert_rate(&backoff, until + SECOND, 8.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_that_is_long_over_makes_nothing_old_that_was_asked_since() {
+        let (mut backoff, until) = backoff();
+        let (chosen, rate) = (SECOND, 7.5);
+        let asked = until + 3600 * SECOND;
+        backoff.take_over(Backed { until, rate, chosen }, asked + SECOND);
+        assert_eq!(backoff.rate_limited(None, asked, asked + 2 * SECOND), SECOND);
+        assert_rate(&backoff, asked + 3 * SECOND, 7.5);
     }
 
     #[tokio::test(start_paused = true)]
