@@ -75,7 +75,7 @@ impl Gateway {
             let landed = progress.wait_for(|progress| progress.landed.is_some()).await;
             let is_spent = landed.is_ok_and(|progress| matches!(progress.phase, Phase::Sent(_)));
             if !is_spent {
-                key.disclaim(Instant::now());
+                key.disclaim(now, Instant::now());
             }
         });
     }

@@ -87,9 +87,12 @@ impl Key {
                 .is_ok()
     }
 
-    /// The claimed query was not sent after all: somebody else may, a little later.
-    pub(super) fn disclaim(&self, now: Instant) {
-        self.due_us.fetch_min(self.us(now + REMEMBERED), Ordering::Relaxed);
+    /// The query that was claimed at `claimed` was not sent after all: somebody else may, a little later, unless upstream has
+    /// said something since.
+    pub(super) fn disclaim(&self, claimed: Instant, now: Instant) {
+        let (next, soon) = (self.us(claimed + CONFIRMED), self.us(now + REMEMBERED));
+        // It fails where there is nothing to take back.
+        let _ = (self.due_us).compare_exchange(next, soon, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Upstream said something to a query with it at this instant, and nothing of it.
@@ -372,8 +375,19 @@ mod tests {
         assert!(key.claim(start + seconds(601)));
         assert!(!key.claim(start + seconds(601)), "one claims it");
         assert!(!key.is_due(start + seconds(1200)));
-        key.disclaim(start + seconds(602));
+        key.disclaim(start + seconds(601), start + seconds(602));
         assert!(!key.is_due(start + seconds(606)));
         assert!(key.claim(start + seconds(607)));
+    }
+
+    #[test]
+    fn what_upstream_said_meanwhile_outlives_a_claim_that_came_to_nothing() {
+        let start = Instant::now();
+        let key = Key::new(ApiKey::new("ak_1").unwrap(), 0, start, gauge());
+        assert!(key.claim(start + seconds(1)));
+        key.heard(start + seconds(30));
+        key.disclaim(start + seconds(1), start + seconds(60));
+        assert!(!key.is_due(start + seconds(629)));
+        assert!(key.is_due(start + seconds(630)));
     }
 }
