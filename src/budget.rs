@@ -272,14 +272,14 @@ impl Budget {
     /// too late. Each task is promised a turn of its own in its client's line, so that they do not all come back at once.
     pub fn retry_after(
         &self,
-        client: Option<(&Client, u32)>,
+        client: &Client,
+        weight: u32,
         task: &TaskId,
         late_by: Duration,
         now: Instant,
     ) -> Duration {
-        let (client, weight) = client.unzip();
         let rate = self.rate(now);
-        lock(&self.0.promised).next(client, weight.unwrap_or(1), task, late_by, rate, now)
+        lock(&self.0.promised).next(client, weight, task, late_by, rate, now)
     }
 
     /// How long before the end of the queue a poll that comes at `now` has to stop, for the places that are promised to

@@ -617,6 +617,7 @@ impl Gateway {
                 // It may have been the account as it was before this poll's, under the same name.
                 Some(Landed::Superseded) if !account.superseded.is_cancelled() => continue,
                 Some(Landed::Superseded) => Err(self.unavailable()),
+                Some(Landed::Shed) => self.answer_without_place(poll, &client),
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
                 // Another key's refusal says nothing about this one, and a token stands for all of its account's keys.
                 Some(Landed::Fetched(answer, key))
@@ -732,7 +733,7 @@ impl Gateway {
             let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
                 None => return self.give_up(leader, &account),
                 Some(Ok(turn)) => turn,
-                Some(Err(_)) => return leader.land(Landed::Failed(self.queue_full(&account, &task)).stage()),
+                Some(Err(_)) => return leader.land(Landed::Shed.stage()),
             };
             if is_in_vain(&account, &key, launched) {
                 return leader.land(Landed::InVain.stage());

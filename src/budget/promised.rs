@@ -49,12 +49,11 @@ struct Line {
 }
 
 impl Promised {
-    /// Promises a turn for `task` in the line of `client`, or of nobody in particular, if it would come `late_by` too late;
-    /// gives how long after `now` that is. One that is promised already is told again. Turns of all clients come at `rate` a
-    /// second.
+    /// Promises a turn for `task` in the line of `client`, if it would come `late_by` too late; gives how long after `now`
+    /// that is. One that is promised already is told again. Turns of all clients come at `rate` a second.
     pub(super) fn next(
         &mut self,
-        client: Option<&Client>,
+        client: &Client,
         weight: u32,
         task: &TaskId,
         late_by: Duration,
@@ -92,7 +91,7 @@ impl Promised {
             return Duration::ZERO;
         }
         let task = self.hasher.hash_one(task);
-        let key = self.key(Some(client));
+        let key = self.key(client);
         let Some(line) = self.lines.get_mut(&key) else {
             return Duration::ZERO;
         };
@@ -108,13 +107,13 @@ impl Promised {
     }
 
     /// The line that is the client's, or would be.
-    fn key(&self, client: Option<&Client>) -> Option<Client> {
-        let own = client.cloned();
+    fn key(&self, client: &Client) -> Option<Client> {
+        let own = Some(client.clone());
         let has_own = self.lines.contains_key(&own) || self.lines.len() < MOST_LINES;
         own.filter(|_| has_own)
     }
 
-    fn open(&mut self, client: Option<&Client>, weight: u32, now: Instant) -> Option<Client> {
+    fn open(&mut self, client: &Client, weight: u32, now: Instant) -> Option<Client> {
         if self.lines.len() >= MOST_LINES {
             self.lines.retain(|_, line| line.last + REMEMBERED > now);
         }
@@ -195,7 +194,7 @@ mod tests {
         tasks: std::ops::Range<u32>,
         now: Instant,
     ) -> Duration {
-        let turns = tasks.map(|number| promised.next(Some(client), weight, &task(number), Duration::ZERO, 10.0, now));
+        let turns = tasks.map(|number| promised.next(client, weight, &task(number), Duration::ZERO, 10.0, now));
         turns.last().unwrap()
     }
 

@@ -15,7 +15,6 @@ use super::{Answered, Gateway, Phase, Poll, Progress, forwarded};
 use crate::account::Client;
 use crate::error::Error;
 use crate::metrics::Shed;
-use crate::task::TaskId;
 
 /// What upstream is thought to take before its first answer, if that is a small part of `budget.max_wait`: of the first rush
 /// after a start whoever has the last turns would else wait for an answer that comes too late.
@@ -80,18 +79,22 @@ impl Gateway {
         let late_by = late_by.unwrap_or_else(|| account.budget.paused_for(now));
         Error::BudgetSpent {
             limit: self.config.load().budget.limit,
-            retry_after: (account.budget).retry_after(Some((client, poll.asker.weight())), &poll.task, late_by, now),
+            retry_after: (account.budget).retry_after(client, poll.asker.weight(), &poll.task, late_by, now),
             foreseen,
         }
     }
 
-    /// Why a flight gave way that stood in a full queue.
-    pub(super) fn queue_full(&self, account: &Account, task: &TaskId) -> Error {
-        let now = Instant::now();
-        Error::QueueFull {
-            limit: self.config.load().budget.limit,
-            retry_after: (account.budget).retry_after(None, task, account.budget.paused_for(now), now),
+    /// Answers a poll whose flight gave way in a full queue.
+    pub(super) fn answer_without_place(&self, poll: &Poll<'_>, client: &Client) -> Result<Answered, Error> {
+        if let Some(snapshot) = self.stand_in(poll, "queue_full") {
+            return Ok(snapshot);
         }
+        let (now, budget) = (Instant::now(), &poll.asker.account.budget);
+        let paused_for = budget.paused_for(now);
+        Err(Error::QueueFull {
+            limit: self.config.load().budget.limit,
+            retry_after: budget.retry_after(client, poll.asker.weight(), &poll.task, paused_for, now),
+        })
     }
 }
 

@@ -45,6 +45,8 @@ pub(super) enum Landed {
     Fetched(Answer, Arc<Key>),
     /// Unspent: meanwhile upstream refused the key, or had no credits for the account.
     InVain,
+    /// Unspent: it gave way in a full queue.
+    Shed,
     /// Unspent: a changed configuration has taken a key of the account that flew elsewhere.
     Superseded,
     Failed(Error),
@@ -69,8 +71,8 @@ impl Landed {
     pub(super) fn is_unspent(&self) -> bool {
         match self {
             Self::Kept(_) | Self::InVain | Self::Superseded => true,
-            // It may have.
-            Self::Fetched(..) | Self::Failed(_) => false,
+            // It may have, or nobody goes on without it.
+            Self::Fetched(..) | Self::Failed(_) | Self::Shed => false,
         }
     }
 

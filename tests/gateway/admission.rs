@@ -380,6 +380,40 @@ async fn a_poll_that_is_turned_away_counts_once_whoever_shared_its_flight() {
     assert!((shed - refused as f64).abs() < 0.5, "{shed} counted, {refused} refused");
 }
 
+/// How long those are told to wait, at the most, who gave way in a full queue: about so many.
+#[track_caller]
+fn longest_told(polled: &[Polled], about: usize) -> u64 {
+    let refused = polled.iter().filter(|polled| polled.reply.status != 200);
+    let told: Vec<u64> = refused
+        .map(|polled| {
+            let cache_status = polled.reply.header("cache-status");
+            assert_eq!(cache_status, Some("crun-gateway; detail=queue_full"));
+            polled.reply.header("retry-after").unwrap().parse().unwrap()
+        })
+        .collect();
+    assert!(told.len().abs_diff(about) <= 2, "{} gave way", told.len());
+    told.into_iter().max().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_gives_way_in_a_full_queue_is_told_a_turn_in_its_own_line() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.max_queue = 20;
+    }));
+    let modest = async {
+        // Nothing is granted yet.
+        sleep(HOLD / 2).await;
+        rush(&gateway, MODEST, tasks("modest", 30)).await
+    };
+    let (greedy, modest) = tokio::join!(rush(&gateway, GREEDY, tasks("greedy", 300)), modest);
+    // Each has ten places. The greedy one was alone when most of the others were turned away.
+    let longest = longest_told(&greedy, 290);
+    assert!((19..=23).contains(&longest), "{longest}");
+    // Twenty turns at half of the rate.
+    let longest = longest_told(&modest, 20);
+    assert!(longest <= 4, "{longest}");
+}
+
 /// Polls, and does as told until it is served: how often it was turned away.
 async fn persist(gateway: Arc<Paused>, peer: IpAddr, task: String) -> usize {
     let mut refusals = 0;
