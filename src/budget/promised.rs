@@ -28,9 +28,14 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Who comes later than that finds what is left of the queue, as whoever comes in time: for so long.
 const REMEMBERED: Duration = Duration::from_secs(30);
 
-/// Clients beyond so many share a line, and turns beyond so many in a line are told and not remembered.
-const MOST_LINES: usize = 256;
-const MOST_TURNS: usize = 4096;
+/// Names within a caller are free text: beyond so many lines its clients share their caller's, and beyond so many callers
+/// share one.
+const MOST_NAMES: usize = 256;
+const MOST_LINES: usize = 2 * MOST_NAMES;
+
+/// Turns of an account beyond so many are told and not remembered: at 15 a second those of the longest line, and of the time
+/// for which they are remembered.
+const MOST_TURNS: usize = 1500;
 
 #[derive(Debug, Default)]
 pub(super) struct Promised {
@@ -63,10 +68,10 @@ impl Promised {
         let task = self.hasher.hash_one(task);
         let key = self.open(client, weight, now);
         let each = self.each(key.as_ref(), rate, now);
+        let turns: usize = self.lines.values().map(|line| line.turns.len()).sum();
         let Some(line) = self.lines.get_mut(&key) else {
             return late_by + each;
         };
-        line.lapse(now);
         match line.of_task.get(&task).copied() {
             Some(due) if due > now => return late_by.max(due - now),
             Some(due) => line.forget(due, task),
@@ -75,7 +80,7 @@ impl Promised {
         let end = now + LONGEST_LINE;
         line.last = line.last.max(now) + each;
         let due = line.last.min(end) + late_by;
-        if line.last <= end && line.turns.len() < MOST_TURNS {
+        if line.last <= end && turns < MOST_TURNS {
             line.turns.insert((due, task));
             line.of_task.insert(task, due);
         }
@@ -96,6 +101,10 @@ impl Promised {
             return Duration::ZERO;
         };
         line.lapse(now);
+        if line.is_over(now) {
+            self.lines.remove(&key);
+            return Duration::ZERO;
+        }
         if let Some(due) = line.of_task.get(&task).copied().filter(|due| *due <= now + EARLY) {
             line.forget(due, task);
             return Duration::ZERO;
@@ -106,17 +115,19 @@ impl Promised {
         self.each(key.as_ref(), rate, now).saturating_mul(turns)
     }
 
-    /// The line that is the client's, or would be.
+    /// The line that is the client's, or would be: its own, else its caller's, else nobody's in particular.
     fn key(&self, client: &Client) -> Option<Client> {
-        let own = Some(client.clone());
-        let has_own = self.lines.contains_key(&own) || self.lines.len() < MOST_LINES;
-        own.filter(|_| has_own)
+        let lines = [(client.clone(), MOST_NAMES), (client.nameless(), MOST_LINES)];
+        let mut lines = lines.into_iter().map(|(client, most)| (Some(client), most));
+        let line = lines.find(|(line, most)| self.lines.len() < *most || self.lines.contains_key(line));
+        line.and_then(|(line, _)| line)
     }
 
     fn open(&mut self, client: &Client, weight: u32, now: Instant) -> Option<Client> {
-        if self.lines.len() >= MOST_LINES {
-            self.lines.retain(|_, line| line.last + REMEMBERED > now);
-        }
+        self.lines.retain(|_, line| {
+            line.lapse(now);
+            !line.is_over(now)
+        });
         let key = self.key(client);
         let line = self.lines.entry(key.clone()).or_insert_with(|| Line {
             weight,
@@ -153,6 +164,11 @@ impl Line {
     fn forget(&mut self, due: Instant, task: u64) {
         self.turns.remove(&(due, task));
         self.of_task.remove(&task);
+    }
+
+    /// Whether its last place, and the turns that are remembered, are long over.
+    fn is_over(&self, now: Instant) -> bool {
+        self.turns.is_empty() && self.last + REMEMBERED <= now
     }
 
     /// Forgets those who have not come back.
@@ -261,14 +277,48 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_few_and_those_that_are_over_go() {
+    fn one_caller_under_many_names_takes_nobody_elses_line() {
         let (mut promised, now) = (Promised::default(), Instant::now());
-        for name in 0..1000 {
+        for name in 0..2000 {
             promise(&mut promised, &client(1, Some(&name.to_string())), 1, 0..1, now);
         }
+        assert_eq!(promised.lines.len(), MOST_NAMES + 1);
+        assert_about(promise(&mut promised, &client(2, None), 1, 0..10, now), 2.0);
+        assert_about(promise(&mut promised, &client(2, Some("a")), 1, 10..20, now), 4.0);
+        assert_about(promise(&mut promised, &client(3, Some("a")), 1, 0..10, now), 3.0);
+    }
+
+    #[test]
+    fn lines_and_turns_are_few() {
+        let (mut promised, now) = (Promised::default(), Instant::now());
+        for number in 0..600_u32 {
+            let [_, _, high, low] = number.to_be_bytes();
+            let caller = Caller::from(IpAddr::from(Ipv4Addr::new(10, 0, high, low)));
+            let client = Client { caller, name: None };
+            for number in 0..5 {
+                promised.next(&client, 1, &task(number), Duration::ZERO, 1000.0, now);
+            }
+        }
         assert_eq!(promised.lines.len(), MOST_LINES + 1);
-        let later = now + 100 * SECOND;
-        promise(&mut promised, &client(2, None), 1, 0..1, later);
-        assert_eq!(promised.lines.len(), 1);
+        let turns: usize = promised.lines.values().map(|line| line.turns.len()).sum();
+        assert_eq!(turns, MOST_TURNS);
+    }
+
+    #[test]
+    fn lines_and_turns_that_are_over_go() {
+        let (mut promised, now) = (Promised::default(), Instant::now());
+        let (one, paused, back) = (client(1, None), client(2, None), client(3, None));
+        promise(&mut promised, &one, 1, 0..100, now);
+        let pause = 200 * SECOND;
+        promised.next(&paused, 1, &task(0), pause, 10.0, now);
+        promise(&mut promised, &back, 1, 0..1, now);
+        assert_eq!(promised.lines.len(), 3);
+        // Whoever comes back and finds a place leaves a line behind that is nobody's.
+        assert_eq!(promised.kept(&back, &task(0), 10.0, now + SECOND), Duration::ZERO);
+        promised.kept(&back, &task(1), 10.0, now + 32 * SECOND);
+        assert_eq!(promised.lines.len(), 2);
+        promise(&mut promised, &client(4, None), 1, 0..1, now + 100 * SECOND);
+        assert!(!promised.lines.contains_key(&Some(one)), "all of its turns are over");
+        assert!(promised.lines.contains_key(&Some(paused)), "its turn is yet to come");
     }
 }
