@@ -160,10 +160,10 @@ impl Upstream {
         self.0.recent.p90()
     }
 
-    /// What all but about one answer in a hundred take less than, where that is `within`; else nine in ten. `None` before the
-    /// first.
-    pub fn nearly_all(&self, within: Duration) -> Option<Duration> {
-        self.0.recent.nearly_all(within)
+    /// What all but about one answer in a hundred take less than; nearer to what nine in ten take, where that leaves little
+    /// of `within`. `None` before the first.
+    pub fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
+        self.0.recent.nearly_all(within, now)
     }
 
     /// What the next answer is more likely than not to take at least.

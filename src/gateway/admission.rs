@@ -26,7 +26,7 @@ impl Gateway {
     /// learn that upstream is no longer so slow.
     pub(super) fn upstream_takes(&self) -> Duration {
         let max_wait = self.config.load().budget.max_wait;
-        let takes = self.upstream.nearly_all(max_wait);
+        let takes = self.upstream.nearly_all(max_wait, Instant::now());
         takes.map_or(UNKNOWN.min(max_wait / 10), |takes| takes.min(max_wait))
     }
 

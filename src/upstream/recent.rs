@@ -1,5 +1,6 @@
 //! How long upstream takes, lately: what admission reckons with beside the wait for a turn.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +12,11 @@ const ANSWERS: usize = 100;
 /// Once there are as many, one in so many is looked at for what has changed.
 const SELDOM: usize = 10;
 
-/// By how much the slowest answers are exceeded now and then: by this, and half of what lies between them and the median.
+/// For how long the slowest of them count: whatever made a few slow may be over long before a hundred others have come.
+const SLOWEST_COUNT: Duration = Duration::from_mins(1);
+
+/// By how much the slowest answers are exceeded now and then: by this, and half of what lies between them and the median, or
+/// as much as nine in ten take, if that is less: a few that are far slower than all others are no distribution.
 const SLACK: Duration = Duration::from_millis(50);
 
 /// How long the last answers took, and for how long there has been none.
@@ -20,13 +25,17 @@ pub(super) struct Recent(Mutex<Took>);
 
 #[derive(Debug)]
 struct Took {
-    us: [u64; ANSWERS],
+    /// When each came, and how long it took.
+    answers: VecDeque<(Instant, Duration)>,
     /// How many were noted so far.
     noted: usize,
     median: Duration,
     p90: Duration,
     /// What all but a few take less than; nothing before the first.
     nearly_all: Option<Duration>,
+    /// Of how many it follows, and until when: then one of them is too old.
+    count: usize,
+    holds_until: Option<Instant>,
     /// Queries that are not answered yet.
     out: usize,
     /// Since when there has been a query without an answer to any.
@@ -43,11 +52,13 @@ pub(super) struct Query<'r> {
 impl Default for Recent {
     fn default() -> Self {
         Self(Mutex::new(Took {
-            us: [0; ANSWERS],
+            answers: VecDeque::with_capacity(ANSWERS),
             noted: 0,
             median: Duration::ZERO,
             p90: Duration::ZERO,
             nearly_all: None,
+            count: 0,
+            holds_until: None,
             out: 0,
             silent_since: None,
         }))
@@ -74,12 +85,24 @@ impl Recent {
         self.took().p90
     }
 
-    /// What all but about one answer in a hundred take less than, where that is `within`; else nine in ten, since those that
-    /// take longer are lost whenever they are asked for. `None` before the first.
-    pub(super) fn nearly_all(&self, within: Duration) -> Option<Duration> {
-        let took = self.took();
-        let nearly_all = took.nearly_all?;
-        Some(if nearly_all < within { nearly_all } else { took.p90 })
+    /// What all but about one answer in a hundred take less than. The less of the time that nine in ten leave of `within`
+    /// would be left by that, the nearer to what these take: answers that take longer than `within` are lost whenever they
+    /// are asked for. `None` before the first.
+    pub(super) fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
+        let mut took = self.took();
+        if took.holds_until.is_some_and(|until| until <= now) {
+            took.reckon(now);
+        }
+        let (p90, nearly_all) = (took.p90, took.nearly_all?);
+        let (half, left) = (within.saturating_sub(p90) / 2, within.saturating_sub(nearly_all));
+        let beyond_p90 = nearly_all.saturating_sub(p90);
+        Some(if beyond_p90 <= half {
+            nearly_all
+        } else if left.is_zero() {
+            p90
+        } else {
+            p90 + beyond_p90.mul_f64(left.div_duration_f64(half))
+        })
     }
 
     /// What the next answer is more likely than not to take at least: where upstream has been silent for longer than is
@@ -101,7 +124,7 @@ impl Query<'_> {
     pub(super) fn answered(self, received: Instant) {
         let mut took = self.recent.took();
         took.silent_since = Some(received);
-        took.note(received.saturating_duration_since(self.asked));
+        took.note(received, received.saturating_duration_since(self.asked));
     }
 }
 
@@ -112,26 +135,46 @@ impl Drop for Query<'_> {
 }
 
 impl Took {
-    fn note(&mut self, took: Duration) {
-        self.us[self.noted % ANSWERS] = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.noted += 1;
-        if self.noted > ANSWERS && !self.noted.is_multiple_of(SELDOM) {
-            return;
+    fn note(&mut self, received: Instant, took: Duration) {
+        if self.answers.len() == ANSWERS {
+            self.answers.pop_front();
         }
-        let mut sorted = self.us;
-        let sorted = &mut sorted[..self.noted.min(ANSWERS)];
+        self.answers.push_back((received, took));
+        self.noted += 1;
+        if self.count < ANSWERS || self.noted.is_multiple_of(SELDOM) {
+            self.reckon(received);
+        }
+    }
+
+    fn reckon(&mut self, now: Instant) {
+        let mut sorted = [Duration::ZERO; ANSWERS];
+        let sorted = &mut sorted[..self.answers.len()];
+        (self.count, self.holds_until) = (0, None);
+        // The slowest is one in a hundred, or of fewer: it is left out.
+        let (mut slowest, mut p99) = (None, None);
+        for (place, (received, took)) in sorted.iter_mut().zip(&self.answers) {
+            *place = *took;
+            let until = *received + SLOWEST_COUNT;
+            if until > now {
+                self.count += 1;
+                self.holds_until = self.holds_until.into_iter().chain([until]).min();
+                p99 = p99.max(slowest.min(Some(*took)));
+                slowest = slowest.max(Some(*took));
+            }
+        }
         sorted.sort_unstable();
-        let count = sorted.len();
-        let at = |index: usize| Duration::from_micros(sorted[index]);
-        self.median = at(count / 2);
-        self.p90 = at(count * 9 / 10);
-        let p99 = at((count - 1) * 99 / 100);
-        self.nearly_all = Some(p99 + p99.saturating_sub(self.median) / 2 + SLACK);
+        self.median = sorted[sorted.len() / 2];
+        self.p90 = sorted[sorted.len() * 9 / 10];
+        let p99 = p99.unwrap_or(self.p90);
+        let more = p99.saturating_sub(self.median) / 2;
+        self.nearly_all = Some(p99 + more.min(self.p90) + SLACK);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -164,24 +207,88 @@ mod tests {
     #[test]
     fn nearly_all_leaves_out_a_single_slow_answer_and_those_that_nobody_can_wait_for() {
         let recent = Recent::default();
-        assert_eq!(recent.nearly_all(10 * SECOND), None);
+        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), None);
         for _ in 0..99 {
             note(&recent, ms(100));
         }
         note(&recent, 20 * SECOND);
-        assert_eq!(recent.nearly_all(10 * SECOND), Some(ms(150)));
+        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), Some(ms(150)));
         for took in 0..100 {
             note(&recent, ms(took));
         }
         // The slowest but one, and half of what it takes more than the median.
-        assert_eq!(recent.nearly_all(10 * SECOND), Some(ms(98 + 24 + 50)));
+        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), Some(ms(98 + 24 + 50)));
         for _ in 0..5 {
             note(&recent, 20 * SECOND);
         }
         for _ in 0..95 {
             note(&recent, ms(100));
         }
-        assert_eq!(recent.nearly_all(10 * SECOND), Some(ms(100)));
+        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), Some(ms(100)));
+    }
+
+    /// Of the last hundred answers two took `slow`, and the others 100 ms.
+    fn note_two_slow(recent: &Recent, slow: Duration) {
+        for number in 0..100 {
+            note(recent, if number % 50 == 0 { slow } else { ms(100) });
+        }
+    }
+
+    #[test]
+    fn a_few_slow_answers_are_no_distribution() {
+        let recent = Recent::default();
+        note_two_slow(&recent, 3 * SECOND);
+        let nearly_all = recent.nearly_all(10 * SECOND, Instant::now()).unwrap();
+        assert!(nearly_all <= ms(3200), "{nearly_all:?}");
+    }
+
+    #[test]
+    fn what_is_reckoned_with_changes_little_where_the_slowest_change_little() {
+        let within = 10 * SECOND;
+        let mut before = None::<Duration>;
+        for slow in (1000..12_000).step_by(100) {
+            let recent = Recent::default();
+            note_two_slow(&recent, ms(slow));
+            let nearly_all = recent.nearly_all(within, Instant::now()).unwrap();
+            assert!(nearly_all <= within / 2 + ms(200), "{slow} ms: {nearly_all:?}");
+            if let Some(before) = before {
+                assert!(
+                    nearly_all.abs_diff(before) <= ms(201),
+                    "{slow} ms: {before:?}, then {nearly_all:?}"
+                );
+            }
+            before = Some(nearly_all);
+        }
+        assert_eq!(before, Some(ms(100)), "those that nobody can wait for");
+    }
+
+    #[test]
+    fn where_most_take_as_long_as_the_slowest_all_of_it_counts() {
+        let recent = Recent::default();
+        for number in 0..100 {
+            note(&recent, ms(8000 + number));
+        }
+        let nearly_all = recent.nearly_all(10 * SECOND, Instant::now()).unwrap();
+        assert!(nearly_all >= ms(8098), "{nearly_all:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_slowest_answers_count_for_a_minute() {
+        let recent = Recent::default();
+        note_two_slow(&recent, 3 * SECOND);
+        let within = 10 * SECOND;
+        advance(59 * SECOND).await;
+        assert!(recent.nearly_all(within, Instant::now()) > Some(3 * SECOND));
+        advance(5 * SECOND).await;
+        assert_eq!(
+            recent.nearly_all(within, Instant::now()),
+            Some(ms(150)),
+            "nine in ten took no longer"
+        );
+        // One slow answer is left out, however few there are.
+        note(&recent, ms(200));
+        note(&recent, 3 * SECOND);
+        assert_eq!(recent.nearly_all(within, Instant::now()), Some(ms(300)));
     }
 
     #[test]
