@@ -34,9 +34,9 @@ pub struct Draft {
     pub status: StatusCode,
     /// The Content-Type, if there was one.
     pub content_type: Option<HeaderValue>,
-    /// The Retry-After, if there was one; of errors only, which are never kept.
+    /// The Retry-After, if there was one; it goes out with what the cache does not keep.
     pub retry_after: Option<HeaderValue>,
-    /// The Location, if there was one; it goes out with what is not kept, as redirections are not.
+    /// The Location, if there was one; likewise.
     pub location: Option<HeaderValue>,
     /// The body, byte for byte.
     pub body: Bytes,
@@ -66,8 +66,12 @@ impl Draft {
         }
     }
 
-    /// The answer to `account`'s question about `task`.
-    pub fn of(self, account: AccountId, task: &TaskId) -> Answer {
+    /// The answer to `account`'s question about `task`. One that is kept goes out without what the cache has no room for: whoever
+    /// fetched it gets what all others will.
+    pub fn of(mut self, account: AccountId, task: &TaskId) -> Answer {
+        if self.keeping.is_some() {
+            (self.retry_after, self.location) = (None, None);
+        }
         self.answer(account, task.as_str())
     }
 
@@ -273,7 +277,7 @@ impl Answer {
         self.block.content_type()
     }
 
-    /// The Retry-After, if there was one; of errors only, which are never kept.
+    /// The Retry-After, if there was one; the cache keeps none.
     pub fn retry_after(&self) -> Option<&HeaderValue> {
         self.beside.as_ref()?.retry_after.as_ref()
     }

@@ -404,7 +404,7 @@ pub(super) fn write_hit(head: &mut Vec<u8>, answer: &Answer, freshness: Freshnes
         add(b"\r\ncontent-type: ");
         add(content_type.as_bytes());
     }
-    // No Retry-After: what has one is never kept.
+    // No Retry-After, nor Location: what is kept has none.
     add(b"\r\ncache-status: ");
     add(HIT.as_bytes());
     add(number.format(freshness.ttl()).as_bytes());

@@ -1,5 +1,6 @@
 //! Bytes are sacred: on a miss and on a hit the client gets what upstream sent.
 
+use std::collections::HashSet;
 use std::io::Write as _;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, Scripted, Simulator, poll, poll_as};
+use crate::harness::{Gateway, Reply, Scripted, Simulator, poll, poll_as};
 
 /// The id that a fixture tells of, or one that upstream may not know.
 fn task_of(fixture: &[u8]) -> String {
@@ -184,6 +185,36 @@ async fn headers_that_speak_of_upstreams_connection_stay_there() {
     assert_eq!(names, expected);
     assert_eq!(reply.header("content-type"), Some("application/json; charset=utf-8"));
     assert_eq!(reply.header("age"), Some("0"));
+}
+
+#[tokio::test]
+async fn what_is_kept_has_the_same_headers_whoever_gets_it() {
+    let ended = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/success.json")).unwrap();
+    let task = task_of(&ended);
+    let upstream = Scripted::start(Duration::from_millis(300), move |head| {
+        let (status, body) = if head.contains("task_id=unknown ") {
+            ("404 Not Found", &b"{}"[..])
+        } else {
+            ("200 OK", &ended[..])
+        };
+        response(status, "Retry-After: 7\r\nLocation: /elsewhere\r\n", body)
+    })
+    .await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for task in [&*task, "unknown"] {
+        let (miss, collapsed) = tokio::join!(poll(gateway.address, task), poll(gateway.address, task));
+        let hit = poll(gateway.address, task).await;
+        for reply in [&miss, &collapsed, &hit] {
+            assert_eq!(
+                ["retry-after", "location"].map(|name| reply.header(name)),
+                [None; 2],
+                "{task}: {reply:?}"
+            );
+        }
+        let names = |reply: &Reply| reply.headers.keys().cloned().collect::<HashSet<_>>();
+        assert_eq!((names(&miss), names(&collapsed)), (names(&hit), names(&hit)), "{task}");
+    }
+    assert_eq!(upstream.queries(), 2);
 }
 
 #[tokio::test]
