@@ -277,6 +277,23 @@ impl Answer {
         self.block.content_type()
     }
 
+    /// The same as it is given again at `now`: of a Retry-After in seconds what is left, at least 1.
+    #[must_use]
+    pub fn repeated(self, now: Instant) -> Self {
+        let wait = self.retry_after().and_then(seconds);
+        let Some(left) = wait.map(|wait| wait.saturating_sub(self.age(now).as_secs()).max(1)) else {
+            return self;
+        };
+        let beside = Beside {
+            body: self.beside.as_ref().and_then(|beside| beside.body.clone()),
+            retry_after: Some(HeaderValue::from(left)),
+            location: self.location().cloned(),
+            room: OnceLock::new(),
+        };
+        let beside = Some(Arc::new(beside));
+        Self { beside, ..self }
+    }
+
     /// The Retry-After, if there was one; the cache keeps none.
     pub fn retry_after(&self) -> Option<&HeaderValue> {
         self.beside.as_ref()?.retry_after.as_ref()
@@ -412,6 +429,13 @@ impl Answer {
             (false, _) => keep(),
         }
     }
+}
+
+/// What a header says that is nothing but digits.
+fn seconds(value: &HeaderValue) -> Option<u64> {
+    let digits = value.to_str().ok()?;
+    let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| digits.parse().ok()).flatten()
 }
 
 #[cfg(test)]
@@ -600,6 +624,40 @@ mod tests {
         for out_of_range in [None, Some(-1), Some(70_000)] {
             assert_eq!(code(out_of_range), 200);
         }
+    }
+
+    #[test]
+    fn of_a_retry_after_in_seconds_what_is_left_is_repeated() {
+        const DATE: &str = "Sun, 06 Nov 1994 08:49:37 GMT";
+        let received = Instant::now();
+        for (said, after_ms, left) in [
+            ("20", 0, "20"),
+            ("20", 11_999, "9"),
+            ("20", 12_000, "8"),
+            ("20", 19_000, "1"),
+            ("20", 60_000, "1"),
+            ("0", 0, "1"),
+            ("+5", 2_000, "+5"),
+            ("", 2_000, ""),
+            (DATE, 2_000, DATE),
+        ] {
+            for keeping in [None, Some(Keeping::briefly(minutes(1)))] {
+                let draft = Draft {
+                    retry_after: Some(HeaderValue::from_static(said)),
+                    keeping,
+                    ..draft(Stage::Running, None, received)
+                };
+                let draft = Draft {
+                    body: Bytes::from_static(b"body"),
+                    ..draft
+                };
+                let repeated = draft.of_nobody().repeated(received + Duration::from_millis(after_ms));
+                assert_eq!(repeated.retry_after().unwrap(), left, "{said} after {after_ms} ms");
+                assert_eq!((&*repeated.body(), repeated.keeping()), (&b"body"[..], keeping));
+            }
+        }
+        let none = answer(Stage::Running, None, received).repeated(received);
+        assert_eq!(none.retry_after(), None);
     }
 
     #[test]

@@ -149,6 +149,6 @@ fn remembered(answer: Answer, detail: &'static str) -> Answered {
     Answered {
         served: Served::Hit,
         cache: CacheStatus::Hit(Some(detail)),
-        answer,
+        answer: answer.repeated(Instant::now()),
     }
 }

@@ -137,6 +137,9 @@ async fn upstreams_retry_after_makes_it_longer() {
         let reply = gateway.poll(KEY, "a").await;
         let ttl = format!("; ttl={};", 20 - second);
         assert!(reply.header("cache-status").unwrap().contains(&ttl), "{reply:?}");
+        // What is left of it.
+        let left = (20 - second).to_string();
+        assert_eq!(reply.header("retry-after"), Some(&*left), "{reply:?}");
     }
     assert_eq!(gateway.arrivals().len(), 1);
     sleep_until(refused + seconds(20)).await;
