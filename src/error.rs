@@ -100,6 +100,9 @@ pub enum Error {
     /// The connection broke, or what came was no HTTP answer.
     #[error("upstream closed the connection without a complete answer")]
     UpstreamBroken,
+    /// What comes before the answer's body is more than is read of it.
+    #[error("upstream's answer has more than 100 header fields, or 64 KiB of them")]
+    UpstreamHeadTooLarge,
     /// The answer is larger than `upstream.max_body`.
     #[error("upstream's answer is larger than upstream.max_body")]
     UpstreamTooLarge,
@@ -134,7 +137,9 @@ impl Error {
             | Self::Overloaded
             | Self::TooManyConnections(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamSlow | Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::UpstreamBroken | Self::UpstreamTooLarge | Self::UpstreamEncoding => StatusCode::BAD_GATEWAY,
+            Self::UpstreamBroken | Self::UpstreamHeadTooLarge | Self::UpstreamTooLarge | Self::UpstreamEncoding => {
+                StatusCode::BAD_GATEWAY
+            }
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -165,6 +170,7 @@ impl Error {
             Self::UpstreamSlow => "upstream_slow",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamBroken => "upstream_broken",
+            Self::UpstreamHeadTooLarge => "upstream_head_too_large",
             Self::UpstreamTooLarge => "upstream_too_large",
             Self::UpstreamEncoding => "upstream_encoding",
             Self::NoRoom => "no_room",
@@ -197,6 +203,7 @@ impl Error {
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
             Self::UpstreamSlow | Self::UpstreamTimeout => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
+            Self::UpstreamHeadTooLarge => Some("http_response_header_section_size"),
             Self::UpstreamTooLarge => Some("http_response_body_size"),
             Self::UpstreamEncoding => Some("http_response_content_coding"),
             Self::Internal => Some("proxy_internal_error"),
@@ -227,6 +234,7 @@ impl Error {
             | Self::PlainHttp
             | Self::HeaderTimeout
             | Self::RequestTimeout
+            | Self::UpstreamHeadTooLarge
             | Self::UpstreamTooLarge
             | Self::UpstreamEncoding
             | Self::Internal => None,
@@ -258,6 +266,7 @@ impl Error {
             | Self::UpstreamSlow
             | Self::UpstreamTimeout
             | Self::UpstreamBroken
+            | Self::UpstreamHeadTooLarge
             | Self::UpstreamTooLarge
             | Self::UpstreamEncoding
             | Self::NoRoom

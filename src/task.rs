@@ -146,6 +146,12 @@ impl Reading {
     }
 }
 
+/// Whether an HTTP status says what an answer means, whatever its body is. Of an error in HTTP's form only the body of 501
+/// can change the meaning, and a success is nothing without one.
+pub fn says_enough(http_status: u16) -> bool {
+    !(200..300).contains(&http_status) && http_status != 501
+}
+
 /// Reads upstream's answer to the question about the task `asked`: its HTTP status and its whole, decoded body.
 pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
     let is_success = (200..204).contains(&http_status);

@@ -40,7 +40,7 @@ use crate::dial::{self, Handshake};
 pub use crate::dial::{Dial, Dialing, Stream, tcp};
 use crate::error::Error;
 use crate::metrics::Metrics;
-use crate::task::TaskId;
+use crate::task::{self, TaskId};
 use crate::trace::TRACEPARENT;
 pub use breaker::{Breaker, Probe};
 use line::Line;
@@ -53,6 +53,9 @@ use wire::{Heard, Wire};
 
 /// The path of the one endpoint that costs budget.
 pub const TASK_INFO_PATH: &str = "/api/v1/client/job/TaskInfo";
+
+/// What answers are.
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// The upstream, and every connection to it.
 #[derive(Clone, Debug)]
@@ -137,7 +140,8 @@ impl Upstream {
             .map_err(|_| Error::NoConnection)?;
         let (mut sender, connection, wire) = self.0.open().await?;
         let interest = Interest::in_connection(connection, slot);
-        let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+        let response = sender.send_request(request).await;
+        let response = response.map_err(|error| headless(&error, &wire))?;
         wire.answered();
         Ok(in_http(response)?.map(|body| Streamed::new(body, interest)))
     }
@@ -193,7 +197,7 @@ pub struct Fetched {
     pub retry_after: Option<HeaderValue>,
     /// The Location, if there was one.
     pub location: Option<HeaderValue>,
-    /// The body, byte for byte.
+    /// The body, byte for byte; of an error whose body is not to be had, what says so.
     pub body: Bytes,
     /// When the attempt began: an answer shows the task no later than this.
     pub asked: Instant,
@@ -234,7 +238,7 @@ impl Ready {
     ///
     /// # Errors
     /// When there is no complete answer within `upstream.timeout`, be it for want of room to read it, or one that is too
-    /// large or cannot be decoded.
+    /// large or cannot be decoded; but an error's status says enough without its body.
     pub async fn send(
         self,
         permit: Permit,
@@ -266,15 +270,23 @@ impl Ready {
         let answered = {
             // Each move of it would take its room again.
             let exchange = pin!(async {
-                let response = sender.send_request(request).await.map_err(|_| Error::UpstreamBroken)?;
+                let response = sender.send_request(request).await;
+                let response = response.map_err(|error| headless(&error, wire))?;
                 wire.answered();
-                let (head, body) = in_http(response)?.into_parts();
-                let (body, room) = body::read(&head.headers, body, &upstream.room, &mut has_waited).await?;
-                Ok((head, body, room))
+                let (mut head, body) = in_http(response)?.into_parts();
+                match body::read(&head.headers, body, &upstream.room, &mut has_waited).await {
+                    Ok((body, room)) => Ok((head, body, room, true)),
+                    Err(error) if task::says_enough(head.status.as_u16()) => {
+                        head.headers.insert(CONTENT_TYPE, JSON);
+                        let body = in_place_of_body(head.status, &error);
+                        Ok((head, body, None, false))
+                    }
+                    Err(error) => Err(error),
+                }
             });
             timeout(upstream.settings.timeout, driver.run(exchange)).await
         };
-        let (head, body, room) = match answered {
+        let (head, body, room, is_whole) = match answered {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 return Err(Failed {
@@ -300,7 +312,7 @@ impl Ready {
             asked,
             received,
             room,
-            connection: Answered(connection),
+            connection: Answered(is_whole.then_some(connection)),
         })
     }
 }
@@ -367,12 +379,30 @@ fn headers(host: &HeaderValue) -> HeaderMap {
     const AGENT: &str = concat!("crun-gateway/", env!("CARGO_PKG_VERSION"));
     let mut headers = HeaderMap::new();
     headers.insert(HOST, host.clone());
-    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    headers.insert(ACCEPT, JSON);
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     headers.insert(USER_AGENT, HeaderValue::from_static(AGENT));
     // Each query's own is put in its place: a copy of the map has no room for one more.
     headers.insert(API_KEY, HeaderValue::from_static(""));
     headers
+}
+
+/// Why no answer has begun.
+fn headless(error: &hyper::Error, wire: &Wire) -> Error {
+    if error.is_parse_too_large() || !wire.may_go_on() {
+        Error::UpstreamHeadTooLarge
+    } else {
+        Error::UpstreamBroken
+    }
+}
+
+/// What clients get for an error's body that is not to be had: upstream's envelope.
+fn in_place_of_body(status: StatusCode, error: &Error) -> Bytes {
+    let code = status.as_u16();
+    let envelope = format!(
+        r#"{{"code":{code},"message":"crun-gateway: upstream answered {code}, and nothing more is known of it: {error}","data":null}}"#
+    );
+    Bytes::from(envelope)
 }
 
 /// Nobody asked for another protocol: an Upgrade goes no further than to us. And of two lengths one is a lie, told to make

@@ -186,7 +186,10 @@ pub(super) fn outcome(class: Class) -> Outcome {
 
 /// What an attempt without an answer counts as.
 fn failure(error: &Error) -> Outcome {
-    if matches!(error, Error::UpstreamTooLarge | Error::UpstreamEncoding | Error::NoRoom) {
+    if matches!(
+        error,
+        Error::UpstreamHeadTooLarge | Error::UpstreamTooLarge | Error::UpstreamEncoding | Error::NoRoom
+    ) {
         Outcome::Unrecognised
     } else {
         Outcome::Unavailable

@@ -144,7 +144,7 @@ impl Drop for Lent {
 /// `has_waited` when there is none at once.
 ///
 /// # Errors
-/// When it breaks off, is too large, or is encoded in an unknown way.
+/// When it breaks off, is too large, or cannot be decoded.
 pub(super) async fn read(
     headers: &HeaderMap,
     mut body: Incoming,
@@ -158,13 +158,10 @@ pub(super) async fn read(
     if announced.is_some_and(|length| length > most) {
         return Err(Error::UpstreamTooLarge);
     }
-    let mut decoding = Decoder::of(
-        headers,
-        Bounded {
-            bytes: room.buffers.lend(),
-            most,
-        },
-    )?;
+    let bounded = Bounded {
+        bytes: room.buffers.lend(),
+        most,
+    };
     let mut share = Share {
         room,
         bytes: 0,
@@ -172,16 +169,16 @@ pub(super) async fn read(
         has_waited,
     };
     share.grow(announced.unwrap_or(0)).await?;
-    while let Some(frame) = body.frame().await {
-        let Ok(data) = frame.map_err(|_| Error::UpstreamBroken)?.into_data() else {
-            continue;
-        };
-        decoding.push(&data)?;
+    let mut data = next(&mut body).await?;
+    let mut decoding = match data {
+        Some(_) => Decoder::of(headers, bounded)?,
+        // No bytes are none, whatever they are said to be encoded in.
+        None => Decoder::Identity(bounded),
+    };
+    while let Some(bytes) = data {
+        decoding.push(&bytes)?;
         share.grow(decoding.bounded().bytes.len()).await?;
-        if body.is_end_stream() {
-            // Else the connection would be polled once more, only to say so.
-            break;
-        }
+        data = next(&mut body).await?;
     }
     let decoded = decoding.finish()?;
     share.grow(decoded.len()).await?;
@@ -190,6 +187,22 @@ pub(super) async fn read(
         from: Arc::clone(&room.buffers),
     };
     Ok((Bytes::from_owner(lent), share.permit))
+}
+
+/// The next bytes; `None` at the end.
+async fn next(body: &mut Incoming) -> Result<Option<Bytes>, Error> {
+    // At its end the connection would be polled once more, only to say so.
+    while !body.is_end_stream()
+        && let Some(frame) = body.frame().await
+    {
+        let frame = frame.map_err(|_| Error::UpstreamBroken)?;
+        if let Ok(data) = frame.into_data()
+            && !data.is_empty()
+        {
+            return Ok(Some(data));
+        }
+    }
+    Ok(None)
 }
 
 enum Decoder {
@@ -247,7 +260,8 @@ fn classify(error: &io::Error) -> Error {
     if error.kind() == io::ErrorKind::FileTooLarge {
         Error::UpstreamTooLarge
     } else {
-        Error::UpstreamBroken
+        // Where it breaks off, that is known before.
+        Error::UpstreamEncoding
     }
 }
 

@@ -178,14 +178,15 @@ impl Drop for Ready {
     }
 }
 
-/// A connection that has brought an answer. Dropped, it is closed: what came may not have been an answer to what was asked.
+/// A connection that has brought an answer; `None` if not all of it. Dropped, it is closed: what came may not have been an
+/// answer to what was asked.
 #[derive(Debug)]
-pub struct Answered(pub(super) Held);
+pub struct Answered(pub(super) Option<Held>);
 
 impl Answered {
-    /// Keeps it for the next query.
+    /// Keeps it for the next query, if the answer was whole.
     pub fn reuse(self) {
-        let Self(mut held) = self;
+        let Some(mut held) = self.0 else { return };
         if held.line.is_ready() {
             return held.hand_back();
         }

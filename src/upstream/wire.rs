@@ -104,7 +104,8 @@ impl Wire {
         state.before_body = state.before_body.saturating_add(bytes);
     }
 
-    fn may_go_on(&self) -> bool {
+    /// Whether what has come before the body is not too much.
+    pub(super) fn may_go_on(&self) -> bool {
         let state = self.state();
         // Looked at before each read, since one read may bring a body with its head.
         state.is_answered || state.before_body <= MOST_BEFORE_BODY

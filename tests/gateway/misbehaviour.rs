@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::harness::raw::Raw;
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, Reply, poll};
+use crate::harness::{Gateway, Reply, poll, poll_as};
 
 /// `upstream.timeout` of the gateways here.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -304,6 +304,109 @@ async fn a_body_that_cannot_be_decoded_is_a_502() {
     .await;
 }
 
+/// Ways in which an error's body is not to be had.
+fn without_its_body(status: &str) -> [(&'static str, Vec<u8>, Then); 5] {
+    let coded = |coding| {
+        response(
+            status,
+            &format!("Retry-After: 20\r\nContent-Encoding: {coding}\r\n"),
+            b"xx",
+        )
+    };
+    let framed = |framing| format!("HTTP/1.1 {status}\r\nRetry-After: 20\r\n{framing}").into_bytes();
+    [
+        ("in-brotli", coded("br"), Then::Listens),
+        ("no-gzip", coded("gzip"), Then::Listens),
+        ("cut", framed("Content-Length: 100\r\n\r\nxx"), Then::Closes),
+        (
+            "cut-chunk",
+            framed("Transfer-Encoding: chunked\r\n\r\n5\r\nxx"),
+            Then::Closes,
+        ),
+        ("too-large", framed("Content-Length: 52428800\r\n\r\nxx"), Then::Listens),
+    ]
+}
+
+#[tokio::test]
+async fn an_errors_status_counts_though_its_body_is_not_to_be_had() {
+    for (status, line) in [
+        (429, "429 Too Many Requests"),
+        (401, "401 Unauthorized"),
+        (404, "404 Not Found"),
+    ] {
+        let ways = without_its_body(line);
+        let script = ways
+            .iter()
+            .cloned()
+            .map(|(name, bytes, then)| (name, sends(bytes, then)));
+        let upstream = Upstream::start(script.collect()).await;
+        let gateway = gateway(&upstream).await;
+        for (name, ..) in &ways {
+            // An account of its own for each.
+            let reply = poll_as(gateway.address, name, name).await;
+            reply.assert_is_our_error(status);
+            let (again, goes_on) = match status {
+                429 => ("another", "detail=budget"),
+                401 => ("another", "detail=key_refused"),
+                _ => (*name, "crun-gateway; hit; ttl="),
+            };
+            assert_eq!(
+                reply.header("retry-after"),
+                (status != 404).then_some("20"),
+                "{name}: {reply:?}"
+            );
+            let again = poll_as(gateway.address, name, again).await;
+            assert_eq!(again.status, status, "{name}: {again:?}");
+            assert!(
+                again.header("cache-status").unwrap().contains(goes_on),
+                "{name}: {again:?}"
+            );
+            assert_eq!(upstream.queries(name), 1, "{name}");
+        }
+        assert_eq!(upstream.queries("another"), 0);
+        // In a row, and yet no outage.
+        poll_ended(gateway.address, "after".into()).await;
+        for (name, ..) in &ways {
+            assert_not_used_again(&upstream.seen(), name);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_success_without_its_body_is_none() {
+    for status in ["200 OK", "206 Partial Content", "501 Not Implemented"] {
+        let ways = without_its_body(status);
+        are_no_answers(ways.map(|(name, bytes, then)| (name, sends(bytes, then))).into()).await;
+    }
+}
+
+#[tokio::test]
+async fn a_head_that_is_too_large_is_told_as_that_and_is_no_outage() {
+    let fields = "x-filler: a\r\n".repeat(101);
+    let bytes = format!("x-filler: {}\r\n", "a".repeat(256 << 10));
+    let ways = [
+        ("fields", &fields),
+        ("bytes", &bytes),
+        ("more-fields", &fields),
+        ("more-bytes", &bytes),
+        ("fields-again", &fields),
+    ]
+    .map(|(task, head)| (task, stays(ok(&format!("{head}Content-Length: 0\r\n"), ""))));
+    let upstream = Upstream::start(ways.to_vec()).await;
+    let gateway = gateway(&upstream).await;
+    for (task, _) in &ways {
+        let reply = poll(gateway.address, task).await;
+        reply.assert_is_our_error(502);
+        for (name, value) in [
+            ("cache-status", "crun-gateway; detail=upstream_head_too_large"),
+            ("proxy-status", "crun-gateway; error=http_response_header_section_size"),
+        ] {
+            assert_eq!(reply.header(name), Some(value), "{task}: {reply:?}");
+        }
+    }
+    poll_ended(gateway.address, "after".into()).await;
+}
+
 #[tokio::test]
 async fn what_is_no_http_is_a_502() {
     let line = "HTTP/1.1 200 OK\r\n";
@@ -397,6 +500,31 @@ async fn an_answer_that_means_nothing_goes_through_and_no_further() {
             "no-content",
             sends("HTTP/1.1 204 No Content\r\n\r\n", Then::Listens),
             Gets::Upstreams(204),
+        ),
+        // No bytes are none, whatever they are said to be encoded in.
+        (
+            "no-content-in-gzip",
+            sends(
+                "HTTP/1.1 204 No Content\r\nContent-Encoding: gzip\r\n\r\n",
+                Then::Listens,
+            ),
+            Gets::Upstreams(204),
+        ),
+        (
+            "nothing-in-brotli",
+            sends(response("200 OK", "Content-Encoding: br\r\n", b""), Then::Listens),
+            Gets::Upstreams(200),
+        ),
+        (
+            "nothing-in-deflate-and-chunks",
+            sends(
+                ok(
+                    "Content-Encoding: deflate\r\nTransfer-Encoding: chunked\r\n",
+                    "0\r\n\r\n",
+                ),
+                Then::Listens,
+            ),
+            Gets::Upstreams(200),
         ),
         (
             "not-modified",
