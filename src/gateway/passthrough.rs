@@ -4,9 +4,10 @@
 //! is unknown, so this does not guess one router's rules: a path in which the word `taskinfo` stands between any two
 //! separators, after any number of decodings and in any case, is answered 404 unless it is TaskInfo itself.
 
-use http::header::{EXPECT, HOST, VIA};
+use http::header::{EXPECT, HOST, TRANSFER_ENCODING, VIA};
 use http::uri::PathAndQuery;
 use http::{HeaderName, HeaderValue, Request, Response, Uri};
+use hyper::body::Body as _;
 use percent_encoding::percent_decode_str;
 
 use super::Gateway;
@@ -131,6 +132,11 @@ impl Gateway {
         head.uri = Uri::from(path);
         head.version = http::Version::HTTP_11;
         response::strip_hop_by_hop(&mut head.headers);
+        if !body.is_end_stream() && body.size_hint().exact().is_none() {
+            // Without it hyper sends a GET or HEAD of unknown length with no body at all.
+            head.headers
+                .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         // A token is ours and goes nowhere, whether it was understood or not.
         let has_token = self.has_token();
         response::strip(&mut head.headers, |name, value| rewrites(name) || has_token(value));

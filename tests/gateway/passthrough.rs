@@ -291,6 +291,32 @@ async fn a_conversation_streams_both_ways() {
 }
 
 #[tokio::test]
+async fn a_body_of_unknown_length_passes_whatever_the_method() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let gateway = Gateway::start(&url, "").await;
+    for method in ["GET", "HEAD", "DELETE", "OPTIONS", "POST"] {
+        let mut client = Raw::connect(gateway.address).await;
+        let head = format!("{method} /api/v1/search HTTP/1.1\r\nhost: x\r\n");
+        let chunked = format!("{head}transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n");
+        client.send(chunked).await.unwrap();
+        let mut upstream = next(&mut connections).await;
+        let head_there = upstream.head().await.unwrap();
+        assert_eq!(
+            header(&head_there, "transfer-encoding"),
+            Some("chunked"),
+            "{head_there}"
+        );
+        assert_eq!(upstream.until("0\r\n\r\n").await, "5\r\nhello\r\n0\r\n\r\n", "{method}");
+        upstream.send("HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+        assert!(client.reply().await.is(204));
+        // And one that is not there is none.
+        client.send(format!("{head}\r\n")).await.unwrap();
+        let head_there = next(&mut connections).await.head().await.unwrap();
+        assert_eq!(header(&head_there, "transfer-encoding"), None, "{head_there}");
+    }
+}
+
+#[tokio::test]
 async fn large_bodies_pass_both_ways_byte_for_byte() {
     let upstream = quick().await;
     // Larger than any TaskInfo answer may be, and than all of those together.
