@@ -8,7 +8,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use serde::Serialize;
 use tokio::time::Instant;
@@ -503,6 +503,8 @@ pub(super) fn streamed(response: Response<Streamed>, request_id: &HeaderValue, c
         trace: Trace::default(),
     };
     let mut response = response.map(|body| Body::Streamed(body, Box::new(told)));
+    // Upstream's is upstream's: to a client of HTTP/1.1 an older one would leave the answer without an end of its own.
+    *response.version_mut() = Version::HTTP_11;
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_GATEWAY.clone());
     response

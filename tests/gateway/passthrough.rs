@@ -380,6 +380,25 @@ async fn an_answer_that_breaks_off_breaks_off_for_the_client_too() {
 }
 
 #[tokio::test]
+async fn an_answer_of_an_older_http_is_framed_as_any() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let gateway = Gateway::start(&url, "").await;
+    let mut client = Raw::connect(gateway.address).await;
+    let asked = "GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n";
+    client.send([asked, asked].concat()).await.unwrap();
+    for body in ["first", "second"] {
+        let mut upstream = next(&mut connections).await;
+        upstream.head().await.unwrap();
+        upstream.send(format!("HTTP/1.0 200 OK\r\n\r\n{body}")).await.unwrap();
+        drop(upstream);
+        let arrived = client.until("0\r\n\r\n").await;
+        assert!(arrived.starts_with("HTTP/1.1 200 OK\r\n"), "{arrived}");
+        assert_eq!(header(&arrived, "transfer-encoding"), Some("chunked"), "{arrived}");
+        assert!(arrived.contains(body), "{arrived}");
+    }
+}
+
+#[tokio::test]
 async fn upstream_that_is_down_is_503() {
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", gone.local_addr().unwrap());
