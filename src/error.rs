@@ -61,7 +61,7 @@ pub enum Error {
     /// A request's head has begun and did not end within `limits.header_timeout`.
     #[error("the request's head took longer than limits.header_timeout")]
     HeaderTimeout,
-    /// A request has taken longer than `limits.request_timeout`.
+    /// A request has taken longer than `limits.request_timeout`, and its client is not at its end.
     #[error("the request took longer than limits.request_timeout")]
     RequestTimeout,
     /// Nobody may wait any more.
@@ -97,6 +97,10 @@ pub enum Error {
     /// An attempt was sent and not answered within `upstream.timeout`.
     #[error("upstream did not answer in time")]
     UpstreamTimeout,
+    /// Upstream has all that a client has sent of a request that is streamed through, or could have it, and does not answer
+    /// within `limits.request_timeout`.
+    #[error("upstream did not answer within limits.request_timeout")]
+    UpstreamSilent,
     /// The connection broke, or what came was no HTTP answer.
     #[error("upstream closed the connection without a complete answer")]
     UpstreamBroken,
@@ -136,7 +140,9 @@ impl Error {
             | Self::NoRoom
             | Self::Overloaded
             | Self::TooManyConnections(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UpstreamSlow | Self::UpstreamTimeout | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamSilent | Self::RequestTimeout => {
+                StatusCode::GATEWAY_TIMEOUT
+            }
             Self::UpstreamBroken | Self::UpstreamHeadTooLarge | Self::UpstreamTooLarge | Self::UpstreamEncoding => {
                 StatusCode::BAD_GATEWAY
             }
@@ -162,7 +168,8 @@ impl Error {
             Self::TooManyConnections(_) => "connections",
             Self::PlainHttp => "plain_http",
             Self::HeaderTimeout => "header_timeout",
-            Self::RequestTimeout => "request_timeout",
+            // The limit is the same.
+            Self::RequestTimeout | Self::UpstreamSilent => "request_timeout",
             Self::QueueFull { .. } => "queue_full",
             Self::BudgetSpent { .. } => "budget",
             Self::UpstreamUnavailable { .. } => "upstream_unavailable",
@@ -201,7 +208,7 @@ impl Error {
             | Self::Overloaded
             | Self::TooManyConnections(_) => Some("http_request_denied"),
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
-            Self::UpstreamSlow | Self::UpstreamTimeout => Some("http_response_timeout"),
+            Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamSilent => Some("http_response_timeout"),
             Self::UpstreamBroken => Some("http_response_incomplete"),
             Self::UpstreamHeadTooLarge => Some("http_response_header_section_size"),
             Self::UpstreamTooLarge => Some("http_response_body_size"),
@@ -218,9 +225,11 @@ impl Error {
             | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Self::TooManyAccounts => Some(Duration::from_mins(1)),
             Self::NoRoom | Self::Overloaded | Self::TooManyConnections(_) => Some(Duration::from_secs(1)),
-            Self::NoConnection | Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamBroken => {
-                Some(Duration::from_secs(2))
-            }
+            Self::NoConnection
+            | Self::UpstreamSlow
+            | Self::UpstreamTimeout
+            | Self::UpstreamSilent
+            | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey
             | Self::UnknownKey
@@ -265,6 +274,7 @@ impl Error {
             | Self::NoConnection
             | Self::UpstreamSlow
             | Self::UpstreamTimeout
+            | Self::UpstreamSilent
             | Self::UpstreamBroken
             | Self::UpstreamHeadTooLarge
             | Self::UpstreamTooLarge

@@ -279,6 +279,7 @@ impl Gateway {
         );
         let trace = self.trace(context, method, path, &request_id);
         let is_poll = path == TASK_INFO_PATH;
+        let upload = request.body().clone();
         let reply = {
             // Each move of it would take its room again.
             let answering = pin!(async {
@@ -293,7 +294,14 @@ impl Gateway {
                     Reply::from(passing.await)
                 }
             });
-            self.in_time(is_poll, &request_id, &trace, answering).await
+            let late = || {
+                if is_poll || upload.is_awaited() {
+                    Error::RequestTimeout
+                } else {
+                    Error::UpstreamSilent
+                }
+            };
+            self.in_time(is_poll, &request_id, &trace, answering, late).await
         };
         let mut response = reply.into_response();
         response.body_mut().carry(trace);
@@ -314,18 +322,20 @@ impl Gateway {
         } = *miss;
         let reply = {
             let answering = pin!(self.poll(Ok(terms), seen, caller, &request_id, &trace));
-            self.in_time(true, &request_id, &trace, answering).await
+            let late = || Error::RequestTimeout;
+            self.in_time(true, &request_id, &trace, answering, late).await
         };
         (reply.called(request_id), in_flight)
     }
 
-    /// What comes of `answering` within `limits.request_timeout`.
+    /// What comes of `answering` within `limits.request_timeout`; `late` is why nothing did.
     async fn in_time(
         &self,
         is_poll: bool,
         request_id: &HeaderValue,
         trace: &Trace,
         answering: Pin<&mut impl Future<Output = Reply>>,
+        late: impl Fn() -> Error,
     ) -> Reply {
         let most = self.config.load().limits.request_timeout;
         let unanswered = Unanswered::new(self, request_id, trace, is_poll);
@@ -334,9 +344,9 @@ impl Gateway {
         let reply = match in_time {
             Some(Ok(reply)) => reply,
             Some(Err(_)) => {
-                self.count_unanswered(is_poll, &Error::RequestTimeout, most);
-                let refused = self.refuse_named(&Error::RequestTimeout, request_id.clone(), trace.id());
-                Reply::from(refused)
+                let error = late();
+                self.count_unanswered(is_poll, &error, most);
+                Reply::from(self.refuse_named(&error, request_id.clone(), trace.id()))
             }
             None => Reply::from(response::error(&Error::Internal)),
         };

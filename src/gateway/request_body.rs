@@ -1,6 +1,7 @@
 //! A request's body: whoever answers without it leaves it to the connection, which has to come to the next request.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
@@ -10,16 +11,31 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 /// A request's body, as hyper reads it. Whoever has a clone can read on where the others have left it; hyper gives it up with
 /// the last one.
 #[derive(Clone, Debug)]
-pub struct RequestBody(Arc<Mutex<Incoming>>);
+pub struct RequestBody(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    incoming: Mutex<Incoming>,
+    /// Whoever reads would have more, and there is none.
+    is_awaited: AtomicBool,
+}
 
 impl RequestBody {
     /// A body of which nothing is read.
     pub fn new(body: Incoming) -> Self {
-        Self(Arc::new(Mutex::new(body)))
+        Self(Arc::new(Shared {
+            incoming: Mutex::new(body),
+            is_awaited: AtomicBool::new(false),
+        }))
+    }
+
+    /// Whether it is the client that is waited for.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.0.is_awaited.load(Ordering::Relaxed)
     }
 
     fn incoming(&self) -> MutexGuard<'_, Incoming> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.incoming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -28,7 +44,9 @@ impl Body for RequestBody {
     type Error = hyper::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut *self.incoming()).poll_frame(cx)
+        let frame = Pin::new(&mut *self.incoming()).poll_frame(cx);
+        self.0.is_awaited.store(frame.is_pending(), Ordering::Relaxed);
+        frame
     }
 
     fn is_end_stream(&self) -> bool {

@@ -13,7 +13,7 @@ use crun_gateway::server::serve_connection;
 use crun_gateway::upstream::{Dial, Stream};
 use http::{Method, Request};
 use http_body_util::Full;
-use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
@@ -395,6 +395,47 @@ async fn an_answer_of_an_older_http_is_framed_as_any() {
         assert!(arrived.starts_with("HTTP/1.1 200 OK\r\n"), "{arrived}");
         assert_eq!(header(&arrived, "transfer-encoding"), Some("chunked"), "{arrived}");
         assert!(arrived.contains(body), "{arrived}");
+    }
+}
+
+#[tokio::test]
+async fn upstream_that_is_silent_is_told_from_a_client_that_is() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let config = "budget: { max_wait: \"1s\" }\nlimits: { request_timeout: \"1s\" }";
+    let gateway = Gateway::start(&url, config).await;
+    let half = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n\r\nhalf";
+    let whole = format!("{half}half");
+    // It does not fit into what lies between it and an upstream that reads none of it.
+    let large = format!(
+        "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{}",
+        64 << 20,
+        "x".repeat(32 << 20)
+    );
+    for (asked, is_upstreams) in [
+        ("GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n", true),
+        (&whole, true),
+        (&large, true),
+        (half, false),
+    ] {
+        let client = Raw::connect(gateway.address).await;
+        let (mut answers, mut asks) = client.stream.into_split();
+        let asked = asked.to_owned();
+        let asking = tokio::spawn(async move {
+            let _ = asks.write_all(asked.as_bytes()).await;
+            asks
+        });
+        let _upstream = next(&mut connections).await;
+        let mut answer = vec![0; 4096];
+        let read = timeout(PATIENCE, answers.read(&mut answer)).await.unwrap().unwrap();
+        let answer = String::from_utf8_lossy(&answer[..read]);
+        asking.abort();
+        assert!(
+            answer.starts_with("HTTP/1.1 504 ") && answer.contains("limits.request_timeout"),
+            "{answer}"
+        );
+        let [why, when] = ["proxy-status", "retry-after"].map(|name| header(&answer, name));
+        let expected = [Some("crun-gateway; error=http_response_timeout"), Some("2")];
+        assert_eq!([why, when], if is_upstreams { expected } else { [None; 2] }, "{answer}");
     }
 }
 
