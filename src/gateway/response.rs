@@ -58,6 +58,7 @@ pub enum Body {
 #[derive(Debug)]
 pub struct Told {
     request_id: HeaderValue,
+    has_broken_off: bool,
     /// Upstream's part ends first.
     call: Span,
     trace: Trace,
@@ -65,7 +66,8 @@ pub struct Told {
 
 impl Told {
     /// Upstream has broken off, and its status is with the client already.
-    fn breaks_off(&self, error: &hyper::Error) {
+    fn breaks_off(&mut self, error: &hyper::Error) {
+        self.has_broken_off = true;
         tracing::info!(
             request_id = self.request_id.to_str().unwrap_or_default(),
             trace_id = %self.trace.id(),
@@ -82,6 +84,20 @@ impl Body {
     pub(super) fn carry(&mut self, trace: Trace) {
         if let Self::Streamed(_, told) = self {
             told.trace = trace;
+        }
+    }
+
+    /// Tells of an answer that is streamed through, where whoever was to have it takes no more of it.
+    pub fn let_go(&self) {
+        if let Self::Streamed(body, told) = self
+            && !body.is_whole()
+            && !told.has_broken_off
+        {
+            tracing::info!(
+                request_id = told.request_id.to_str().unwrap_or_default(),
+                trace_id = %told.trace.id(),
+                "answer abandoned: its connection ended before it did"
+            );
         }
     }
 
@@ -499,6 +515,7 @@ pub fn refusal(error: &Error) -> Vec<u8> {
 pub(super) fn streamed(response: Response<Streamed>, request_id: &HeaderValue, call: Span) -> Response<Body> {
     let told = Told {
         request_id: request_id.clone(),
+        has_broken_off: false,
         call,
         trace: Trace::default(),
     };

@@ -267,6 +267,7 @@ struct Served {
 impl Served {
     /// Tells of an answer that is cut.
     fn cut(&self) {
+        self.phase.set(Phase::Closing);
         let request_id = self.phase.request_id();
         let request_id = request_id.as_ref().and_then(|id| id.to_str().ok());
         tracing::info!(request_id, "answer cut: not at its end within limits.request_timeout");
@@ -296,7 +297,7 @@ fn service(
             Ok(response.map(|body| Tracked {
                 body,
                 _in_flight: in_flight,
-                _busy: busy,
+                busy,
             }))
         }
     })
@@ -376,7 +377,16 @@ pub(super) async fn close<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> 
 struct Tracked {
     body: Body,
     _in_flight: Option<InFlight>,
-    _busy: Busy,
+    busy: Busy,
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        // One that is cut is told of.
+        if !self.busy.is_cut() {
+            self.body.let_go();
+        }
+    }
 }
 
 impl HttpBody for Tracked {

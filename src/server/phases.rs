@@ -201,6 +201,11 @@ impl Busy {
             self.phases.set(Phase::Busy { until });
         }
     }
+
+    /// Whether its connection has ended it.
+    pub(super) fn is_cut(&self) -> bool {
+        self.phases.0.phase.load(Ordering::Relaxed) & 3 == CLOSING
+    }
 }
 
 impl Drop for Busy {

@@ -62,6 +62,11 @@ impl Streamed {
             interest: Some(interest),
         }
     }
+
+    /// Whether all of it was taken.
+    pub fn is_whole(&self) -> bool {
+        self.has_ended || self.body.is_end_stream()
+    }
 }
 
 impl Body for Streamed {
@@ -86,7 +91,7 @@ impl Body for Streamed {
 
 impl Drop for Streamed {
     fn drop(&mut self) {
-        if (self.has_ended || self.body.is_end_stream())
+        if self.is_whole()
             && let Some(Interest(ended)) = self.interest.take()
         {
             // Else the connection is over already.

@@ -631,6 +631,7 @@ async fn a_request_that_takes_too_long_is_504_and_its_answer_cut_when_it_has_beg
     let log = gateway.logged("answer cut", 1).await;
     let line = log.lines().find(|line| line.contains("answer cut")).unwrap();
     assert!(line.contains("INFO") && line.contains("the-one"), "{line}");
+    assert!(!log.contains("answer abandoned"), "told of twice: {log}");
     assert_eq!(gateway.admin("/readyz").await.0, 200);
 }
 

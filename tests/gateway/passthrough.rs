@@ -552,6 +552,11 @@ async fn a_client_that_leaves_takes_its_request_with_it() {
             "{asked}{behind}{answered}: {end:?}"
         );
     }
+    gone(&gateway).await;
+}
+
+/// Waits until the gateway has no connection to upstream any more.
+async fn gone(gateway: &Gateway) {
     let start = Instant::now();
     while gateway.metric("crun_gateway_upstream_connections").await > 0.1 {
         assert!(start.elapsed() < Duration::from_secs(5));
@@ -588,6 +593,54 @@ async fn a_client_that_leaves_before_the_answer_is_counted_and_logged() {
     );
     assert_eq!(log.matches("\"left\"").count(), 1, "{log}");
     assert_eq!(counted(&gateway, ["499", "5xx"]).await, ["1", "0"]);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_in_the_middle_of_an_answer_is_logged_once() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let gateway = Gateway::start(&url, "log: { format: json }").await;
+    for (begins, leaves) in [
+        ("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", true),
+        (
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+            true,
+        ),
+        // Upstream breaks off: that is told already.
+        ("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", false),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nhalf", false),
+        (
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\n\r\n",
+            false,
+        ),
+    ] {
+        let mut client = Raw::connect(gateway.address).await;
+        let asked = "GET /api/v1/x HTTP/1.1\r\nhost: x\r\nx-request-id: left\r\n\r\n";
+        client.send(asked).await.unwrap();
+        let mut upstream = next(&mut connections).await;
+        upstream.head().await.unwrap();
+        upstream.send(begins).await.unwrap();
+        client.until("half").await;
+        if leaves {
+            drop(client);
+            assert!(!matches!(upstream.some().await, Ok(more) if !more.is_empty()));
+        } else {
+            drop(upstream);
+            gone(&gateway).await;
+        }
+    }
+    let log = gateway.logged("answer abandoned", 2).await;
+    let lines: Vec<serde_json::Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let told: Vec<_> = lines.iter().filter(|line| line["request_id"] == "left").collect();
+    assert_eq!(told.len(), 3, "{log}");
+    for line in &told {
+        assert_eq!(
+            (&line["level"], line["trace_id"].as_str().unwrap().len()),
+            (&"INFO".into(), 32),
+            "{line}"
+        );
+    }
+    assert_eq!(log.matches("answer abandoned").count(), 2, "{log}");
+    assert_eq!(log.matches("answer broken off").count(), 1, "{log}");
 }
 
 #[tokio::test]
