@@ -101,6 +101,7 @@ impl Moment {
 #[serde(deny_unknown_fields)]
 struct Head {
     status: u16,
+    /// Each byte as the character of that number: JSON has no bytes.
     content_type: Option<String>,
     /// In milliseconds since 1970, as all instants here.
     asked: u64,
@@ -119,13 +120,13 @@ impl Seal {
         Self(SecretBox::new(Box::new(key.derive(b"crun-gateway answer"))))
     }
 
-    /// The answer as it may be kept outside; `None` for one that is not kept at all, or whose Content-Type is no text.
+    /// The answer as it may be kept outside; `None` for one that is not kept at all.
     pub fn close(&self, owner: Owner, task: &TaskId, answer: &Answer, now: Moment) -> Option<Vec<u8>> {
         let keeping = answer.keeping()?;
-        let content_type = answer.content_type().map(|value| value.to_str().map(str::to_owned));
+        let content_type = answer.content_type();
         let head = serde_json::to_vec(&Head {
             status: answer.status().as_u16(),
-            content_type: content_type.transpose().ok()?,
+            content_type: content_type.map(|value| value.as_bytes().iter().copied().map(char::from).collect()),
             asked: now.unix_ms(answer.asked()),
             received: now.unix_ms(answer.received()),
             keep: ms(keeping.keep),
@@ -200,7 +201,10 @@ impl Head {
         keeping.keep = keeping.keep.min(Duration::from_millis(self.keep));
         let status = StatusCode::from_u16(self.status).ok()?;
         let content_type = match self.content_type {
-            Some(kept) => Some(HeaderValue::try_from(kept).ok()?),
+            Some(kept) => {
+                let bytes: Result<Vec<u8>, _> = kept.chars().map(u8::try_from).collect();
+                Some(HeaderValue::try_from(bytes.ok()?).ok()?)
+            }
             None => None,
         };
         let is_kept = now.at.saturating_duration_since(received) < keeping.keep;

@@ -87,6 +87,19 @@ fn a_live_answer_brings_no_lifetime_and_a_settling_one_its_first_sight() {
 }
 
 #[test]
+fn a_content_type_is_kept_byte_for_byte() {
+    let now = now();
+    for bytes in [&b"application/json"[..], b"text/x; a=\xc3\xa4\xff\x80", b"a\tb", b""] {
+        let kept = Draft {
+            content_type: Some(HeaderValue::from_bytes(bytes).unwrap()),
+            ..draft("a", &body("a", "success", r#""https://m""#, ""), now, Duration::ZERO)
+        };
+        let opened = reopened(&kept.of_nobody(), now, Duration::ZERO, &SETTINGS).expect("kept");
+        assert_eq!(opened.content_type.unwrap(), bytes);
+    }
+}
+
+#[test]
 fn it_is_kept_no_longer_than_both_then_and_now_say() {
     let now = now();
     let kept = |answer: &Answer, after, cache: &config::Cache| reopened(answer, now, after, cache).is_some();
