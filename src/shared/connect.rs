@@ -10,13 +10,11 @@ use anyhow::{Context as _, bail};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, RedisConnectionInfo, Value};
 use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::config::{Key, Store};
 use crate::dial;
-use crate::panics::dialled;
 
 /// The store, and how it is reached.
 pub(super) struct Dialer {
@@ -97,14 +95,12 @@ impl Dialer {
             let address = url.addresses.first().context("shared.url names no host")?;
             return self.log_in(address, self.store.password.as_ref()).await;
         };
-        let mut last = anyhow::anyhow!("shared.url names no sentinel");
-        for sentinel in &url.addresses {
-            match self.primary(sentinel, service).await {
-                Ok(connection) => return Ok(connection),
-                Err(error) => last = error.context(format!("sentinel {}:{}", sentinel.0, sentinel.1)),
-            }
-        }
-        Err(last)
+        let ask = async |sentinel: &(String, u16)| {
+            let primary = self.primary(sentinel, service).await;
+            primary.with_context(|| format!("sentinel {}:{}", sentinel.0, sentinel.1))
+        };
+        let primary = dial::first(&url.addresses, ask).await;
+        primary.context("shared.url names no sentinel")?
     }
 
     /// The primary of `service`, as this sentinel knows it and as it knows itself.
@@ -132,8 +128,7 @@ impl Dialer {
     }
 
     async fn open(&self, (host, port): &(String, u16), login: RedisConnectionInfo) -> anyhow::Result<Connection> {
-        let raw = dialled(TcpStream::connect((host.as_str(), *port))).await?;
-        raw.set_nodelay(true)?;
+        let raw = dial::connect(host, *port).await?;
         // Both time-outs are ours.
         let settings = AsyncConnectionConfig::new()
             .set_connection_timeout(None)

@@ -870,6 +870,17 @@ async fn comes_to_lend(config: &str, password: &str) -> (bool, String) {
 }
 
 #[tokio::test]
+async fn a_sentinel_that_says_nothing_keeps_nobody_from_the_next() {
+    let primary = Store::start().await;
+    let sentinel = Store::sentinel(&primary).await;
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addresses = format!("{},{}", silent.local_addr().unwrap(), sentinel.address);
+    let config = format!("shared: {{ max_replicas: 2, url: 'redis+sentinel://{addresses}/main' }}");
+    let (lends, log) = comes_to_lend(&config, "").await;
+    assert!(lends, "{log}");
+}
+
+#[tokio::test]
 async fn the_store_may_speak_tls_and_ask_for_a_password() {
     let identity = Identity::of("localhost");
     let [cert, key, root] = ["cert.pem", "key.pem", "root.pem"].map(|name| identity.file(name));
