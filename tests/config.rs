@@ -445,6 +445,17 @@ fn a_key_that_cannot_be_had_is_refused() {
 }
 
 #[test]
+fn passwords_of_the_store_may_be_the_same_and_are_no_keys() {
+    let config = accepts(
+        "accounts: [{ name: a, keys: [{ env: MUSIC }] }]\n\
+         shared: { max_replicas: 3, url: 'redis+sentinel://s/main', password: { env: MEDIA }, sentinel_password: { env: MEDIA } }",
+    );
+    let store = config.shared.unwrap().store.unwrap();
+    assert_eq!(store.password, store.sentinel_password);
+    accepts("accounts: [{ name: a, keys: [{ env: MUSIC }] }]\nshared: { max_replicas: 3, password: { env: MUSIC } }");
+}
+
+#[test]
 fn an_unknown_field_that_is_not_quoted_has_its_line() {
     for name in ["http2", "a.b", "'a b'"] {
         let problems = refused(&format!("listen: '127.0.0.1:0'\n{name}: true\n")).to_string();

@@ -34,7 +34,7 @@ pub enum KeySource {
     Env(String),
 }
 
-/// Every key read so far, and where it stands.
+/// Every key and token read so far, and where it stands: each is whose it is, so that none may stand twice.
 pub(super) type Seen = HashMap<ApiKey, String>;
 
 /// Reads the list of keys `name`.
@@ -48,7 +48,7 @@ pub(super) fn keys(reader: &mut Reader<'_>, name: &'static str) -> Vec<Key> {
     let keys = items
         .iter()
         .enumerate()
-        .map(|(index, item)| secret(reader, format!("{path}[{index}]"), item));
+        .map(|(index, item)| secret(reader, format!("{path}[{index}]"), item, unique));
     keys.flatten().collect()
 }
 
@@ -59,24 +59,42 @@ pub(super) fn one(reader: &mut Reader<'_>, name: &'static str) -> Option<Key> {
         reader.problem(name, "is missing", "write { file: PATH } or { env: NAME }");
     }
     let path = reader.path(name);
-    secret(reader, path, item?)
+    secret(reader, path, item?, unique)
 }
 
-/// Reads the one secret `name`, if it is there.
+/// Reads the one secret `name`, if it is there: it lets us in elsewhere, and may be the same as another.
 pub(super) fn optional(reader: &mut Reader<'_>, name: &'static str) -> Option<Key> {
     let item = reader.nullable(name, Ok)?;
     let path = reader.path(name);
-    secret(reader, path, item)
+    secret(reader, path, item, key)
 }
 
-fn secret<'a>(reader: &mut Reader<'a>, path: String, item: &'a Value) -> Option<Key> {
+fn secret<'a>(
+    reader: &mut Reader<'a>,
+    path: String,
+    item: &'a Value,
+    read: fn(&mut Reader<'a>) -> Option<Key>,
+) -> Option<Key> {
     if item.is_string() || item.is_number() {
         const WHAT: &str = "a key as plain text: keys are never written into the config";
         const FIX: &str = "put it in a file or an environment variable and write { file: PATH } or { env: NAME }";
         reader.within(path, None, |reader| reader.problem("", WHAT, FIX));
         return None;
     }
-    reader.within(path, Some(item), key)
+    reader.within(path, Some(item), read)
+}
+
+/// The same as [`key`], for one that stands nowhere else.
+fn unique(reader: &mut Reader<'_>) -> Option<Key> {
+    let read = key(reader)?;
+    if let Some(other) = reader.keys.get(&read.key) {
+        let what = format!("is the same key as {other}");
+        reader.problem("", what, "list each key once");
+        return None;
+    }
+    let path = reader.path("");
+    reader.keys.insert(read.key.clone(), path);
+    Some(read)
 }
 
 /// Reads one key: `{ file: PATH }` or `{ env: NAME }`.
@@ -111,13 +129,6 @@ fn key(reader: &mut Reader<'_>) -> Option<Key> {
         .and_then(|bytes| sendable(&bytes))
         .map_err(|wrong| reader.refuse(name, wrong))
         .ok()?;
-    if let Some(other) = reader.keys.get(&key) {
-        let what = format!("is the same key as {other}");
-        reader.problem("", what, "list each key once");
-        return None;
-    }
-    let path = reader.path("");
-    reader.keys.insert(key.clone(), path);
     Some(Key { key, source })
 }
 
