@@ -2,7 +2,7 @@
 //!
 //! A YAML file goes in, a [`Config`] or all its [`Problems`] come out. The one list of fields, defaults and checks is
 //! `config/fields.rs`; the shape is that of the shipped `config.yaml`. Nothing here reads the process's environment, which
-//! is an argument, or the clock, but to see whether a certificate has expired. Relative paths are relative to the working
+//! is an argument, or the clock, but to see whether a certificate is valid. Relative paths are relative to the working
 //! directory.
 
 mod fields;

@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use crun_gateway::account::ApiKey;
 use crun_gateway::config::{ClientCertificates, Config, Demand, KeySource, LogFormat, Problems, Tls, UnknownKeys};
@@ -587,7 +587,7 @@ fn what_cannot_be_served_over_tls_is_refused_by_field_and_with_a_fix() {
     let files = tempfile::tempdir().unwrap();
     let (cert, key) = identity(&files, "a", |_| {});
     let (_, other) = identity(&files, "b", |_| {});
-    let (expired, its_key) = identity(&files, "c", |params| {
+    let (expired, expired_key) = identity(&files, "c", |params| {
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
         params.not_after = rcgen::date_time_ymd(2021, 2, 3);
     });
@@ -609,12 +609,29 @@ fn what_cannot_be_served_over_tls_is_refused_by_field_and_with_a_fix() {
         "tls.key_file: is not the key of the first certificate in tls.cert_file: name the two that belong together, \
          the server's own certificate before its intermediates",
     );
-    for expired in [of(&expired, &its_key, ""), of(&chain, &key, "")] {
+    for text in [of(&expired, &expired_key, ""), of(&chain, &key, "")] {
         refuses(
-            &expired,
+            &text,
             "tls.cert_file: expired on 2021-02-03T00:00:00Z: renew it, and put the new certificate and its key in place",
         );
     }
+    let (early, its_key) = identity(&files, "d", |params| {
+        params.not_before = rcgen::date_time_ymd(2999, 1, 2);
+        params.not_after = rcgen::date_time_ymd(3000, 1, 1);
+    });
+    refuses(
+        &of(&early, &its_key, ""),
+        "tls.cert_file: is valid only from 2999-01-02T00:00:00Z on: put it in place then, or set this machine's clock right",
+    );
+    // Clocks of issuer and server may differ by a minute.
+    let tls = Tls {
+        cert_file: expired,
+        key_file: expired_key,
+        clients: None,
+    };
+    let begin = UNIX_EPOCH + Duration::from_hours((50 * 365 + 12) * 24);
+    let before = |secs| tls.read(begin - Duration::from_secs(secs)).is_ok();
+    assert_eq!((before(60), before(61)), (true, false));
     refuses(
         &of(&nothing, &cert, ""),
         "tls.cert_file: has no certificate in it: name a PEM file with BEGIN CERTIFICATE\n\

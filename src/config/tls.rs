@@ -1,11 +1,11 @@
 //! TLS for clients: the files that configuration names, and whether what they hold can be served.
 //!
 //! The configuration keeps the paths only: the files are read again whenever their content changes, by the same checks.
-//! An expired certificate is refused like a damaged one, since every client would refuse it.
+//! A certificate that has expired, or is not valid yet, is refused like a damaged one, since every client would refuse it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -20,6 +20,9 @@ use x509_cert::der::Decode as _;
 use super::problem::{Problem, Problems, Wrong, wrong};
 use super::reader::Reader;
 use super::{secret, values};
+
+/// How far the clock of who issues a certificate may be ahead of ours.
+const CLOCKS_APART: Duration = Duration::from_mins(1);
 
 const CERT_FILE: &str = "cert_file";
 const KEY_FILE: &str = "key_file";
@@ -165,18 +168,24 @@ fn damaged<T>() -> Result<T, Wrong> {
     wrong("is damaged", "name a PEM file with whole certificates")
 }
 
-/// The server's certificates, none expired, and when the first of them does.
+/// The server's certificates, all valid, and when the first of them expires.
 fn chain(file: &Path, now: SystemTime) -> Result<(Vec<CertificateDer<'static>>, SystemTime), Wrong> {
     let chain = certificates(file)?;
-    let mut expires: Option<SystemTime> = None;
+    let (mut begins, mut expires) = (UNIX_EPOCH, None::<SystemTime>);
     for certificate in &chain {
         let Ok(certificate) = CertificateInner::<Raw>::from_der(certificate) else {
             return damaged();
         };
-        let end = UNIX_EPOCH + certificate.tbs_certificate().validity().not_after.to_unix_duration();
+        let validity = certificate.tbs_certificate().validity();
+        begins = begins.max(UNIX_EPOCH + validity.not_before.to_unix_duration());
+        let end = UNIX_EPOCH + validity.not_after.to_unix_duration();
         expires = Some(expires.map_or(end, |first| first.min(end)));
     }
     match expires {
+        Some(_) if begins > now + CLOCKS_APART => {
+            let what = format!("is valid only from {} on", humantime::format_rfc3339_seconds(begins));
+            wrong(what, "put it in place then, or set this machine's clock right")
+        }
         Some(end) if end > now => Ok((chain, end)),
         Some(end) => {
             let what = format!("expired on {}", humantime::format_rfc3339_seconds(end));
