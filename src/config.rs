@@ -28,7 +28,7 @@ pub use self::problem::{Problem, Problems};
 use self::reader::Reader;
 pub use self::secret::{Key, KeySource};
 pub use self::shared::{Shared, Store, StoreUrl};
-pub use self::tls::{ClientCertificates, Demand, Identity, Tls};
+pub use self::tls::{CaFile, ClientCertificates, Demand, Identity, Tls};
 pub use self::watched::{Content, Watched};
 
 /// Everything that the gateway may be told.
@@ -124,8 +124,8 @@ pub struct Upstream {
     pub connections: usize,
     /// The largest body, decoded, in bytes.
     pub max_body: usize,
-    /// Extra root certificates, PEM.
-    pub ca_file: Option<PathBuf>,
+    /// Extra roots.
+    pub ca_file: Option<CaFile>,
     /// Whether it is told which trace a request belongs to.
     pub traceparent: bool,
 }
@@ -247,8 +247,8 @@ pub struct Log {
 pub struct Otlp {
     /// Scheme, host and port; `None` is no spans at all.
     pub endpoint: Option<Uri>,
-    /// Extra root certificates, PEM.
-    pub ca_file: Option<PathBuf>,
+    /// Extra roots.
+    pub ca_file: Option<CaFile>,
     /// Of the traces that begin here, how many are kept, from 0 to 1.
     pub sample_ratio: f64,
     /// One request to the collector, connecting included.

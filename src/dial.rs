@@ -5,7 +5,6 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +14,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use http::Uri;
 use http::uri::Scheme;
-use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::{ServerName, TrustAnchor};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
@@ -129,32 +127,27 @@ fn bare(host: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }
 
-/// The TLS that `url` asks for, if it does, to speak HTTP/1.1. `ca_file` holds extra roots, PEM; `section` is where both are configured.
+/// The TLS that `url` asks for, if it does, to speak HTTP/1.1, with these extra roots; `section` is where both are configured.
 ///
 /// # Errors
-/// When the URL names no host, or the file cannot be read.
-pub fn tls(url: &Uri, ca_file: Option<&Path>, section: &str) -> anyhow::Result<Option<Handshake>> {
+/// When the URL names no host.
+pub fn tls(url: &Uri, extra: Option<&[TrustAnchor<'static>]>, section: &str) -> anyhow::Result<Option<Handshake>> {
     if url.scheme() != Some(&Scheme::HTTPS) {
         return Ok(None);
     }
     let host = url.host().with_context(|| format!("{section}: no host in {url}"))?;
     let name = ServerName::try_from(bare(host).to_owned()).with_context(|| format!("{section}: host in {url}"))?;
-    Ok(Some((connector(ca_file, section, &["http/1.1"])?, name)))
+    Ok(Some((connector(extra, &["http/1.1"])?, name)))
 }
 
-/// TLS that trusts the roots of the web and those in `ca_file`, PEM, which `section` configures; ALPN offers `protocols`.
+/// TLS that trusts the roots of the web and the `extra` ones; ALPN offers `protocols`.
 ///
 /// # Errors
-/// When the file cannot be read.
-pub fn connector(ca_file: Option<&Path>, section: &str, protocols: &[&str]) -> anyhow::Result<TlsConnector> {
+/// When the provider of its algorithms lacks one that TLS needs.
+pub fn connector(extra: Option<&[TrustAnchor<'static>]>, protocols: &[&str]) -> anyhow::Result<TlsConnector> {
     let mut roots = RootCertStore::empty();
-    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(file) = ca_file {
-        let named = || format!("{section}.ca_file: {}", file.display());
-        for certificate in CertificateDer::pem_file_iter(file).with_context(named)? {
-            roots.add(certificate.with_context(named)?).with_context(named)?;
-        }
-    }
+    let of_the_web = webpki_roots::TLS_SERVER_ROOTS;
+    roots.extend(of_the_web.iter().chain(extra.unwrap_or_default()).cloned());
     let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)

@@ -73,7 +73,7 @@ impl Shared {
     /// slice is spent, from 2 s + margin on.
     ///
     /// # Errors
-    /// When `shared.ca_file` cannot be read.
+    /// When TLS cannot be set up.
     ///
     /// # Panics
     /// Outside a tokio runtime: the calls are made by a task of their own.

@@ -523,7 +523,8 @@ fn extra_roots_must_hold_a_certificate() {
     let files = tempfile::tempdir().unwrap();
     let good = file(&files, "good.pem", certificate() + &certificate());
     let config = accepts(&format!("upstream: {{ ca_file: {good:?} }}"));
-    assert_eq!(config.upstream.ca_file, Some(good));
+    let roots = config.upstream.ca_file.unwrap();
+    assert_eq!((&roots.path, roots.anchors.len()), (&good, 2));
 
     let none = file(&files, "none.pem", "# no certificate\n");
     let half = &certificate()[..200];
@@ -536,6 +537,40 @@ fn extra_roots_must_hold_a_certificate() {
         &format!("upstream: {{ ca_file: {half:?} }}"),
         "upstream.ca_file: is damaged: name a PEM file with whole certificates",
     );
+    // What is PEM, and no certificate.
+    let junk = file(
+        &files,
+        "junk.pem",
+        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    );
+    for (section, rest) in [
+        ("upstream", ""),
+        ("otlp", ""),
+        ("shared", "max_replicas: 3, url: 'rediss://x', "),
+    ] {
+        refuses(
+            &format!("{section}: {{ {rest}ca_file: {junk:?} }}"),
+            &format!(
+                "{section}.ca_file: has a certificate that cannot vouch for others: name the roots' own certificates"
+            ),
+        );
+    }
+}
+
+#[test]
+fn other_roots_in_the_same_file_need_a_restart() {
+    let files = tempfile::tempdir().unwrap();
+    let roots = file(&files, "roots.pem", certificate());
+    let text = format!(
+        "upstream: {{ ca_file: {roots:?} }}\notlp: {{ ca_file: {roots:?} }}\n\
+         shared: {{ max_replicas: 3, url: 'rediss://x', ca_file: {roots:?} }}"
+    );
+    let running = accepts(&text);
+    assert!(accepts(&text).taken_over(&running).1.is_empty());
+    file(&files, "roots.pem", certificate());
+    let (taken, left) = accepts(&text).taken_over(&running);
+    assert_eq!(left, ["upstream", "shared", "otlp"]);
+    assert_eq!(taken, running);
 }
 
 /// A certificate and its key, in files.

@@ -6,7 +6,6 @@
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::{GIB, KIB, MIB, TIB};
@@ -95,7 +94,7 @@ fn upstream(r: &mut Reader<'_>) -> Upstream {
         timeout: r.duration("timeout", secs(8), MS..=YEAR),
         connections: r.count("connections", 120, 1..=MANY),
         max_body: r.bytes("max_body", 16 * MIB, KIB..=GIB),
-        ca_file: r.nullable("ca_file", ca_file),
+        ca_file: r.nullable("ca_file", tls::ca_file),
         traceparent: r.value("traceparent", false, values::boolean),
     }
 }
@@ -203,7 +202,7 @@ fn log(r: &mut Reader<'_>) -> Log {
 fn otlp(r: &mut Reader<'_>) -> Otlp {
     Otlp {
         endpoint: r.nullable("endpoint", values::endpoint),
-        ca_file: r.nullable("ca_file", ca_file),
+        ca_file: r.nullable("ca_file", tls::ca_file),
         sample_ratio: r.value("sample_ratio", 0.01, values::ratio),
         timeout: r.duration("timeout", secs(10), MS..=secs(3600)),
     }
@@ -270,12 +269,6 @@ fn together(r: &mut Reader<'_>, config: &Config) {
     );
     let fix = "lower it, or raise limits.body_bytes";
     r.together(&["upstream.max_body", "limits.body_bytes"], one <= all / 2, what, fix);
-}
-
-/// The extra roots' file, which must hold at least one certificate. Only its path is kept.
-pub(super) fn ca_file(value: &Value) -> Result<PathBuf, Wrong> {
-    let path = PathBuf::from(values::text(value, "/etc/ssl/extra.pem")?);
-    tls::certificates(&path).map(|_| path)
 }
 
 fn default_worker_threads() -> usize {

@@ -7,7 +7,7 @@ use http::Uri;
 use super::fields::{LOG_FORMATS, LOG_LEVELS, UNKNOWN_KEYS};
 use super::tls::DEMANDS;
 use super::values::{written_duration as time, written_size};
-use super::{Account, Client, Config, Key, KeySource, Shared, Tls};
+use super::{Account, CaFile, Client, Config, Key, KeySource, Shared, Tls};
 
 /// Every field, in the order of the shipped `config.yaml`.
 pub(super) fn yaml(config: &Config) -> String {
@@ -44,7 +44,7 @@ pub(super) fn yaml(config: &Config) -> String {
         format!("  timeout: {}", time(upstream.timeout)),
         format!("  connections: {}", upstream.connections),
         format!("  max_body: {}", size(upstream.max_body)),
-        format!("  ca_file: {}", or_null(upstream.ca_file.as_deref().map(path))),
+        format!("  ca_file: {}", or_null(ca_file(upstream.ca_file.as_ref()))),
         format!("  traceparent: {}", upstream.traceparent),
         accounts_yaml(accounts),
         format!("unknown_keys: {}", word(unknown_keys, &UNKNOWN_KEYS)),
@@ -87,7 +87,7 @@ pub(super) fn yaml(config: &Config) -> String {
         format!("  level: {}", word(&log.level, &LOG_LEVELS)),
         "otlp:".to_owned(),
         format!("  endpoint: {}", or_null(otlp.endpoint.as_ref().map(origin))),
-        format!("  ca_file: {}", or_null(otlp.ca_file.as_deref().map(path))),
+        format!("  ca_file: {}", or_null(ca_file(otlp.ca_file.as_ref()))),
         format!("  sample_ratio: {}", otlp.sample_ratio),
         format!("  timeout: {}", time(otlp.timeout)),
     ];
@@ -122,7 +122,7 @@ fn shared_yaml(Shared { max_replicas, store }: &Shared) -> String {
         or_null(store.username.as_deref().map(quoted)),
         secret(&store.password),
         secret(&store.sentinel_password),
-        or_null(store.ca_file.as_deref().map(path)),
+        or_null(ca_file(store.ca_file.as_ref())),
         quoted(&time(store.connect_timeout)),
         quoted(&time(store.timeout)),
     )
@@ -179,6 +179,10 @@ fn origin(url: &Uri) -> String {
 
 fn path(path: &Path) -> String {
     quoted(&path.to_string_lossy())
+}
+
+fn ca_file(roots: Option<&CaFile>) -> Option<String> {
+    roots.map(|roots| path(&roots.path))
 }
 
 fn or_null(value: Option<impl ToString>) -> String {

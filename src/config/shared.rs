@@ -4,16 +4,14 @@
 //! configuration names.
 
 use std::num::NonZeroU32;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::{MIB, TIB};
 use serde_json::Value;
 
-use super::fields::ca_file;
 use super::problem::{Wrong, wrong};
 use super::reader::Reader;
-use super::{Key, secret, values};
+use super::{CaFile, Key, secret, tls, values};
 
 /// How replicas share budgets.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,8 +37,8 @@ pub struct Store {
     pub password: Option<Key>,
     /// The sentinels' password.
     pub sentinel_password: Option<Key>,
-    /// Extra root certificates, PEM.
-    pub ca_file: Option<PathBuf>,
+    /// Extra roots.
+    pub ca_file: Option<CaFile>,
     /// DNS, TCP, TLS and log-in together.
     pub connect_timeout: Duration,
     /// A call without a reply for so long is given up.
@@ -105,7 +103,7 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Shared> {
     let username = r.nullable("username", |value| values::text(value, "default").map(str::to_owned));
     let password = secret::optional(r, "password");
     let sentinel_password = secret::optional(r, "sentinel_password");
-    let ca_file = r.nullable("ca_file", ca_file);
+    let ca_file = r.nullable("ca_file", tls::ca_file);
     let second = Duration::from_secs(1);
     let connect_timeout = r.duration("connect_timeout", second, Duration::from_millis(10)..=second * 60);
     let timeout = r.duration("timeout", second / 5, Duration::from_millis(10)..=second);

@@ -3,12 +3,13 @@
 //! The configuration keeps the paths only: the files are read again whenever their content changes, by the same checks.
 //! A certificate that has expired, or is not valid yet, is refused like a damaged one, since every client would refuse it.
 
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor};
 use secrecy::zeroize::Zeroizing;
 use serde_json::Value;
 use tokio_rustls::rustls::crypto::ring::sign::any_supported_type;
@@ -61,6 +62,23 @@ pub enum Demand {
 /// The words for [`Demand`].
 pub(super) const DEMANDS: [(&str, Demand); 2] = [("required", Demand::Required), ("optional", Demand::Optional)];
 
+/// Extra roots for connections of ours: what they are here is what is trusted, whatever becomes of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CaFile {
+    /// The file, PEM.
+    pub path: PathBuf,
+    /// The roots in it, at least one.
+    pub anchors: Arc<[TrustAnchor<'static>]>,
+}
+
+impl Deref for CaFile {
+    type Target = [TrustAnchor<'static>];
+
+    fn deref(&self) -> &Self::Target {
+        &self.anchors
+    }
+}
+
 /// What the files hold, checked.
 #[derive(Debug)]
 pub struct Identity {
@@ -96,7 +114,11 @@ impl Tls {
     fn identity(&self, now: SystemTime) -> Result<Identity, Vec<(&'static str, Wrong)>> {
         let chain = chain(&self.cert_file, now);
         let key = private_key(&self.key_file);
-        let roots = self.clients.as_ref().map(|clients| roots(&clients.ca_file)).transpose();
+        let roots = self
+            .clients
+            .as_ref()
+            .map(|clients| roots(&clients.ca_file).map(Arc::new))
+            .transpose();
         match (chain, key, roots) {
             (Ok((chain, expires)), Ok(key), Ok(client_roots)) => Ok(Identity {
                 certified: paired(chain, key).map_err(|found| vec![found])?,
@@ -154,8 +176,15 @@ fn path(value: &Value, example: &str) -> Result<PathBuf, Wrong> {
     values::text(value, example).map(PathBuf::from)
 }
 
+/// Reads the extra roots whose file is `value`.
+pub(super) fn ca_file(value: &Value) -> Result<CaFile, Wrong> {
+    let path = path(value, "/etc/ssl/extra.pem")?;
+    let anchors = roots(&path)?.roots.into();
+    Ok(CaFile { path, anchors })
+}
+
 /// The certificates of a PEM file, at least one.
-pub(super) fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, Wrong> {
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, Wrong> {
     let pem = secret::read_file(file)?;
     match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
@@ -207,7 +236,7 @@ fn private_key(file: &Path) -> Result<Arc<dyn SigningKey>, Wrong> {
     signing
 }
 
-fn roots(file: &Path) -> Result<Arc<RootCertStore>, Wrong> {
+fn roots(file: &Path) -> Result<RootCertStore, Wrong> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(file)? {
         if roots.add(certificate).is_err() {
@@ -217,7 +246,7 @@ fn roots(file: &Path) -> Result<Arc<RootCertStore>, Wrong> {
             );
         }
     }
-    Ok(Arc::new(roots))
+    Ok(roots)
 }
 
 fn paired(

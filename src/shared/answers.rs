@@ -279,7 +279,7 @@ impl Answers {
     /// error.
     ///
     /// # Errors
-    /// When `shared.ca_file` cannot be read.
+    /// When TLS cannot be set up.
     ///
     /// # Panics
     /// Outside a tokio runtime.

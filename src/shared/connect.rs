@@ -59,9 +59,9 @@ impl fmt::Debug for Dialer {
 
 impl Dialer {
     /// # Errors
-    /// When the extra roots cannot be read.
+    /// When TLS cannot be set up.
     pub(super) fn new(store: &Store) -> anyhow::Result<Self> {
-        let tls = || dial::connector(store.ca_file.as_deref(), "shared", &[]);
+        let tls = || dial::connector(store.ca_file.as_deref(), &[]);
         let tls = store.url.is_tls.then(tls).transpose()?;
         Ok(Self {
             store: store.clone(),
