@@ -24,6 +24,7 @@ use std::time::Duration;
 use http::{HeaderName, Uri};
 use serde_json::Value;
 
+use self::problem::Wrong;
 pub use self::problem::{Problem, Problems};
 use self::reader::Reader;
 pub use self::secret::{Key, KeySource};
@@ -76,13 +77,26 @@ impl Config {
     /// # Errors
     /// Every problem of the file at once; or the one that keeps it from being read.
     pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Problems> {
-        let text = secret::read_file(path).and_then(|bytes| {
-            String::from_utf8(bytes).or_else(|_| problem::wrong("the file is not UTF-8", "save it as UTF-8"))
-        });
-        match text {
-            Ok(text) => Self::parse(&text, env),
-            Err(wrong) => Err(Problem::new(path.display().to_string(), wrong).into()),
+        Self::parse(&read(path)?, env)
+    }
+
+    /// The same for a process that runs with `running`, to which a file that says nothing is no configuration, if that would
+    /// change anything: it was lost, or has yet to be written, and the defaults let everybody in.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load), and when it says nothing.
+    pub fn load_anew(path: &Path, env: &dyn Fn(&str) -> Option<String>, running: &Self) -> Result<Self, Problems> {
+        let text = read(path)?;
+        let config = Self::parse(&text, env)?;
+        let says_nothing = reader::tree(&text, &fields::is_one)?.is_null();
+        if says_nothing && config.clone().taken_over(running).0 != *running {
+            let wrong = Wrong {
+                what: "says nothing any more".into(),
+                fix: "put back what was in it, or write {} for all defaults".into(),
+            };
+            return Err(Problem::new(path.display().to_string(), wrong).into());
         }
+        Ok(config)
     }
 
     /// Reads the text of a configuration and the files and environment variables that it names.
@@ -102,6 +116,13 @@ impl Config {
     pub fn render(&self) -> String {
         render::yaml(self)
     }
+}
+
+fn read(path: &Path) -> Result<String, Problem> {
+    let text = secret::read_file(path).and_then(|bytes| {
+        String::from_utf8(bytes).or_else(|_| problem::wrong("the file is not UTF-8", "save it as UTF-8"))
+    });
+    text.map_err(|wrong| Problem::new(path.display().to_string(), wrong))
 }
 
 impl Default for Config {

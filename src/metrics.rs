@@ -208,7 +208,7 @@ pub struct Metrics {
     pub disk: DiskMetrics,
     passthrough_requests: Vec<IntCounter>,
     passthrough_abandoned: IntCounter,
-    /// 1 while the configuration last read is in force.
+    /// 0 while the configuration last read is wrong; else 1, also while fields of it wait for a restart.
     pub config_reload_success: IntGauge,
     /// When one was last taken over, in seconds since 1970.
     pub config_reload_timestamp: prometheus::Gauge,
@@ -423,7 +423,8 @@ impl Metrics {
                 &registry,
                 IntGauge::with_opts(opts(
                     "config_reload_success",
-                    "1 while the configuration last read is in force, 0 while it is wrong and the one before is.",
+                    "0 while the configuration last read is wrong, and the one before is in force; else 1, also while fields of it wait \
+                     for a restart.",
                 ))?,
             )?,
             config_reload_timestamp: register(

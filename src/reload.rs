@@ -2,11 +2,12 @@
 //!
 //! Kubernetes changes a mounted `ConfigMap` or Secret by swapping a symlink in the folder above, which a watch on the file
 //! misses; so what the configuration says is read anew every few seconds, with all the files that it names, and compared.
-//! SIGHUP does it at once. It is checked first and taken over whole, or not at all: then everything stays as it was, and
-//! the log says what is wrong and what to do.
+//! SIGHUP does it at once. Who writes a file in place may be in the middle of it, and half a configuration is often a valid
+//! one that lets more people in: so a change counts once it has read the same twice in a row. It is checked first and taken
+//! over whole, or not at all: then everything stays as it was, and the log says what is wrong and what to do.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -48,23 +49,41 @@ impl fmt::Debug for Source {
 struct Said {
     problems: Option<Problems>,
     needs_restart: Vec<&'static str>,
+    is_no_file: bool,
 }
 
 /// Takes over what changes in `source`, for as long as it is polled.
 pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
     let mut said = Said::default();
+    let mut last = Ok(source.written.clone());
     loop {
         let is_asked = timeout(INTERVAL, source.now.notified()).await.is_ok();
         if is_asked {
             said = Said::default();
         }
-        let path = source.path.clone();
+        let (path, running) = (source.path.clone(), source.written.clone());
         // Files may lie on a network's disk.
-        let load = panics::blocking(move || Config::load(&path, &|name| std::env::var(name).ok()));
+        let load = panics::blocking(move || {
+            may_be_read_anew(&path).then(|| Config::load_anew(&path, &|name| std::env::var(name).ok(), &running))
+        });
         let Ok(loaded) = load.await else { continue };
+        let Some(loaded) = loaded else {
+            if !said.is_no_file {
+                tracing::warn!(
+                    path = %source.path.display(),
+                    "the configuration is in no regular file: what was read at the start stays, and the keys that it names"
+                );
+                said.is_no_file = true;
+            }
+            continue;
+        };
+        let is_settled = is_asked || loaded == last;
+        last.clone_from(&loaded);
+        if !is_settled {
+            continue;
+        }
         match loaded {
             Ok(config) => {
-                said.problems = None;
                 take_over(config, source, gateway, metrics, &mut said, is_asked);
                 metrics.config_reload_success.set(1);
             }
@@ -78,6 +97,12 @@ pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
             }
         }
     }
+}
+
+/// A pipe gave all it had at the start: opened again it is empty, or never ends.
+fn may_be_read_anew(path: &Path) -> bool {
+    // What is wrong with a folder, or a file that is gone, whoever reads it says.
+    path.metadata().map_or(true, |is| is.is_file() || is.is_dir())
 }
 
 fn take_over(
@@ -100,9 +125,12 @@ fn take_over(
         source.written = written;
         metrics.config_reload_timestamp.set(unix_now());
         tracing::info!(limit, accounts, "the changed configuration is taken over");
+    } else if said.problems.is_some() {
+        tracing::info!("the configuration says again what is in force");
     } else if is_asked && needs_restart.is_empty() {
         tracing::info!("the configuration has not changed");
     }
+    said.problems = None;
     if needs_restart != said.needs_restart {
         if !needs_restart.is_empty() {
             tracing::warn!(

@@ -172,6 +172,133 @@ async fn a_wrong_configuration_changes_nothing_and_says_what_is_wrong() {
     assert!((rate - 12.0 / 1.03).abs() < 0.01, "{rate}");
 }
 
+/// Who is listed nowhere is rejected; what is written of it first says that all are let in.
+const CLOSED: &str = "upstream: { url: 'http://upstream' }\nunknown_keys: reject\n";
+const HALF: &str = "upstream: { url: 'http://upstream' }\n";
+
+/// A gateway that runs with a configuration in a file that may change.
+struct Watching {
+    gateway: Paused,
+    folder: tempfile::TempDir,
+    /// While it is there, what is logged goes to a file.
+    _logging: tracing::subscriber::DefaultGuard,
+}
+
+impl Watching {
+    fn start(configuration: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Arc::new(fs::File::create(folder.path().join("log")).unwrap());
+        let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(log);
+        let watching = Self {
+            gateway: Paused::start(Behaviour::default(), |_| {}),
+            _logging: tracing::subscriber::set_default(lines.finish()),
+            folder,
+        };
+        watching.write(configuration);
+        watching.gateway.watch(&watching.path());
+        watching
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("config.yaml")
+    }
+
+    fn write(&self, configuration: &str) {
+        fs::write(self.path(), configuration).unwrap();
+    }
+
+    /// Whether a key that is listed nowhere is let in.
+    async fn lets_in(&self) -> bool {
+        self.gateway.poll(KEY, "task").await.status == 200
+    }
+
+    /// How many lines with `text` were logged.
+    fn said(&self, text: &str) -> usize {
+        let log = fs::read_to_string(self.folder.path().join("log")).unwrap();
+        log.lines().filter(|line| line.contains(text)).count()
+    }
+
+    fn is_right(&self) -> bool {
+        self.gateway.metric("crun_gateway_config_reload_success") > 0.5
+    }
+}
+
+/// Until just before it is looked at the first time.
+async fn until_the_first_look() {
+    sleep(Duration::from_millis(4900)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_is_taken_over_when_it_reads_the_same_twice_in_a_row() {
+    let watching = Watching::start(CLOSED);
+    until_the_first_look().await;
+    watching.write(HALF);
+    sleep(Duration::from_secs(5)).await;
+    assert!(!watching.lets_in().await);
+    sleep(Duration::from_secs(1)).await;
+    assert!(watching.lets_in().await);
+    assert_eq!(watching.said(TAKEN_OVER), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_half_written_is_never_in_force() {
+    let watching = Watching::start(CLOSED);
+    until_the_first_look().await;
+    for text in ["", HALF, "upstream: {", CLOSED] {
+        watching.write(text);
+        sleep(Duration::from_secs(5)).await;
+        assert!(!watching.lets_in().await);
+    }
+    sleep(Duration::from_secs(20)).await;
+    assert!(!watching.lets_in().await);
+    assert_eq!((watching.said(TAKEN_OVER), watching.said("ERROR")), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_file_that_says_nothing_any_more_changes_nothing() {
+    let watching = Watching::start(CLOSED);
+    for text in ["", "# all that is left\n"] {
+        watching.write(text);
+        sleep(Duration::from_secs(20)).await;
+        assert!(!watching.lets_in().await && !watching.is_right());
+    }
+    assert_eq!(watching.said("config.yaml: says nothing"), 1);
+    // Who means the defaults says so.
+    watching.write("{}");
+    sleep(Duration::from_secs(20)).await;
+    assert!(watching.lets_in().await && watching.is_right());
+
+    let nothing = Watching::start("");
+    sleep(Duration::from_secs(20)).await;
+    nothing.write("# nothing");
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!((nothing.said("ERROR"), nothing.lets_in().await), (0, true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_read_from_no_regular_file_stays_and_that_is_said_once() {
+    let watching = Watching::start(CLOSED);
+    fs::remove_file(watching.path()).unwrap();
+    // Which gives nothing, like a pipe that has given all.
+    symlink("/dev/null", watching.path()).unwrap();
+    sleep(Duration::from_mins(1)).await;
+    assert!(!watching.lets_in().await);
+    assert_eq!((watching.said("no regular file"), watching.said("ERROR")), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_configuration_that_is_right_again_is_told_of() {
+    const AGAIN: &str = "says again what is in force";
+    let watching = Watching::start(CLOSED);
+    watching.write("unknown_keys: perhaps");
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!((watching.said("is not taken over"), watching.said(AGAIN)), (1, 0));
+    watching.write(CLOSED);
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!((watching.said("is not taken over"), watching.said(AGAIN)), (1, 1));
+    assert!(watching.is_right());
+}
+
 #[tokio::test]
 async fn what_needs_a_restart_is_named_and_the_rest_is_taken_over() {
     let upstream = Simulator::start(&[]).await;

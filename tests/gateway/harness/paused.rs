@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use crun_gateway::account::{ApiKey, Caller};
 use crun_gateway::config::{self, Config};
 use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
+use crun_gateway::reload::{self, Source};
 use crun_gateway::server::{Tls, serve_connection, serve_tls_connection};
 use crun_gateway::upstream::{Dial, Stream};
 use http::{Request, Response, StatusCode};
@@ -22,7 +24,7 @@ use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{DuplexStream, duplex};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -203,6 +205,21 @@ impl Paused {
         let mut config = self.config.clone();
         change(&mut config);
         self.gateway.configure(config);
+    }
+
+    /// Runs with the configuration at `path`, and takes over what becomes of it, as a running gateway does.
+    pub fn watch(&self, path: &Path) {
+        let written = Config::load(path, &|_| None).unwrap();
+        self.gateway.configure(written.clone());
+        let mut source = Source {
+            path: path.to_owned(),
+            written,
+            now: Arc::new(Notify::new()),
+            fit: Box::new(|_| {}),
+            set_level: Box::new(|_| {}),
+        };
+        let (gateway, metrics) = (Arc::clone(&self.gateway), Arc::clone(&self.metrics));
+        tokio::spawn(async move { reload::watch(&mut source, &gateway, &metrics).await });
     }
 
     /// When each connection to upstream began to be opened, in order.
