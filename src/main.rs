@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use nix::sys::signal::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -100,6 +101,8 @@ fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> 
     let upstream_connections = config.limits.upstream_connections;
     let runtime = runtime(config.worker_threads)?;
     let done = runtime.block_on(async {
+        // Told of by the error of the write that is too large; else this signal would end the process.
+        let _file_too_large = signal(SignalKind::from_raw(Signal::SIGXFSZ as i32)).context("SIGXFSZ")?;
         let shutdown = Shutdown::default();
         tokio::spawn(cancel_on_signals(shutdown.drain.clone(), shutdown.now.clone())?);
         let now = Arc::new(Notify::new());
