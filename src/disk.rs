@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
 use crate::panics::{blocking, supervise};
-use file::{Bounds, File, Sealed, Trouble};
+use file::{Bounds, File, Gone, Sealed, Trouble};
 
 /// Answers that wait to be written, and their bytes: over a minute of one account's, and no more than a few of the largest
 /// or an eighth of what may be kept. In memory they stand twice, once sealed.
@@ -66,6 +66,13 @@ impl Settings {
             max_bytes: cache.disk_max_bytes,
             max_age: cache.disk_max_age,
         })
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            bytes: self.max_bytes,
+            oldest_ms: self.oldest_ms(),
+        }
     }
 
     /// What was said before (milliseconds since 1970) is too old.
@@ -283,6 +290,16 @@ impl Shared {
         self.state.send_replace(state);
     }
 
+    fn count(&self, gone: Gone) {
+        self.metrics.evicted.inc_by(gone.evicted);
+        self.metrics.expired.inc_by(gone.expired);
+    }
+
+    fn say_kept(&self, file: &File) {
+        let (entries, bytes) = file.holds();
+        tracing::info!(path = %self.settings.path.display(), entries, bytes, "ended tasks are kept on disk");
+    }
+
     fn show(&self, file: &File) {
         let (entries, bytes) = file.holds();
         self.metrics.holds(entries, bytes);
@@ -306,10 +323,13 @@ impl Keeper {
         // After a panic the file may be open here still.
         self.shared.set(State::Opening);
         loop {
-            let path = self.shared.settings.path.clone();
-            let opened = blocking(move || File::open(&path)).await;
+            let (path, bounds) = (self.shared.settings.path.clone(), self.shared.settings.bounds());
+            let opened = blocking(move || File::open(&path, bounds)).await;
             let trouble = match opened.unwrap_or_else(|error| Err(Trouble::Io(error))) {
-                Ok(file) => self.keep(Arc::new(file)).await,
+                Ok((file, gone)) => {
+                    self.shared.count(gone);
+                    self.keep(Arc::new(file)).await
+                }
                 Err(trouble) => Some((DiskStep::Open, trouble)),
             };
             let Some((step, trouble)) = trouble else {
@@ -325,8 +345,9 @@ impl Keeper {
 
     /// Writes what comes, until it is stopped or something goes wrong.
     async fn keep(&mut self, file: Arc<File>) -> Option<(DiskStep, Trouble)> {
-        let (entries, bytes) = file.holds();
-        tracing::info!(path = %self.shared.settings.path.display(), entries, bytes, "ended tasks are kept on disk");
+        if self.said.is_none() {
+            self.shared.say_kept(&file);
+        }
         while self.troubles.try_recv().is_ok() {}
         self.shared.set(State::Open(Arc::clone(&file)));
         // What became too old while nobody ran.
@@ -367,10 +388,7 @@ impl Keeper {
 
     async fn write(&mut self, file: &Arc<File>, batch: Vec<Record>) -> Option<(DiskStep, Trouble)> {
         let (metrics, queued) = (&self.shared.metrics, batch.len() as u64);
-        let bounds = Bounds {
-            bytes: self.shared.settings.max_bytes,
-            oldest_ms: self.shared.settings.oldest_ms(),
-        };
+        let bounds = self.shared.settings.bounds();
         let file = Arc::clone(file);
         let writing = blocking(move || {
             let sealed = batch.into_iter().filter_map(|record| {
@@ -388,12 +406,15 @@ impl Keeper {
         match writing.await.unwrap_or_else(|error| Err(Trouble::Io(error))) {
             Ok((written, gone, file)) => {
                 if written > 0 {
-                    (self.said, self.retry) = (None, FIRST_RETRY);
+                    if self.said.take().is_some() {
+                        // Not before: that it opens says nothing of room for an answer.
+                        self.shared.say_kept(&file);
+                    }
+                    self.retry = FIRST_RETRY;
                 }
                 metrics.writes.inc_by(written);
                 metrics.dropped.inc_by(queued - written);
-                metrics.evicted.inc_by(gone.evicted);
-                metrics.expired.inc_by(gone.expired);
+                self.shared.count(gone);
                 self.shared.show(&file);
                 None
             }
@@ -469,8 +490,8 @@ fn fix(kind: std::io::ErrorKind) -> &'static str {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
             "let the gateway's user write the file and its folder (on Kubernetes: fsGroup, and a volume that is not read-only)"
         }
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
-            "free space there, or lower cache.disk_max_bytes"
+        full if file::is_full(full) => {
+            "free space there, or lower cache.disk_max_bytes and restart; without the gateway running the file may be deleted"
         }
         ErrorKind::WouldBlock => "allow the process more threads (pids)",
         ErrorKind::IsADirectory => "name a file in that folder",

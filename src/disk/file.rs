@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -78,8 +79,38 @@ struct Book {
 }
 
 impl File {
-    /// Opens the file, or makes one.
-    pub(super) fn open(path: &Path) -> Result<Self, Trouble> {
+    /// Opens the file, or makes one. One that takes more than `bounds` by now (they were lowered, or the sizes of answers left
+    /// gaps) is made smaller; where not even that finds room, an empty one is begun: all in it can be asked for again.
+    pub(super) fn open(path: &Path, bounds: Bounds) -> Result<(Self, Gone), Trouble> {
+        let is_too_large = taken(path) > bounds.bytes;
+        let opened = Self::open_as_it_is(path);
+        let opened = opened.and_then(|file| {
+            if is_too_large {
+                file.made_smaller(bounds)
+            } else {
+                Ok((file, Gone::default()))
+            }
+        });
+        match opened {
+            Err(Trouble::Io(error)) if is_too_large && is_full(error.kind()) => {
+                tracing::warn!(
+                    path = %path.display(), %error,
+                    "cache.disk: the file is too large, and there is no room to make it smaller; an empty one is begun"
+                );
+                std::fs::remove_file(path).map_err(Trouble::Io)?;
+                Ok((Self::open_as_it_is(path)?, Gone::default()))
+            }
+            opened => opened,
+        }
+    }
+
+    fn made_smaller(mut self, bounds: Bounds) -> Result<(Self, Gone), Trouble> {
+        let gone = self.write(&[], bounds)?;
+        contained(|| Ok(self.database.compact()?))?;
+        Ok((self, gone))
+    }
+
+    fn open_as_it_is(path: &Path) -> Result<Self, Trouble> {
         contained(|| {
             if let Some(folder) = path.parent() {
                 std::fs::create_dir_all(folder).map_err(Trouble::Io)?;
@@ -189,6 +220,17 @@ impl File {
     }
 }
 
+/// What the file takes of its volume, in bytes: redb makes it longer than it writes.
+fn taken(path: &Path) -> u64 {
+    path.metadata().map_or(0, |is| is.blocks() * 512)
+}
+
+/// Whether that says that there is no room.
+pub(super) fn is_full(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(kind, StorageFull | QuotaExceeded | FileTooLarge)
+}
+
 /// Moves a corrupt file out of the way, over one that was there before; says where it is.
 pub(super) fn set_aside(path: &Path) -> io::Result<PathBuf> {
     let mut aside = path.as_os_str().to_owned();
@@ -246,7 +288,14 @@ macro_rules! from_redb {
     };
 }
 
-from_redb!(DatabaseError, StorageError, TransactionError, TableError, CommitError);
+from_redb!(
+    DatabaseError,
+    StorageError,
+    TransactionError,
+    TableError,
+    CommitError,
+    CompactionError
+);
 
 #[cfg(test)]
 mod tests;

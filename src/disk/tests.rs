@@ -171,3 +171,30 @@ async fn what_comes_within_a_moment_is_written_at_once() {
     assert!(start.elapsed() >= LINGER, "it waited for others: {:?}", start.elapsed());
     drop(disk);
 }
+
+#[tokio::test(start_paused = true)]
+async fn that_answers_are_kept_again_is_said_when_one_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let lines = tracing_subscriber::fmt().with_writer(Arc::new(std::fs::File::create(&log).unwrap()));
+    let _logging = tracing::subscriber::set_default(lines.finish());
+    let said = |text| std::fs::read_to_string(&log).unwrap().matches(text).count();
+    let (_, metrics) = metrics();
+    let disk = Disk::open(settings(folder.path()), metrics.clone());
+    let comes = async |up| {
+        while metrics.up.get() != up {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    comes(1).await;
+    for retries in 1..4 {
+        let full = Trouble::Io(std::io::ErrorKind::StorageFull.into());
+        disk.shared.trouble.send(full).await.unwrap();
+        comes(0).await;
+        comes(1).await;
+        assert_eq!((said("cannot be used"), said("are kept on disk")), (1, 1), "{retries}");
+    }
+    disk.put(B, now_ms(), 3, || Some(b"abc".to_vec()));
+    disk.close().await;
+    assert_eq!((said("cannot be used"), said("are kept on disk")), (1, 2));
+}

@@ -30,7 +30,12 @@ fn at(folder: &TempDir) -> PathBuf {
 }
 
 fn open(folder: &TempDir) -> File {
-    File::open(&at(folder)).unwrap()
+    File::open(&at(folder), ANY).unwrap().0
+}
+
+/// What the file takes of its volume. Not its length: redb makes it longer than it writes.
+fn taken(folder: &TempDir) -> u64 {
+    at(folder).metadata().unwrap().blocks() * 512
 }
 
 #[test]
@@ -125,8 +130,7 @@ fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
             gone += file.write(&batch, bounds).unwrap().evicted;
             let (_, bytes) = file.holds();
             assert!(bytes <= bounds.bytes);
-            // Not the length: redb makes the file longer than it writes.
-            let taken = at(&folder).metadata().unwrap().blocks() * 512;
+            let taken = taken(&folder);
             assert!(taken <= bounds.bytes, "{lengths:?}: {taken} after {number}");
         }
         let (entries, bytes) = file.holds();
@@ -137,10 +141,34 @@ fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
 }
 
 #[test]
+fn a_file_that_takes_more_than_it_may_by_now_is_smaller_once_it_is_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    for batch in 0..20 {
+        let answers: Vec<_> = (0..100).map(|number| sealed(100 * batch + number, 9000)).collect();
+        file.write(&answers, ANY).unwrap();
+    }
+    drop(file);
+    let lowered = Bounds { bytes: 4 * MIB, ..ANY };
+    assert!(taken(&folder) > 4 * lowered.bytes);
+    let (file, gone) = File::open(&at(&folder), lowered).unwrap();
+    assert!(taken(&folder) <= lowered.bytes, "{}", taken(&folder));
+    let (entries, bytes) = file.holds();
+    assert_eq!(gone.evicted + entries as u64, 2000);
+    assert!(bytes > lowered.bytes / 2, "no more than has to");
+    assert_eq!(file.read(place(1999), 0).unwrap(), Some(sealed(1999, 9000).bytes));
+    // And stays usable.
+    file.write(&[sealed(2000, 9000)], lowered).unwrap();
+    drop(file);
+    let (file, gone) = File::open(&at(&folder), lowered).unwrap();
+    assert_eq!((gone, file.may_hold(place(2000))), (Gone::default(), true));
+}
+
+#[test]
 fn one_process_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let file = open(&folder);
-    assert!(matches!(File::open(&at(&folder)), Err(Trouble::InUse)));
+    assert!(matches!(File::open(&at(&folder), ANY), Err(Trouble::InUse)));
     drop(file);
     open(&folder);
 }
@@ -150,7 +178,7 @@ fn what_is_no_such_file_is_corrupt_and_set_aside() {
     let folder = tempfile::tempdir().unwrap();
     for content in [&b"not ours"[..], &vec![0; 100_000]] {
         std::fs::write(at(&folder), content).unwrap();
-        assert!(matches!(File::open(&at(&folder)), Err(Trouble::Corrupt(_))));
+        assert!(matches!(File::open(&at(&folder), ANY), Err(Trouble::Corrupt(_))));
         let aside = set_aside(&at(&folder)).unwrap();
         assert_eq!(std::fs::read(aside).unwrap(), content);
         assert_eq!(open(&folder).holds().0, 0);
@@ -160,10 +188,10 @@ fn what_is_no_such_file_is_corrupt_and_set_aside() {
 #[test]
 fn a_folder_that_is_missing_is_made_and_one_that_cannot_be_is_told_of() {
     let folder = tempfile::tempdir().unwrap();
-    let file = File::open(&folder.path().join("a/b/answers")).unwrap();
+    let file = File::open(&folder.path().join("a/b/answers"), ANY).unwrap();
     drop(file);
     std::fs::write(folder.path().join("file"), "").unwrap();
-    let below_a_file = File::open(&folder.path().join("file/answers"));
+    let below_a_file = File::open(&folder.path().join("file/answers"), ANY);
     assert!(matches!(below_a_file, Err(Trouble::Io(_))), "{below_a_file:?}");
 }
 
@@ -184,7 +212,7 @@ fn content() -> (Vec<u8>, HashMap<u128, Vec<u8>>) {
 fn readable(content: &[u8], answers: &HashMap<u128, Vec<u8>>) -> Option<usize> {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(at(&folder), content).unwrap();
-    let file = File::open(&at(&folder)).ok()?;
+    let (file, _) = File::open(&at(&folder), ANY).ok()?;
     let as_written =
         |(place, bytes): &(&u128, &Vec<u8>)| file.read(**place, 0).is_ok_and(|read| read.as_ref() == Some(bytes));
     let found = answers.iter().filter(as_written).count();
