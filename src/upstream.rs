@@ -91,7 +91,7 @@ impl Upstream {
     /// The upstream that `settings` name, reached through `dial`.
     ///
     /// # Errors
-    /// When `settings.url` names no host or `settings.ca_file` cannot be read.
+    /// When `settings.url` names no host.
     pub fn new(
         settings: &config::Upstream,
         limits: &config::Limits,
