@@ -45,6 +45,9 @@ const FWD_STALE: &str = "crun-gateway; fwd=stale; fwd-status=";
 /// Bytes that the head of a hit mostly fits.
 const USUAL_HEAD: usize = 384;
 
+/// Bytes that a Cache-Status mostly fits.
+const USUAL_CACHE_STATUS: usize = 96;
+
 /// A response's body: bytes that are there, or upstream's as they come.
 #[derive(Debug)]
 pub enum Body {
@@ -237,16 +240,45 @@ pub struct Reply(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    /// Upstream's answer: its bytes and status, and few headers, since most of upstream's speak of a connection or a moment
-    /// that is not this client's.
-    Answer {
-        answer: Answer,
-        cache: CacheStatus,
-        freshness: Freshness,
-        request_id: Option<HeaderValue>,
-    },
+    FromUpstream(FromUpstream),
     /// Whatever else.
     Made(Box<Response<Body>>),
+}
+
+/// Upstream's answer as the client gets it: its bytes and status, and few headers, since most of upstream's speak of a
+/// connection or a moment that is not this client's.
+#[derive(Debug)]
+struct FromUpstream {
+    answer: Answer,
+    cache: CacheStatus,
+    freshness: Freshness,
+    request_id: Option<HeaderValue>,
+}
+
+impl FromUpstream {
+    /// Shows each header but those that say where the body ends and when it was sent.
+    fn each_header(&self, mut show: impl FnMut(HeaderName, &[u8])) {
+        let content_type = self.answer.content_type();
+        for (name, value) in [
+            (CONTENT_TYPE, content_type.as_deref()),
+            (RETRY_AFTER, self.answer.retry_after()),
+            (LOCATION, self.answer.location()),
+        ] {
+            if let Some(value) = value {
+                show(name, value.as_bytes());
+            }
+        }
+        let mut status = Vec::with_capacity(USUAL_CACHE_STATUS);
+        let ttl = self.freshness.ttl();
+        (self.cache).write(&self.answer, ttl, |part| status.extend_from_slice(part));
+        show(CACHE_STATUS, &status);
+        show(AGE, itoa::Buffer::new().format(self.freshness.age.as_secs()).as_bytes());
+        show(CACHE_CONTROL, NO_STORE.as_bytes());
+        show(VIA, VIA_GATEWAY.as_bytes());
+        if let Some(request_id) = &self.request_id {
+            show(REQUEST_ID, request_id.as_bytes());
+        }
+    }
 }
 
 impl From<Response<Body>> for Reply {
@@ -258,18 +290,18 @@ impl From<Response<Body>> for Reply {
 impl Reply {
     /// `live` is the freshness lifetime of live answers at `now`.
     pub(super) fn new(answer: Answer, cache: CacheStatus, now: Instant, live: Duration) -> Self {
-        Self(Kind::Answer {
+        Self(Kind::FromUpstream(FromUpstream {
             freshness: answer.freshness(now, live),
             answer,
             cache,
             request_id: None,
-        })
+        }))
     }
 
     /// The same with the `x-request-id` that it is called by.
     pub(super) fn called(mut self, id: HeaderValue) -> Self {
         match &mut self.0 {
-            Kind::Answer { request_id, .. } => *request_id = Some(id),
+            Kind::FromUpstream(answered) => answered.request_id = Some(id),
             Kind::Made(response) => drop(response.headers_mut().insert(REQUEST_ID, id)),
         }
         self
@@ -278,7 +310,7 @@ impl Reply {
     /// What it is called by.
     pub fn request_id(&self) -> Option<&HeaderValue> {
         match &self.0 {
-            Kind::Answer { request_id, .. } => request_id.as_ref(),
+            Kind::FromUpstream(answered) => answered.request_id.as_ref(),
             Kind::Made(response) => response.headers().get(REQUEST_ID),
         }
     }
@@ -286,61 +318,53 @@ impl Reply {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match &self.0 {
-            Kind::Answer { answer, .. } => answer.status(),
+            Kind::FromUpstream(answered) => answered.answer.status(),
             Kind::Made(response) => response.status(),
         }
     }
 
     /// The same for hyper.
     pub fn into_response(self) -> Response<Body> {
-        let (answer, cache, freshness, request_id) = match self.0 {
-            Kind::Answer {
-                answer,
-                cache,
-                freshness,
-                request_id,
-            } => (answer, cache, freshness, request_id),
+        let answered = match self.0 {
+            Kind::FromUpstream(answered) => answered,
             Kind::Made(response) => return *response,
         };
         let mut response = Response::new(Body::Whole(None));
-        *response.status_mut() = answer.status();
-        let headers = response.headers_mut();
-        if let Some(content_type) = answer.content_type() {
-            headers.insert(CONTENT_TYPE, content_type.into_owned());
-        }
-        if let Some(retry_after) = answer.retry_after() {
-            headers.insert(RETRY_AFTER, retry_after.clone());
-        }
-        if let Some(location) = answer.location() {
-            headers.insert(LOCATION, location.clone());
-        }
-        let mut status = Vec::new();
-        cache.write(&answer, freshness.ttl(), |part| status.extend_from_slice(part));
-        if let Ok(value) = HeaderValue::try_from(status) {
-            headers.insert(CACHE_STATUS, value);
-        }
-        headers.insert(AGE, HeaderValue::from(freshness.age.as_secs()));
-        headers.insert(CACHE_CONTROL, NO_STORE.clone());
-        headers.insert(VIA, VIA_GATEWAY.clone());
-        if let Some(request_id) = request_id {
-            headers.insert(REQUEST_ID, request_id);
-        }
-        *response.body_mut() = Body::Whole(Some(answer.into()));
+        *response.status_mut() = answered.answer.status();
+        answered.each_header(|name, value| {
+            if let Ok(value) = HeaderValue::from_bytes(value) {
+                response.headers_mut().insert(name, value);
+            }
+        });
+        *response.body_mut() = Body::Whole(Some(answered.answer.into()));
         response
     }
 
     /// Writes to `head` what hyper would of its head, to a GET, and that it `is_last` on its connection if so; gives the body.
     pub fn write(self, head: &mut Vec<u8>, is_last: bool) -> Data {
+        let status = self.status();
         head.reserve(USUAL_HEAD);
-        let (status, body) = (self.status(), self.write_fields(head));
+        write_status(head, status);
         let mut add = |part: &[u8]| head.extend_from_slice(part);
+        let body = match self.0 {
+            Kind::FromUpstream(answered) => {
+                answered.each_header(|name, value| add_header(&mut add, &name, value));
+                Some(answered.answer.into())
+            }
+            Kind::Made(mut response) => {
+                for (name, value) in response.headers() {
+                    add_header(&mut add, name, value.as_bytes());
+                }
+                response.body_mut().take()
+            }
+        };
         if is_last {
             add(b"\r\nconnection: close");
         }
         let body = body.filter(|_| may_have_body(status));
         if may_have_body(status) {
-            add(b"\r\ncontent-length: ");
             let length = body.as_ref().map_or(0, Data::remaining);
+            add(b"\r\ncontent-length: ");
             add(itoa::Buffer::new().format(length).as_bytes());
         }
         add(b"\r\ndate: ");
@@ -348,48 +372,11 @@ impl Reply {
         add(b"\r\n\r\n");
         body.unwrap_or(Data::Bytes(Bytes::new()))
     }
+}
 
-    /// The status line and the fields, without the last line end.
-    fn write_fields(self, head: &mut Vec<u8>) -> Option<Data> {
-        write_status(head, self.status());
-        let mut add = |part: &[u8]| head.extend_from_slice(part);
-        let (answer, cache, freshness, request_id) = match self.0 {
-            Kind::Answer {
-                answer,
-                cache,
-                freshness,
-                request_id,
-            } => (answer, cache, freshness, request_id),
-            Kind::Made(mut response) => {
-                for (name, value) in response.headers() {
-                    for part in [b"\r\n", name.as_str().as_bytes(), b": ", value.as_bytes()] {
-                        add(part);
-                    }
-                }
-                return response.body_mut().take();
-            }
-        };
-        let content_type = answer.content_type();
-        for (name, value) in [
-            ("\r\ncontent-type: ", content_type.as_deref()),
-            ("\r\nretry-after: ", answer.retry_after()),
-            ("\r\nlocation: ", answer.location()),
-        ] {
-            if let Some(value) = value {
-                add(name.as_bytes());
-                add(value.as_bytes());
-            }
-        }
-        add(b"\r\ncache-status: ");
-        cache.write(&answer, freshness.ttl(), &mut add);
-        add(b"\r\nage: ");
-        add(itoa::Buffer::new().format(freshness.age.as_secs()).as_bytes());
-        add(b"\r\ncache-control: no-store\r\nvia: 1.1 crun-gateway");
-        if let Some(request_id) = request_id {
-            add(b"\r\nx-request-id: ");
-            add(request_id.as_bytes());
-        }
-        Some(answer.into())
+fn add_header(add: &mut impl FnMut(&[u8]), name: &HeaderName, value: &[u8]) {
+    for part in [b"\r\n", name.as_str().as_bytes(), b": ", value] {
+        add(part);
     }
 }
 
