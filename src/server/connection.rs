@@ -132,6 +132,7 @@ pub async fn serve_connection<S>(
                 Line::Resting(guard)
             }
             (Event::Over(Phase::Head { .. }), line) => {
+                phase.ran_out_of_time();
                 let (error, in_body) = (Error::HeaderTimeout, false);
                 if refusal.set(Refused { error, in_body }).is_err() {
                     // That is said already, or something else, and whoever it is said to does not read.
@@ -496,8 +497,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
                     if buffer.filled().is_empty() {
                         return Poll::Ready(Ok(()));
                     }
-                    // A stop waits for nobody's upload.
-                    if !this.draining.is_cancelled() {
+                    // A stop waits for nobody's upload, and a head that does not end is none.
+                    if !this.draining.is_cancelled() && !this.phase.is_out_of_time() {
                         over.as_mut().reset((Instant::now() + LINGER).min(*until));
                     }
                 }

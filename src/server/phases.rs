@@ -59,6 +59,8 @@ struct Shared {
     is_settled: AtomicBool,
     /// Since the last request was taken up, hyper has wanted more than there was of it: it has no byte left.
     is_starved: AtomicBool,
+    /// A head took too long: whoever sent it so slowly has no more time.
+    is_out_of_time: AtomicBool,
     /// What the answer that was begun last calls its request; hits do not say.
     request_id: Mutex<Option<HeaderValue>>,
     idle_timeout: Duration,
@@ -75,6 +77,7 @@ impl Phases {
             is_next_begun: AtomicBool::new(false),
             is_settled: AtomicBool::new(true),
             is_starved: AtomicBool::new(false),
+            is_out_of_time: AtomicBool::new(false),
             request_id: Mutex::default(),
             idle_timeout: limits.idle_timeout,
             header_timeout: limits.header_timeout,
@@ -150,6 +153,16 @@ impl Phases {
     /// hyper wanted more, and all of every request was there.
     pub(super) fn starved(&self) {
         self.0.is_starved.store(true, Ordering::Relaxed);
+    }
+
+    /// A head has taken too long.
+    pub(super) fn ran_out_of_time(&self) {
+        self.0.is_out_of_time.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether one has.
+    pub(super) fn is_out_of_time(&self) -> bool {
+        self.0.is_out_of_time.load(Ordering::Relaxed)
     }
 
     /// The answer to the request that is being answered calls it so.

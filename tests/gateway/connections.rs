@@ -377,6 +377,24 @@ async fn a_refused_upload_may_go_on_for_a_while() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_head_that_takes_too_long_may_not_go_on() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    let mut client = gateway.connect(1 << 16, CancellationToken::new());
+    let started = Instant::now();
+    let ends = loop {
+        if client.send("G").await.is_err() {
+            break started.elapsed();
+        }
+        sleep(SECOND / 2).await;
+    };
+    // limits.header_timeout, and then the time to close.
+    assert!(ends > 12 * SECOND && ends <= 13 * SECOND, "{ends:?}");
+    assert!(client.reply().await.is(408));
+    client.assert_ends().await;
+}
+
 #[tokio::test]
 async fn a_client_that_has_said_all_it_has_to_say_is_answered_when_the_answer_is_there() {
     let upstream = quick().await;
