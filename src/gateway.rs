@@ -430,7 +430,11 @@ impl Gateway {
             let answered = self.answer_to_key(&mut poll).await;
             match self.asker_since(&poll, &answered) {
                 None => break answered,
-                Some(Ok(asker)) => (poll.asker, poll.has_flown) = (asker, poll.has_flown && answered.is_ok()),
+                Some(Ok(asker)) => {
+                    (poll.asker, poll.has_flown) = (asker, poll.has_flown && answered.is_ok());
+                    // What was seen is the old account's.
+                    (poll.is_looked_up, poll.kept) = (false, None);
+                }
                 Some(Err(error)) => break Err(error),
             }
         };

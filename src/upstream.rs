@@ -265,7 +265,7 @@ impl Ready {
             sender, driver, wire, ..
         } = &mut *connection.line;
         wire.arm(permit);
-        let mut has_waited = false;
+        let (mut head, mut has_waited) = (None, false);
         let query = upstream.recent.ask(asked);
         let answered = {
             // Each move of it would take its room again.
@@ -273,31 +273,31 @@ impl Ready {
                 let response = sender.send_request(request).await;
                 let response = response.map_err(|error| headless(&error, wire))?;
                 wire.answered();
-                let (mut head, body) = in_http(response)?.into_parts();
-                match body::read(&head.headers, body, &upstream.room, &mut has_waited).await {
-                    Ok((body, room)) => Ok((head, body, room, true)),
-                    Err(error) if task::says_enough(head.status.as_u16()) => {
-                        head.headers.insert(CONTENT_TYPE, JSON);
-                        let body = in_place_of_body(head.status, &error);
-                        Ok((head, body, None, false))
-                    }
-                    Err(error) => Err(error),
-                }
+                let (parts, body) = in_http(response)?.into_parts();
+                let head = head.insert(parts);
+                body::read(&head.headers, body, &upstream.room, &mut has_waited).await
             });
             timeout(upstream.settings.timeout, driver.run(exchange)).await
         };
-        let (head, body, room, is_whole) = match answered {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => {
-                return Err(Failed {
-                    unanswered: !wire.heard(),
-                    unspent: wire.was_late(),
-                    error,
-                });
-            }
+        let read = match answered {
+            Ok(read) => read.map_err(|error| Failed {
+                unanswered: !wire.heard(),
+                unspent: wire.was_late(),
+                error,
+            }),
             // Upstream may have been quick enough.
-            Err(_) if has_waited => return Err(Failed::after(Error::NoRoom)),
-            Err(_) => return Err(Failed::after(Error::UpstreamTimeout)),
+            Err(_) if has_waited => Err(Failed::after(Error::NoRoom)),
+            Err(_) => Err(Failed::after(Error::UpstreamTimeout)),
+        };
+        let is_whole = read.is_ok();
+        let (head, body, room) = match (head, read) {
+            (Some(head), Ok((body, room))) => (head, body, room),
+            (Some(mut head), Err(failed)) if task::says_enough(head.status.as_u16()) => {
+                head.headers.insert(CONTENT_TYPE, JSON);
+                let body = in_place_of_body(head.status, &failed.error);
+                (head, body, None)
+            }
+            (_, read) => return Err(read.err().unwrap_or(Failed::after(Error::Internal))),
         };
         let received = Instant::now();
         query.answered(received);

@@ -95,8 +95,14 @@ impl Gateway {
             // behind, and the next one begin anew: so whoever has one is the next to ask.
             drop(probe);
             let patience = self.config.load().upstream.connect_timeout;
-            let ready = timeout(patience, connecting).await.ok()?.ok()?;
-            (self.upstream.breaker().next_probe(task).await?, ready)
+            let mut ready = timeout(patience, connecting).await.ok()?.ok()?;
+            let probe = self.upstream.breaker().next_probe(task).await?;
+            // Upstream may have closed it while its turn was not yet due. Given back, the turn would go to one that begins
+            // anew, and ends no better.
+            if ready.is_closed() {
+                ready = timeout(patience, account.pool.connect(task, true)).await.ok()?.ok()?;
+            }
+            (probe, ready)
         };
         if ready.is_closed() {
             return None;

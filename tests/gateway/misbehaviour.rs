@@ -334,7 +334,9 @@ async fn an_errors_status_counts_though_its_body_is_not_to_be_had() {
         (401, "401 Unauthorized"),
         (404, "404 Not Found"),
     ] {
-        let ways = without_its_body(line);
+        let stalled = format!("HTTP/1.1 {line}\r\nRetry-After: 20\r\nContent-Length: 100\r\n\r\nxx").into_bytes();
+        let stalled = ("stalled", stalled, Then::Listens);
+        let ways: Vec<_> = without_its_body(line).into_iter().chain([stalled]).collect();
         let script = ways
             .iter()
             .cloned()

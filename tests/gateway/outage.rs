@@ -252,8 +252,16 @@ async fn many_accounts_find_an_upstream_back_whose_connections_open_slowly() {
 
 #[tokio::test(start_paused = true)]
 async fn however_many_poll_meanwhile_an_upstream_is_found_back_whose_connections_open_slowly() {
+    // One that closes what is idle has closed a probe's connection by the time that its turn comes.
+    for idle in [None, Some(seconds(0.5))] {
+        an_upstream_is_found_back_whose_connections_open_slowly(idle).await;
+    }
+}
+
+async fn an_upstream_is_found_back_whose_connections_open_slowly(idle: Option<Duration>) {
     let behaviour = Behaviour {
         opening: |_| seconds(0.6),
+        idle,
         outage: Some((seconds(AWAY)..seconds(10.0), Away::Refuses)),
         ..Behaviour::default()
     };
@@ -274,7 +282,7 @@ async fn however_many_poll_meanwhile_an_upstream_is_found_back_whose_connections
         assert!(since < seconds(20.0), "it is still open");
     };
     // A probe may be due an interval after upstream is back, and ask one later.
-    assert!(back < seconds(3.5), "{back:?}");
+    assert!(back < seconds(4.5), "{back:?}");
 }
 
 #[tokio::test(start_paused = true)]
