@@ -253,15 +253,15 @@ async fn many_accounts_find_an_upstream_back_whose_connections_open_slowly() {
 #[tokio::test(start_paused = true)]
 async fn however_many_poll_meanwhile_an_upstream_is_found_back_whose_connections_open_slowly() {
     // One that closes what is idle has closed a probe's connection by the time that its turn comes.
-    for idle in [None, Some(seconds(0.5))] {
-        an_upstream_is_found_back_whose_connections_open_slowly(idle).await;
+    for unused in [None, Some(seconds(0.5))] {
+        an_upstream_is_found_back_whose_connections_open_slowly(unused).await;
     }
 }
 
-async fn an_upstream_is_found_back_whose_connections_open_slowly(idle: Option<Duration>) {
+async fn an_upstream_is_found_back_whose_connections_open_slowly(unused: Option<Duration>) {
     let behaviour = Behaviour {
         opening: |_| seconds(0.6),
-        idle,
+        unused,
         outage: Some((seconds(AWAY)..seconds(10.0), Away::Refuses)),
         ..Behaviour::default()
     };

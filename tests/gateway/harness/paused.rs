@@ -43,8 +43,10 @@ pub struct Behaviour {
     pub latency: Duration,
     /// How much longer the answer about this task takes.
     pub varies: fn(&str) -> Duration,
-    /// How long a connection may be idle before upstream closes it, without a word; `None` is for ever.
+    /// How long a connection may be idle after a query before upstream closes it, without a word; `None` is for ever.
     pub idle: Option<Duration>,
+    /// The same before its first query.
+    pub unused: Option<Duration>,
     /// The answer to the n-th query (from 0) of a task.
     pub answer: fn(usize, &str) -> Response<Full<Bytes>>,
     /// What upstream says to a key, so long after the start and whatever the task; `None` is what `answer` says.
@@ -73,6 +75,7 @@ impl Default for Behaviour {
             latency: Duration::from_millis(100),
             varies: |_| Duration::ZERO,
             idle: None,
+            unused: None,
             answer: |_, task| success(task),
             to_key: |_, _| None,
             outage: None,
@@ -345,7 +348,7 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
             }
             sleep((behaviour.opening)(number)).await;
             let (near, far) = duplex(PIPE);
-            let idle = behaviour.idle;
+            let (idle, unused) = (behaviour.idle, behaviour.unused);
             let (busy, mut is_busy) = watch::channel(false);
             let busy = Arc::new(busy);
             let service = service_fn(move |request: Request<Incoming>| {
@@ -391,15 +394,10 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
             });
             tokio::spawn(async move {
                 let idle_too_long = async move {
-                    let Some(idle) = idle else {
-                        return std::future::pending().await;
-                    };
-                    is_busy.wait_for(|busy| *busy).await.ok();
-                    loop {
+                    let mut most = unused.unwrap_or(Duration::MAX);
+                    while timeout(most, is_busy.wait_for(|busy| *busy)).await.is_ok() {
                         is_busy.wait_for(|busy| !busy).await.ok();
-                        if timeout(idle, is_busy.wait_for(|busy| *busy)).await.is_err() {
-                            return;
-                        }
+                        most = idle.unwrap_or(Duration::MAX);
                     }
                 };
                 tokio::select! {
