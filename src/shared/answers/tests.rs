@@ -224,6 +224,36 @@ fn a_live_answer_will_do_while_it_is_fresh_and_newer_than_what_one_has() {
 }
 
 #[test]
+fn a_live_answer_from_before_the_clock_was_set_back_will_not_do() {
+    let (_server, mut connection) = Server::start();
+    let connection = &mut connection;
+    let asked = now(connection);
+    for (ahead, counts) in [(100, true), (2000, false), (10_000, false)] {
+        for (stage, live) in [(2, true), (0, false)] {
+            forget(connection);
+            let found = value(label(stage, live, asked + ahead));
+            publish(connection, "", &found, u64::MAX);
+            let (answer, whose) = look(connection, "claim", "a:1", (60_000, 0), "");
+            assert_eq!(
+                (answer == found, whose == "none"),
+                (counts, counts),
+                "{stage}, {ahead} ms ahead"
+            );
+            // Nor does it keep a newer one out.
+            let result = publish(connection, "", &value(label(stage, live, asked)), u64::MAX);
+            assert_eq!(result, if counts { "older" } else { "stored" });
+        }
+        forget(connection);
+        let ended = value(label(4, false, asked + ahead));
+        publish(connection, "", &ended, u64::MAX);
+        assert_eq!(
+            look(connection, "claim", "a:1", (60_000, 0), ""),
+            (ended, "none".to_owned())
+        );
+    }
+}
+
+#[test]
 fn that_a_task_has_ended_is_news_whenever_it_was_asked_for() {
     let (_server, mut connection) = Server::start();
     let connection = &mut connection;
