@@ -17,7 +17,7 @@ use serde_json::value::RawValue;
 
 pub use id::{TaskId, TaskIdError};
 pub use lifetime::{Timestamp, media_lifetime};
-use object::{Object, members};
+use object::{Member, Object, members};
 pub use retry_after::retry_after;
 
 /// What an answer of upstream's means.
@@ -155,10 +155,7 @@ pub fn says_enough(http_status: u16) -> bool {
 /// Reads upstream's answer to the question about the task `asked`: its HTTP status and its whole, decoded body.
 pub fn read(http_status: u16, body: &[u8], asked: &TaskId) -> Reading {
     let is_success = (200..204).contains(&http_status);
-    // Of an error in HTTP's form only the body of 501 can change the meaning.
-    let envelope = (is_success || http_status == 501)
-        .then(|| Envelope::read(body))
-        .flatten();
+    let envelope = (!says_enough(http_status)).then(|| Envelope::read(body)).flatten();
     let code = match (is_success, &envelope) {
         (false, _) if (204..300).contains(&http_status) => return Reading::unreadable(),
         (false, _) => i64::from(http_status),
@@ -273,62 +270,59 @@ struct Task {
 }
 
 impl Task {
-    fn of(data: &Data<'_>, asked: &TaskId) -> Option<Self> {
-        let json = match data {
-            Data::Usual(task) => return Self::usual(task, asked),
-            Data::Unread(json) => json,
+    fn of<'a>(data: &Data<'a>, asked: &TaskId) -> Option<Self> {
+        match data {
+            Data::Usual(task) => {
+                let text = |member: Option<&'a RawValue>| member.map(RawValue::get);
+                let media = || {
+                    let Object(result) = task.result.as_ref()?;
+                    Some([result.suno_data, result.media_urls, result.media_info].map(text))
+                };
+                let times = [text(task.complete_at), text(task.create_at)];
+                Self::said(asked, &task.task_id, &task.status, media, times)
+            }
+            Data::Unread(json) => {
+                let names = &["task_id", "status", "result", "complete_at", "create_at"];
+                let [task_id, status, result, complete_at, create_at] = members(json, names)?;
+                let media = || {
+                    let media = members(result.last()?, &["suno_data", "media_urls", "media_info"])?;
+                    Some(media.map(Member::last))
+                };
+                let (task_id, status) = (string(task_id.only()?)?, string(status.only()?)?);
+                Self::said(
+                    asked,
+                    &task_id,
+                    &status,
+                    media,
+                    [complete_at, create_at].map(Member::last),
+                )
+            }
+        }
+    }
+
+    /// What the members say, as JSON texts; `media` is what `result` holds in the places where media are.
+    fn said<'a>(
+        asked: &TaskId,
+        task_id: &str,
+        status: &str,
+        media: impl FnOnce() -> Option<[Option<&'a str>; 3]>,
+        [complete_at, create_at]: [Option<&str>; 2],
+    ) -> Option<Self> {
+        let has_media = || media().is_some_and(|media| media.into_iter().flatten().any(|media| !is_empty(media)));
+        let stage = match status {
+            "pending" => Stage::Pending,
+            "running" => Stage::Running,
+            "success" if !has_media() => Stage::Settling,
+            "success" | "failed" => Stage::Ended,
+            _ => return None,
         };
-        let names = &["task_id", "status", "result", "complete_at", "create_at"];
-        let [task_id, status, result, complete_at, create_at] = members(json, names)?;
-        let task_id = string(task_id.only()?)?;
-        let status = string(status.only()?)?;
-        let stage = stage(&status, || has_media(result.last()))?;
         (task_id == asked.as_str()).then(|| Self {
             stage,
             has_failed: status == "failed",
-            complete_at: Timestamp::read(complete_at.last()),
-            create_at: Timestamp::read(create_at.last()),
+            complete_at: Timestamp::read(complete_at),
+            create_at: Timestamp::read(create_at),
         })
     }
-
-    fn usual(task: &UsualTask<'_>, asked: &TaskId) -> Option<Self> {
-        let stage = stage(&task.status, || {
-            let media = task
-                .result
-                .as_ref()
-                .map(|Object(result)| [result.suno_data, result.media_urls, result.media_info]);
-            media.is_some_and(|media| media.into_iter().flatten().any(|media| !is_empty(media.get())))
-        })?;
-        (task.task_id == asked.as_str()).then(|| Self {
-            stage,
-            has_failed: task.status == "failed",
-            complete_at: Timestamp::read(task.complete_at.map(RawValue::get)),
-            create_at: Timestamp::read(task.create_at.map(RawValue::get)),
-        })
-    }
-}
-
-/// The stage of a task that upstream gives this `status`.
-fn stage(status: &str, has_media: impl FnOnce() -> bool) -> Option<Stage> {
-    match status {
-        "pending" => Some(Stage::Pending),
-        "running" => Some(Stage::Running),
-        "success" if !has_media() => Some(Stage::Settling),
-        "success" | "failed" => Some(Stage::Ended),
-        _ => None,
-    }
-}
-
-/// Whether `result` holds anything in one of the places where media are.
-fn has_media(result: Option<&str>) -> bool {
-    result
-        .and_then(|result| members(result, &["suno_data", "media_urls", "media_info"]))
-        .is_some_and(|media| {
-            media
-                .iter()
-                .filter_map(|media| media.last())
-                .any(|media| !is_empty(media))
-        })
 }
 
 /// Whether a JSON value is `null`, or a list, an object or a string with nothing in it.
