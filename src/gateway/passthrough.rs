@@ -11,9 +11,10 @@ use hyper::body::Body as _;
 use percent_encoding::percent_decode_str;
 
 use super::Gateway;
+use super::body::Body;
 use super::credential::bearers;
 use super::request_body::RequestBody;
-use super::response::{self, Body};
+use super::response;
 use super::traced::{self, Trace};
 use crate::account::{API_KEY, ApiKey};
 use crate::error::Error;
