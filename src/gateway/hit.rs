@@ -147,7 +147,7 @@ impl Gateway {
         let key = match &seen {
             // Whoever has no token presents the key itself.
             Some(Seen { asker, .. }) if !asker.has_token() => asker.key.secret.clone(),
-            Some(_) | None => ApiKey::new(poll.key.trim())?,
+            Some(_) | None => ApiKey::new(poll.key)?,
         };
         let request_id = response::request_id_of(poll.request_id);
         let config = self.config.load();

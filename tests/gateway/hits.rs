@@ -115,6 +115,26 @@ async fn both_ways_give_the_same_bytes_of_what_was_not_there() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn both_ways_take_the_same_for_a_key() {
+    let gateway = start();
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    for (key, status) in [
+        (format!(" \t{KEY}\t "), 200),
+        // White space to Unicode, and none to HTTP.
+        (format!("\u{a0}{KEY}"), 401),
+        (format!("{KEY}\u{2003}"), 401),
+    ] {
+        for headers in ["", "expect: nothing\r\n"] {
+            for task in ["ended", "another"] {
+                client.send(poll(task, headers).replace(KEY, &key)).await.unwrap();
+                let reply = client.reply().await;
+                assert!(reply.is(status), "{key:?}, {headers:?}: {reply:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_id_that_is_none_is_replaced_and_each_poll_has_its_own() {
     let gateway = start();
     let mut client = gateway.connect(ROOM, CancellationToken::new());
