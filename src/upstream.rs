@@ -143,7 +143,7 @@ impl Upstream {
         let response = sender.send_request(request).await;
         let response = response.map_err(|error| headless(&error, &wire))?;
         wire.answered();
-        Ok(in_http(response)?.map(|body| Streamed::new(body, interest)))
+        Ok(Streamed::in_response(in_http(response)?, interest))
     }
 
     /// Room for an answer of so many bytes that is not kept, until the last client has it.

@@ -110,7 +110,7 @@ pub async fn serve_connection<S>(
                 if patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
-                if !is_closing && !line.is_answering() && drained.as_mut().poll(cx).is_ready() {
+                if !is_closing && !line.is_answering(&phase) && drained.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Drained);
                 }
                 poll_alarm(alarm.as_mut(), &phase, cx).map(Event::Over)
@@ -191,12 +191,14 @@ where
     A: Future<Output = (Reply, InFlight)> + Unpin,
     C: Future + Unpin,
 {
-    /// Whether a plain poll is being answered, or an answer is on its way without hyper.
-    fn is_answering(&self) -> bool {
+    /// Whether a request is being answered, or an answer is on its way. One that has begun may not have said that it is the
+    /// last: what is asked behind it gets one that does.
+    fn is_answering(&self, phase: &Phases) -> bool {
         match self {
             Self::Resting(guard) => guard.is_sending(),
             Self::Polling { .. } => true,
-            Self::Serving(_) | Self::Closing(_) => false,
+            Self::Serving(_) => phase.is_answering() || !phase.is_settled(),
+            Self::Closing(_) => false,
         }
     }
 
@@ -329,8 +331,8 @@ async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Respons
     };
     let may_ask_on = !is_last()
         && match response.body() {
-            // Upstream goes on to read it.
-            Body::Streamed(..) => true,
+            // Upstream goes on to read it, or who sent it is told that nobody does.
+            Body::Streamed(streamed, _) => body.is_end_stream() || !streamed.ends_request(),
             Body::Whole(_) => body.is_end_stream() || !holds_back && comes_to_its_end(body).await && !is_last(),
         };
     (response, in_flight, may_ask_on)

@@ -115,10 +115,7 @@ impl Phases {
     /// be taken for the next request.
     pub(super) fn may_rest(&self) -> bool {
         let is_idle = self.0.phase.load(Ordering::Relaxed) & 3 == IDLE;
-        is_idle
-            && [&self.0.is_settled, &self.0.is_starved]
-                .iter()
-                .all(|flag| flag.load(Ordering::Relaxed))
+        is_idle && self.is_settled() && self.0.is_starved.load(Ordering::Relaxed)
     }
 
     /// An alarm for [`poll_alarm`].
@@ -148,6 +145,11 @@ impl Phases {
     /// Whether nothing is on its way to the client, an end included.
     pub(super) fn settled(&self, is_settled: bool) {
         self.0.is_settled.store(is_settled, Ordering::Relaxed);
+    }
+
+    /// Whether all that was written has gone to the client's stream, and its end is not begun.
+    pub(super) fn is_settled(&self) -> bool {
+        self.0.is_settled.load(Ordering::Relaxed)
     }
 
     /// hyper wanted more, and all of every request was there.

@@ -8,6 +8,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::CONNECTION;
+use http::{Response, Version};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -51,22 +53,39 @@ impl Interest {
 pub struct Streamed {
     body: Incoming,
     has_ended: bool,
+    ends_request: bool,
     interest: Option<Interest>,
 }
 
 impl Streamed {
-    pub(super) fn new(body: Incoming, interest: Interest) -> Self {
-        Self {
+    pub(super) fn in_response(response: Response<Incoming>, interest: Interest) -> Response<Self> {
+        let ends_request = is_last(&response);
+        response.map(|body| Self {
             body,
             has_ended: false,
+            ends_request,
             interest: Some(interest),
-        }
+        })
+    }
+
+    /// Whether upstream reads no more of the request, once this is at its end.
+    pub fn ends_request(&self) -> bool {
+        self.ends_request
     }
 
     /// Whether all of it was taken.
     pub fn is_whole(&self) -> bool {
         self.has_ended || self.body.is_end_stream()
     }
+}
+
+/// Whether upstream closes its connection with this response (RFC 9112 §9.3).
+fn is_last<B>(response: &Response<B>) -> bool {
+    let options = response.headers().get_all(CONNECTION).iter();
+    let mut options = options
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','));
+    response.version() < Version::HTTP_11 || options.any(|option| option.trim().eq_ignore_ascii_case("close"))
 }
 
 impl Body for Streamed {

@@ -728,10 +728,14 @@ async fn an_early_refusal_of_a_large_upload_reaches_the_client() {
     let reply = client.reply().await;
     assert!(reply.is(413), "{reply:?}");
     assert_eq!(reply.body, b"too large");
+    assert!(
+        reply.says_close(),
+        "nobody reads the rest, so nobody finds the next request"
+    );
 }
 
 /// A client's connection to a gateway in memory, and the connections that it opens to upstream.
-fn in_memory() -> (Raw<DuplexStream>, mpsc::UnboundedReceiver<Raw<DuplexStream>>) {
+fn in_memory(draining: CancellationToken) -> (Raw<DuplexStream>, mpsc::UnboundedReceiver<Raw<DuplexStream>>) {
     let (dialled, connections) = mpsc::unbounded_channel();
     let dial: Dial = Arc::new(move || {
         let (near, far) = duplex(1 << 16);
@@ -745,7 +749,7 @@ fn in_memory() -> (Raw<DuplexStream>, mpsc::UnboundedReceiver<Raw<DuplexStream>>
     let (client, far) = duplex(1 << 16);
     tokio::spawn(async move {
         let peer = IpAddr::from(Ipv4Addr::LOCALHOST);
-        serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await;
+        serve_connection(far, peer, gateway, &limits, draining).await;
     });
     (Raw::over(client), connections)
 }
@@ -755,7 +759,7 @@ async fn an_upload_goes_on_for_a_while_behind_its_answer() {
     const SECOND: Duration = Duration::from_secs(1);
     // It takes so long, and its client goes on for so long.
     for (takes, goes_on) in [(14, 14), (20, 20), (20, 0)] {
-        let (mut client, mut connections) = in_memory();
+        let (mut client, mut connections) = in_memory(CancellationToken::new());
         let length = takes * 1000;
         let head = format!("POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
         client.send(head).await.unwrap();
@@ -784,6 +788,34 @@ async fn an_upload_goes_on_for_a_while_behind_its_answer() {
             client.assert_ends().await;
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_does_not_take_away_what_is_asked_behind_an_answer_that_is_still_being_sent() {
+    let draining = CancellationToken::new();
+    let (mut client, mut connections) = in_memory(draining.clone());
+    let get = "GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n";
+    client.send(get).await.unwrap();
+    let mut upstream = connections.recv().await.unwrap();
+    upstream.head().await.unwrap();
+    let large = vec![b'x'; 1 << 20];
+    let answer = response("200 OK", "", &large);
+    tokio::spawn(async move {
+        let _ = upstream.send(answer).await;
+    });
+    let head = client.head().await.unwrap();
+    assert_eq!(header(&head, "connection"), None, "it may ask on");
+    draining.cancel();
+    // Longer than an idle connection stays open.
+    sleep(Duration::from_secs(10)).await;
+    client.send(get).await.unwrap();
+    client.body(large.len()).await.unwrap();
+    let mut upstream = connections.recv().await.unwrap();
+    upstream.head().await.unwrap();
+    upstream.send(response("200 OK", "", b"second")).await.unwrap();
+    let second = client.reply().await;
+    assert!(second.body == b"second" && second.says_close(), "{second:?}");
+    client.assert_ends().await;
 }
 
 #[tokio::test]

@@ -161,13 +161,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
             }
         };
         let length = header(&head, "content-length").map_or(0, |length| length.parse().unwrap());
+        let body = self.body(length).await?;
+        Ok(Some(RawReply { head, body }))
+    }
+
+    /// The body of so many bytes that follows a head.
+    pub async fn body(&mut self, length: usize) -> io::Result<Vec<u8>> {
         while self.buffer.len() < length {
             if self.fill().await? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
-        let body = self.buffer.drain(..length).collect();
-        Ok(Some(RawReply { head, body }))
+        Ok(self.buffer.drain(..length).collect())
     }
 
     fn take_head(&mut self) -> Option<String> {
