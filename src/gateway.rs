@@ -21,6 +21,7 @@
 mod abandoned;
 mod accounts;
 mod admission;
+mod answered;
 mod asker;
 mod attempt;
 mod body;
@@ -33,6 +34,7 @@ mod max_age;
 mod others;
 mod outage;
 mod passthrough;
+mod poll;
 mod progress;
 mod recall;
 mod request_body;
@@ -49,10 +51,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use futures_util::future::{FutureExt as _, OptionFuture};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::account::{AccountId, ApiKey, Caller};
+use crate::account::{AccountId, Caller};
 use crate::budget::Entry;
 use crate::cache::Cache;
 use crate::config::Config;
@@ -71,6 +73,7 @@ use crate::trace::{TraceContext, TraceId};
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use abandoned::Unanswered;
 use accounts::{Account, Accounts};
+use answered::Answered;
 use asker::Asker;
 use attempt::{Attempt, outcome};
 pub use body::{Body, Data};
@@ -79,10 +82,10 @@ use elsewhere::Way;
 use hit::Seen;
 pub use hit::{Hit, Looked, Miss, PlainPoll};
 use keys::Key;
-use progress::{Landed, Phase, Progress, landing};
+use poll::{Poll, Terms};
+use progress::{Landed, Phase, Progress, landing, shown};
 use recall::Recall;
 pub use request_body::RequestBody;
-use response::CacheStatus;
 pub use response::{REQUEST_ID, Reply, refusal};
 pub use status::Status;
 use traced::{FlightTrace, Trace};
@@ -124,39 +127,6 @@ pub struct Gateway {
 /// With the number of the key that flies alone: upstream has yet to accept it.
 type FlightKey = (AccountId, TaskId, Option<u64>);
 
-/// What a poll's request says that has a say in its answer.
-#[derive(Debug)]
-struct Terms {
-    /// An account's, or a client token.
-    key: ApiKey,
-    task: TaskId,
-    /// What the client calls itself.
-    name: Option<HeaderValue>,
-    /// How old a live answer may be, if the client says so.
-    max_age: Option<Duration>,
-}
-
-/// Who asks, for which task, and since when.
-#[derive(Debug)]
-struct Poll<'t> {
-    arrived: Instant,
-    asker: Asker,
-    /// Whose connection it came on.
-    caller: &'t Caller,
-    key: ApiKey,
-    name: Option<HeaderValue>,
-    task: TaskId,
-    max_age: Option<Duration>,
-    /// Whether this is known already: what the cache has.
-    is_looked_up: bool,
-    kept: Option<Answer>,
-    /// [`Cache::puts`] before the cache was looked at.
-    puts: u64,
-    /// Whether it has opened a flight that was to ask, and may go on without it: then it saved no call.
-    has_flown: bool,
-    trace: &'t Trace,
-}
-
 /// What a flight's poll has sought in the cache, in vain.
 #[derive(Clone, Copy, Debug)]
 struct Sought {
@@ -164,14 +134,6 @@ struct Sought {
     live: Duration,
     /// [`Cache::puts`] before it looked.
     puts: u64,
-}
-
-/// How a poll is answered.
-#[derive(Debug)]
-struct Answered {
-    served: Served,
-    cache: CacheStatus,
-    answer: Answer,
 }
 
 impl Gateway {
@@ -471,69 +433,6 @@ impl Gateway {
         }
     }
 
-    /// Who asks since a changed configuration, where what has come of the poll is the business of what was before.
-    fn asker_since(&self, poll: &Poll<'_>, answered: &Result<Answered, Error>) -> Option<Result<Asker, Error>> {
-        let before = &poll.asker;
-        let may_be_over = match answered {
-            // Its key has come under another account: whatever went wrong was the old one's.
-            Err(_) => before.account.superseded.is_cancelled(),
-            // The keys that a token stands for may be others.
-            Ok(answered) => before.has_token() && is_refused_key(&answered.answer),
-        };
-        let since = may_be_over.then(|| self.accounts.of(&poll.key, poll.arrived));
-        let is_the_same = |asker: &Asker| Arc::ptr_eq(&asker.account, &before.account);
-        since.filter(|since| !since.as_ref().is_ok_and(is_the_same))
-    }
-
-    /// What a poll's request says.
-    fn terms(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Terms, Error> {
-        if method != Method::GET && method != Method::HEAD {
-            return Err(Error::MethodNotAllowed);
-        }
-        Ok(Terms {
-            key: self.credential(headers)?.ok_or(Error::MissingKey)?,
-            task: TaskId::from_query(uri.query())?,
-            name: headers.get(&self.config.load().client_header).cloned(),
-            max_age: max_age::wanted(headers),
-        })
-    }
-
-    fn take_up<'t>(
-        &self,
-        terms: Terms,
-        seen: Option<Seen>,
-        caller: &'t Caller,
-        arrived: Instant,
-        trace: &'t Trace,
-    ) -> Result<Poll<'t>, Error> {
-        let Terms {
-            key,
-            task,
-            name,
-            max_age,
-        } = terms;
-        self.trace_task(trace, &task);
-        let is_looked_up = seen.is_some();
-        let (asker, puts, kept) = match seen {
-            Some(Seen { asker, puts, kept, .. }) => (asker, puts, kept),
-            None => (self.accounts.of(&key, arrived)?, self.cache.puts(), None),
-        };
-        Ok(Poll {
-            arrived,
-            asker,
-            caller,
-            key,
-            name,
-            task,
-            max_age,
-            is_looked_up,
-            kept,
-            puts,
-            has_flown: false,
-            trace,
-        })
-    }
-
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
     async fn answer(self: &Arc<Self>, poll: &mut Poll<'_>) -> Result<Answered, Error> {
         let account = &poll.asker.account;
@@ -555,7 +454,7 @@ impl Gateway {
             kept => kept,
         };
         let snapshot = match kept.filter(|_| !on_trial) {
-            Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(hit(answer)),
+            Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(Answered::hit(answer)),
             stale => stale.map(|answer| answer.asked()),
         };
         if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
@@ -627,7 +526,7 @@ impl Gateway {
             }
             return match landed {
                 None => self.answer_without_landing(poll, progress, None, collapsed, &client),
-                Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(hit(answer)),
+                Some(Landed::Kept(answer)) if answer.is_fresh(poll.arrived, live) => Ok(Answered::hit(answer)),
                 // Fresh enough for the client that opened the flight, but not for this one.
                 Some(Landed::Kept(_) | Landed::InVain) => continue,
                 // It may have been the account as it was before this poll's, under the same name.
@@ -646,9 +545,9 @@ impl Gateway {
                     let detail = outcome(answer.class()).label();
                     Ok(self
                         .stand_in(poll, detail)
-                        .unwrap_or_else(|| forwarded(answer, was_stale, collapsed)))
+                        .unwrap_or_else(|| Answered::forwarded(answer, was_stale, collapsed)))
                 }
-                Some(Landed::Fetched(answer, _)) => Ok(forwarded(answer, was_stale, collapsed)),
+                Some(Landed::Fetched(answer, _)) => Ok(Answered::forwarded(answer, was_stale, collapsed)),
             };
         }
     }
@@ -676,7 +575,7 @@ impl Gateway {
         let max_stale = self.config.load().cache.max_stale;
         snapshot
             .may_stand_in(now, max_stale)
-            .then(|| stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
+            .then(|| Answered::stand_in(snapshot, detail, now, poll.asker.account.lifetime(now)))
     }
 
     /// Gets the leader ready to go, on nobody's behalf, for what is `sought`; without that, what is kept will not do, however
@@ -853,25 +752,6 @@ async fn while_awaited<T>(
     }
 }
 
-/// What `future` gives. That it has to be waited for shows as `phase`, which begins then: mostly nothing has to be.
-async fn shown<T>(
-    leader: &Leader<FlightKey, Progress>,
-    phase: impl FnOnce(Instant) -> Phase,
-    future: impl Future<Output = T>,
-) -> T {
-    let (mut phase, mut future) = (Some(phase), pin!(future));
-    poll_fn(|cx| {
-        let polled = future.as_mut().poll(cx);
-        if polled.is_pending()
-            && let Some(phase) = phase.take()
-        {
-            leader.update(|progress| progress.phase = phase(Instant::now()));
-        }
-        polled
-    })
-    .await
-}
-
 /// Ready when, on being polled for another reason, `is_so`.
 async fn until(is_so: impl Fn() -> bool) {
     poll_fn(|_| {
@@ -887,37 +767,6 @@ async fn until(is_so: impl Fn() -> bool) {
 /// Since 1970, by the wall clock.
 fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-}
-
-fn hit(answer: Answer) -> Answered {
-    Answered {
-        served: Served::Hit,
-        cache: CacheStatus::Hit(None),
-        answer,
-    }
-}
-
-/// `live` is the freshness lifetime of live answers at `now`.
-fn stand_in(answer: Answer, detail: &'static str, now: Instant, live: Duration) -> Answered {
-    let served = if answer.is_fresh(now, live) {
-        Served::Hit
-    } else {
-        Served::Stale
-    };
-    Answered {
-        served,
-        cache: CacheStatus::Hit(Some(detail)),
-        answer,
-    }
-}
-
-fn forwarded(answer: Answer, was_stale: bool, collapsed: bool) -> Answered {
-    let served = if collapsed { Served::Collapsed } else { Served::Miss };
-    Answered {
-        served,
-        cache: CacheStatus::Forwarded { was_stale, collapsed },
-        answer,
-    }
 }
 
 /// The one place where an error of a poll becomes a response and is logged.

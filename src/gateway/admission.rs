@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::accounts::Account;
-use super::{Answered, Gateway, Phase, Poll, Progress, forwarded};
+use super::{Answered, Gateway, Phase, Poll, Progress};
 use crate::account::Client;
 use crate::error::Error;
 use crate::metrics::Shed;
@@ -63,7 +63,7 @@ impl Gateway {
             return Ok(snapshot);
         }
         if let Some(answer) = last_error {
-            return Ok(forwarded(answer, was_stale, collapsed));
+            return Ok(Answered::forwarded(answer, was_stale, collapsed));
         }
         Err(match phase {
             Phase::Waiting => self.budget_spent(poll, client, late_by),

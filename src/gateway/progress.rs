@@ -1,13 +1,17 @@
 //! How far a flight is, as all who wait for it see it, and how it ends.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::FlightKey;
 use super::keys::Key;
 use crate::budget::Standing;
 use crate::error::Error;
+use crate::flight::Leader;
 use crate::stored::Answer;
 use crate::trace::TraceContext;
 
@@ -89,4 +93,23 @@ pub(super) async fn landing(mut progress: watch::Receiver<Progress>) -> Landed {
         // The leader is gone without a landing: it panicked.
         Err(_) => Landed::Failed(Error::Internal),
     }
+}
+
+/// What `future` gives. That it has to be waited for shows as `phase`, which begins then: mostly nothing has to be.
+pub(super) async fn shown<T>(
+    leader: &Leader<FlightKey, Progress>,
+    phase: impl FnOnce(Instant) -> Phase,
+    future: impl Future<Output = T>,
+) -> T {
+    let (mut phase, mut future) = (Some(phase), pin!(future));
+    poll_fn(|cx| {
+        let polled = future.as_mut().poll(cx);
+        if polled.is_pending()
+            && let Some(phase) = phase.take()
+        {
+            leader.update(|progress| progress.phase = phase(Instant::now()));
+        }
+        polled
+    })
+    .await
 }
