@@ -268,9 +268,11 @@ impl Trouble {
     fn of(error: redb::Error) -> Self {
         match error {
             redb::Error::DatabaseAlreadyOpen | redb::Error::LockProtocolMismatch => Self::InUse,
-            // What is no database at all.
-            redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => Self::Corrupt(error.to_string()),
-            redb::Error::Io(error) => Self::Io(error),
+            redb::Error::Io(error) => match error.kind() {
+                // What is no database at all, and one that is shorter than it says: no retry mends it.
+                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => Self::Corrupt(error.to_string()),
+                _ => Self::Io(error),
+            },
             // After a failed write nothing more is done with the file until it is opened anew.
             redb::Error::PreviousIo | redb::Error::DatabaseClosed => Self::Io(io::Error::other(error.to_string())),
             other => Self::Corrupt(other.to_string()),
