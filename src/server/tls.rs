@@ -2,7 +2,7 @@
 //!
 //! The content of the files that `config.tls` names is looked at every [`LOOK_INTERVAL`]. What can be served replaces
 //! what was, whole, for handshakes from then on; what cannot changes nothing and is said once. Connections that are open
-//! stay as they are. HTTP/1.1 is all that ALPN offers.
+//! stay as they are. Of what ALPN knows, HTTP/1.1 is spoken, and HTTP/1.0 with who offers no other.
 
 use std::io;
 use std::net::IpAddr;
@@ -296,7 +296,7 @@ fn read(settings: &config::Tls) -> Result<(Arc<ServerConfig>, SystemTime), Probl
         }
     };
     let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = [&b"http/1.1"[..], b"http/1.0"].map(<[u8]>::to_vec).to_vec();
     if asks_clients {
         // A session that is resumed is not verified again, and would outlive the client's certificate.
         config.session_storage = Arc::new(NoServerSessionStorage {});

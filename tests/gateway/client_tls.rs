@@ -202,13 +202,15 @@ fn failures(reason: &str) -> String {
 }
 
 #[tokio::test]
-async fn polls_are_answered_over_tls_and_http_1_1_is_all_that_is_spoken() {
+async fn polls_are_answered_over_tls_and_http_1_is_all_that_is_spoken() {
     let authority = Authority::new();
     let upstream = quick().await;
     let gateway = Gateway::start(&upstream.url, &authority.section("")).await;
     let both = authority.client_with(&["h2", "http/1.1"], None);
     let stream = both.connect(gateway.address).await.unwrap();
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"http/1.1"[..]));
+    let older = authority.client_with(&["http/1.0"], None);
+    assert_eq!(older.poll(gateway.address, "ended.a").await.unwrap().status, 200);
     let reply = over(stream, poll_request(KEY, "ended.a")).await.unwrap();
     assert_eq!(reply.status, 200);
     reply.assert_is_signed();
