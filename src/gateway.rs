@@ -687,7 +687,7 @@ impl Gateway {
             // is not written, so it may wait for another connection: that one is late, and still within the limit.
             let ready = if ready.is_closed() {
                 leader.update(|progress| progress.phase = Phase::Waiting);
-                match while_awaited(&leader, &account, breaker, account.pool.connect(&task, true)).await {
+                match while_awaited(&leader, &account, breaker, ready.reopen(&task)).await {
                     None => return self.give_up(leader, &account),
                     Some(Ok(ready)) => ready,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),

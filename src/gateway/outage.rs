@@ -100,7 +100,7 @@ impl Gateway {
             // Upstream may have closed it while its turn was not yet due. Given back, the turn would go to one that begins
             // anew, and ends no better.
             if ready.is_closed() {
-                ready = timeout(patience, account.pool.connect(task, true)).await.ok()?.ok()?;
+                ready = timeout(patience, ready.reopen(task)).await.ok()?.ok()?;
             }
             (probe, ready)
         };

@@ -31,7 +31,7 @@ pub(super) struct Line {
     pub(super) driver: Driver,
     pub(super) wire: Wire,
     /// Given back when all else is closed.
-    _slot: Slot,
+    slot: Slot,
 }
 
 impl Line {
@@ -40,8 +40,14 @@ impl Line {
             sender,
             driver: Driver::new(http),
             wire,
-            _slot: slot,
+            slot,
         }
+    }
+
+    /// Closes it and keeps its place.
+    pub(super) fn into_slot(self: Box<Self>) -> Slot {
+        let Self { slot, .. } = *self;
+        slot
     }
 
     /// Whether it has been closed, by either side.

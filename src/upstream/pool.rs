@@ -96,17 +96,20 @@ impl Pool {
                         return Ok(self.ready(line));
                     }
                 }
-                Admission::Open(slot) => {
-                    // On the heap: it is large, and mostly there is one that is idle.
-                    let opening = Box::pin(upstream.breaker.watch(task, upstream.open_line(slot)));
-                    return Ok(self.ready(opening.await?));
-                }
+                Admission::Open(slot) => return self.open(task, slot).await,
                 Admission::Full(closed) => {
                     drop(closed);
                     freed.await;
                 }
             }
         }
+    }
+
+    async fn open(&self, task: &TaskId, slot: Slot) -> Result<Ready, Error> {
+        let upstream = &self.0.upstream;
+        // On the heap: it is large, and mostly there is one that is idle.
+        let opening = Box::pin(upstream.breaker.watch(task, upstream.open_line(slot)));
+        Ok(self.ready(opening.await?))
     }
 
     pub(super) fn upstream(&self) -> &Arc<Inner> {
@@ -162,6 +165,18 @@ impl Ready {
     /// Whether upstream has closed it since.
     pub fn is_closed(&mut self) -> bool {
         self.0.as_mut().is_none_or(|held| held.line.is_closed())
+    }
+
+    /// Another in its place. It waits for no other place, so that whoever holds the permit that others wait for waits for
+    /// none of them.
+    ///
+    /// Cancel safe: the place is free again.
+    ///
+    /// # Errors
+    /// [`Error::NoConnection`], as [`Pool::connect`].
+    pub async fn reopen(self, task: &TaskId) -> Result<Self, Error> {
+        let Held { pool, line } = self.take().ok_or(Error::NoConnection)?;
+        pool.open(task, line.into_slot()).await
     }
 
     /// For the query.

@@ -511,19 +511,25 @@ async fn impatient_upstream() -> String {
 #[tokio::test]
 async fn a_connection_that_upstream_closes_while_it_waits_for_its_permit_costs_no_attempt() {
     let upstream = impatient_upstream().await;
-    let gateway = Gateway::start(&upstream, "budget: { limit: 1 }").await;
-    let address = gateway.address;
-    let mut polls = JoinSet::new();
-    for number in 0..3 {
-        polls.spawn(async move { poll(address, &format!("t{number}")).await });
+    // Where there is place for but one connection, the closed one is not in its own successor's way.
+    for connections in [32, 1] {
+        let config = format!(
+            "upstream: {{ url: \"{upstream}\", connections: {connections} }}\nbudget: {{ limit: 1, max_wait: \"9s\" }}"
+        );
+        let gateway = Gateway::start(&upstream, &config).await;
+        let address = gateway.address;
+        let mut polls = JoinSet::new();
+        for number in 0..3 {
+            polls.spawn(async move { poll(address, &format!("t{number}")).await });
+        }
+        for reply in polls.join_all().await {
+            assert_eq!(reply.status, 200, "{connections} connections: {reply:?}");
+        }
+        let attempts = gateway
+            .metric("crun_gateway_upstream_request_duration_seconds_count")
+            .await;
+        assert!((attempts - 3.0).abs() < 0.1, "{attempts}");
     }
-    for reply in polls.join_all().await {
-        assert_eq!(reply.status, 200, "{reply:?}");
-    }
-    let attempts = gateway
-        .metric("crun_gateway_upstream_request_duration_seconds_count")
-        .await;
-    assert!((attempts - 3.0).abs() < 0.1, "{attempts}");
 }
 
 /// Sends answers of 48 KiB in 16 chunks, 20 ms apart, and never says how long they are.
