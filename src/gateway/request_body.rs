@@ -18,6 +18,8 @@ struct Shared {
     incoming: Mutex<Incoming>,
     /// Whoever reads would have more, and there is none.
     is_awaited: AtomicBool,
+    /// Its end was read: of one in chunks hyper does not tell.
+    has_ended: AtomicBool,
 }
 
 impl RequestBody {
@@ -26,6 +28,7 @@ impl RequestBody {
         Self(Arc::new(Shared {
             incoming: Mutex::new(body),
             is_awaited: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
         }))
     }
 
@@ -46,11 +49,14 @@ impl Body for RequestBody {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = Pin::new(&mut *self.incoming()).poll_frame(cx);
         self.0.is_awaited.store(frame.is_pending(), Ordering::Relaxed);
+        if matches!(frame, Poll::Ready(None)) {
+            self.0.has_ended.store(true, Ordering::Relaxed);
+        }
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming().is_end_stream()
+        self.0.has_ended.load(Ordering::Relaxed) || self.incoming().is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
