@@ -197,7 +197,7 @@ where
         match self {
             Self::Resting(guard) => guard.is_sending(),
             Self::Polling { .. } => true,
-            Self::Serving(_) => phase.is_answering() || !phase.is_settled(),
+            Self::Serving(_) => phase.is_answering() || phase.is_sending(),
             Self::Closing(_) => false,
         }
     }
@@ -299,8 +299,7 @@ fn service(
             }
             Ok(response.map(|body| Tracked {
                 body,
-                _in_flight: in_flight,
-                busy,
+                sending: Some((busy, in_flight)),
             }))
         }
     })
@@ -376,19 +375,22 @@ pub(super) async fn close<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> 
     timeout(LINGER, drain).await.unwrap_or(Ok(()))
 }
 
-/// A response's body; with it goes the request's time.
+/// A response's body; with what hyper has taken of it goes the request's time.
 struct Tracked {
     body: Body,
-    _in_flight: Option<InFlight>,
-    busy: Busy,
+    sending: Option<(Busy, Option<InFlight>)>,
 }
 
 impl Drop for Tracked {
     fn drop(&mut self) {
+        let Some((busy, in_flight)) = self.sending.take() else {
+            return;
+        };
         // One that is cut is told of.
-        if !self.busy.is_cut() {
+        if !busy.is_cut() {
             self.body.let_go();
         }
+        busy.taken(in_flight);
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::connection::LINGER;
 use crate::config::Limits;
+use crate::gateway::InFlight;
 
 /// What a connection is doing, and until when it may.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +43,14 @@ impl Phase {
     }
 }
 
+/// An answer that hyper has taken whole, until it is sent.
+#[derive(Debug)]
+struct Last {
+    until: Instant,
+    /// Its request's place among all.
+    _in_flight: Option<InFlight>,
+}
+
 /// A connection's phase, as all who change it share it.
 #[derive(Clone, Debug)]
 pub(super) struct Phases(Arc<Shared>);
@@ -59,6 +68,9 @@ struct Shared {
     is_settled: AtomicBool,
     /// Since the last request was taken up, hyper has wanted more than there was of it: it has no byte left.
     is_starved: AtomicBool,
+    /// hyper has taken all of an answer, and has yet to send it.
+    is_sending: AtomicBool,
+    last: Mutex<Option<Last>>,
     /// A head took too long: whoever sent it so slowly has no more time.
     is_out_of_time: AtomicBool,
     /// What the answer that was begun last calls its request; hits do not say.
@@ -77,6 +89,8 @@ impl Phases {
             is_next_begun: AtomicBool::new(false),
             is_settled: AtomicBool::new(true),
             is_starved: AtomicBool::new(false),
+            is_sending: AtomicBool::new(false),
+            last: Mutex::default(),
             is_out_of_time: AtomicBool::new(false),
             request_id: Mutex::default(),
             idle_timeout: limits.idle_timeout,
@@ -115,7 +129,10 @@ impl Phases {
     /// be taken for the next request.
     pub(super) fn may_rest(&self) -> bool {
         let is_idle = self.0.phase.load(Ordering::Relaxed) & 3 == IDLE;
-        is_idle && self.is_settled() && self.0.is_starved.load(Ordering::Relaxed)
+        is_idle
+            && [&self.0.is_settled, &self.0.is_starved]
+                .iter()
+                .all(|flag| flag.load(Ordering::Relaxed))
     }
 
     /// An alarm for [`poll_alarm`].
@@ -145,11 +162,49 @@ impl Phases {
     /// Whether nothing is on its way to the client, an end included.
     pub(super) fn settled(&self, is_settled: bool) {
         self.0.is_settled.store(is_settled, Ordering::Relaxed);
+        if is_settled && self.is_sending() {
+            self.send(None);
+            if !self.is_busy() {
+                self.ended();
+            }
+        }
     }
 
-    /// Whether all that was written has gone to the client's stream, and its end is not begun.
-    pub(super) fn is_settled(&self) -> bool {
-        self.0.is_settled.load(Ordering::Relaxed)
+    /// Whether hyper has taken all of an answer, and has yet to send it.
+    pub(super) fn is_sending(&self) -> bool {
+        self.0.is_sending.load(Ordering::Relaxed)
+    }
+
+    fn send(&self, last: Option<Last>) {
+        self.0.is_sending.store(last.is_some(), Ordering::Relaxed);
+        *self.last() = last;
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Last>> {
+        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The phase that time is kept of: who takes an answer is not idle, nor late with the next head.
+    fn timed(&self) -> Phase {
+        match self.now() {
+            Phase::Idle { .. } | Phase::Head { .. } if self.is_sending() => {
+                let until = self.last().as_ref().map(|last| last.until);
+                until.map_or(Phase::Closing, |until| Phase::Busy { until })
+            }
+            phase @ (Phase::Idle { .. } | Phase::Head { .. } | Phase::Busy { .. } | Phase::Closing) => phase,
+        }
+    }
+
+    /// A request is answered: the connection is idle again, or the next one's head has begun.
+    fn ended(&self) {
+        let (now, shared) = (Instant::now(), &self.0);
+        self.set(if shared.is_next_begun.load(Ordering::Relaxed) {
+            let until = now + shared.header_timeout;
+            Phase::Head { until }
+        } else {
+            let until = now + shared.idle_timeout;
+            Phase::Idle { until }
+        });
     }
 
     /// hyper wanted more, and all of every request was there.
@@ -193,6 +248,10 @@ impl Phases {
         // An answer in words is given then, and has a while to go out.
         let until = time_is_over + LINGER;
         self.0.is_starved.store(false, Ordering::Relaxed);
+        // hyper may have yet to send the answer before: that has as long as this one now.
+        if self.is_sending() {
+            self.send(None);
+        }
         self.answers(None);
         self.set(Phase::Busy { until });
         Busy {
@@ -217,6 +276,16 @@ impl Busy {
         }
     }
 
+    /// hyper has all of its answer: until that is sent its time goes on, and it keeps its place among all requests.
+    pub(super) fn taken(self, in_flight: Option<InFlight>) {
+        let (phases, until) = (self.phases.clone(), self.time_is_over);
+        drop(self);
+        phases.send(Some(Last {
+            until,
+            _in_flight: in_flight,
+        }));
+    }
+
     /// Whether its connection has ended it.
     pub(super) fn is_cut(&self) -> bool {
         self.phases.0.phase.load(Ordering::Relaxed) & 3 == CLOSING
@@ -225,14 +294,7 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let (now, shared) = (Instant::now(), &self.phases.0);
-        self.phases.set(if shared.is_next_begun.load(Ordering::Relaxed) {
-            let until = now + shared.header_timeout;
-            Phase::Head { until }
-        } else {
-            let until = now + shared.idle_timeout;
-            Phase::Idle { until }
-        });
+        self.phases.ended();
     }
 }
 
@@ -240,7 +302,7 @@ impl Drop for Busy {
 /// with every request, and most end long before it rings.
 pub(super) fn poll_alarm(mut alarm: Pin<&mut Sleep>, phases: &Phases, cx: &mut Context<'_>) -> Poll<Phase> {
     loop {
-        let phase = phases.now();
+        let phase = phases.timed();
         let Some(until) = phase.until() else {
             return Poll::Pending;
         };

@@ -791,6 +791,21 @@ async fn an_upload_goes_on_for_a_while_behind_its_answer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_reads_slowly_is_not_idle() {
+    let (mut client, mut connections) = in_memory(CancellationToken::new());
+    client.send("GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut upstream = connections.recv().await.unwrap();
+    upstream.head().await.unwrap();
+    // More than the client's side takes at once, and no more than is taken off upstream before it is sent.
+    let large = vec![b'x'; 200 << 10];
+    upstream.send(response("200 OK", "", &large)).await.unwrap();
+    sleep(2 * Config::default().limits.idle_timeout).await;
+    assert_eq!(client.reply().await.body, large);
+    client.send("GET /elsewhere HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    assert!(client.reply().await.is(404), "and may ask on");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stop_does_not_take_away_what_is_asked_behind_an_answer_that_is_still_being_sent() {
     let draining = CancellationToken::new();
     let (mut client, mut connections) = in_memory(draining.clone());
