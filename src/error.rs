@@ -101,6 +101,9 @@ pub enum Error {
     /// within `limits.request_timeout`.
     #[error("upstream did not answer within limits.request_timeout")]
     UpstreamSilent,
+    /// Upstream has stopped taking a request that is streamed through, before it answered.
+    #[error("upstream took nothing more of the request's body for a minute")]
+    UploadStalled,
     /// The connection broke, or what came was no HTTP answer.
     #[error("upstream closed the connection without a complete answer")]
     UpstreamBroken,
@@ -140,9 +143,11 @@ impl Error {
             | Self::NoRoom
             | Self::Overloaded
             | Self::TooManyConnections(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamSilent | Self::RequestTimeout => {
-                StatusCode::GATEWAY_TIMEOUT
-            }
+            Self::UpstreamSlow
+            | Self::UpstreamTimeout
+            | Self::UpstreamSilent
+            | Self::UploadStalled
+            | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::UpstreamBroken | Self::UpstreamHeadTooLarge | Self::UpstreamTooLarge | Self::UpstreamEncoding => {
                 StatusCode::BAD_GATEWAY
             }
@@ -176,6 +181,7 @@ impl Error {
             Self::NoConnection => "no_connection",
             Self::UpstreamSlow => "upstream_slow",
             Self::UpstreamTimeout => "upstream_timeout",
+            Self::UploadStalled => "upload_stalled",
             Self::UpstreamBroken => "upstream_broken",
             Self::UpstreamHeadTooLarge => "upstream_head_too_large",
             Self::UpstreamTooLarge => "upstream_too_large",
@@ -208,7 +214,9 @@ impl Error {
             | Self::Overloaded
             | Self::TooManyConnections(_) => Some("http_request_denied"),
             Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
-            Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamSilent => Some("http_response_timeout"),
+            Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamSilent | Self::UploadStalled => {
+                Some("http_response_timeout")
+            }
             Self::UpstreamBroken => Some("http_response_incomplete"),
             Self::UpstreamHeadTooLarge => Some("http_response_header_section_size"),
             Self::UpstreamTooLarge => Some("http_response_body_size"),
@@ -229,6 +237,7 @@ impl Error {
             | Self::UpstreamSlow
             | Self::UpstreamTimeout
             | Self::UpstreamSilent
+            | Self::UploadStalled
             | Self::UpstreamBroken => Some(Duration::from_secs(2)),
             Self::MissingKey
             | Self::MalformedKey
@@ -275,6 +284,7 @@ impl Error {
             | Self::UpstreamSlow
             | Self::UpstreamTimeout
             | Self::UpstreamSilent
+            | Self::UploadStalled
             | Self::UpstreamBroken
             | Self::UpstreamHeadTooLarge
             | Self::UpstreamTooLarge

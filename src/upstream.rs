@@ -138,10 +138,16 @@ impl Upstream {
         let slot = timeout(self.0.settings.connect_timeout, self.0.slot_of_nobody())
             .await
             .map_err(|_| Error::NoConnection)?;
-        let (mut sender, connection, wire) = self.0.open().await?;
+        let (mut sender, connection, wire) = self.0.open(streamed::impatient).await?;
         let interest = Interest::in_connection(connection, slot);
         let response = sender.send_request(request).await;
-        let response = response.map_err(|error| headless(&error, &wire))?;
+        let response = response.map_err(|error| {
+            if streamed::has_stalled(&error) {
+                Error::UploadStalled
+            } else {
+                headless(&error, &wire)
+            }
+        })?;
         wire.answered();
         Ok(Streamed::in_response(in_http(response)?, interest))
     }
@@ -343,17 +349,21 @@ impl Inner {
 
     /// Opens a connection in `slot`, which is free again when it closes.
     async fn open_line(&self, slot: Slot) -> Result<Box<Line>, Error> {
-        let (sender, connection, wire) = self.open().await?;
+        let (sender, connection, wire) = self.open(|stream| stream).await?;
         Ok(Box::new(Line::new(sender, connection, wire, slot)))
     }
 
-    async fn open<B>(&self) -> Result<(SendRequest<B>, Connection<TokioIo<Heard>, B>, Wire), Error>
+    /// Opens a connection over what `over` makes of its stream.
+    async fn open<B>(
+        &self,
+        over: impl FnOnce(Box<dyn Stream>) -> Box<dyn Stream>,
+    ) -> Result<(SendRequest<B>, Connection<TokioIo<Heard>, B>, Wire), Error>
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let connecting = async {
-            let (stream, wire) = Wire::attach((self.dial)().await?, self.tls.as_ref()).await?;
+            let (stream, wire) = Wire::attach(over((self.dial)().await?), self.tls.as_ref()).await?;
             let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
             anyhow::Ok((sender, connection, wire))
         };

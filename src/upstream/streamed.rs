@@ -3,6 +3,8 @@
 //! hyper would end it by itself, but first has to write what it holds of the request; and an upstream that reads no more, be it
 //! hung or done with an upload that it has refused, can have it wait for ever.
 
+use std::error::Error as _;
+use std::io;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -13,11 +15,30 @@ use http::{Response, Version};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use tokio_io_timeout::TimeoutStream;
 
 use super::pool::Slot;
+use crate::dial::Stream;
 
 /// How long a request may still be sent when its answer is whole. Then its client's connection ends, too: nobody reads it.
 const GRACE: Duration = Duration::from_secs(15);
+
+/// For how long upstream may take nothing of a request, as with nginx's `proxy_send_timeout`. While it takes nothing, nothing
+/// is read of the client either, which may have left long ago.
+const STALLED: Duration = Duration::from_mins(1);
+
+/// A stream on which writes fail once nothing has been taken for so long.
+pub(super) fn impatient(stream: Box<dyn Stream>) -> Box<dyn Stream> {
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(STALLED));
+    Box::new(Box::pin(stream))
+}
+
+/// Whether that is why there is no answer.
+pub(super) fn has_stalled(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
+}
 
 /// Whoever waits for an answer. Dropped, it takes the connection along.
 #[derive(Debug)]

@@ -791,6 +791,32 @@ async fn an_upload_goes_on_for_a_while_behind_its_answer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_upload_that_upstream_stops_taking_ends_after_a_minute() {
+    let (mut client, mut connections) = in_memory(CancellationToken::new());
+    let head = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n";
+    client.send(head).await.unwrap();
+    let mut upstream = connections.recv().await.unwrap();
+    upstream.head().await.unwrap();
+    // As long as upstream takes some now and then, it goes on.
+    let started = Instant::now();
+    let (mut reading, mut writing) = tokio::io::split(client.stream);
+    let uploading = tokio::spawn(async move { while writing.write_all(&[b'x'; 1 << 14]).await.is_ok() {} });
+    let mut taken = vec![0; 1 << 17];
+    for _ in 0..5 {
+        sleep(Duration::from_secs(50)).await;
+        upstream.stream.read_exact(&mut taken).await.unwrap();
+    }
+    let mut client = Raw::over(tokio::io::join(&mut reading, tokio::io::sink()));
+    let head = client.head().await.unwrap();
+    assert!(head.starts_with("HTTP/1.1 504 "), "{head}");
+    assert_eq!(header(&head, "connection"), Some("close"));
+    let detail = Some("crun-gateway; detail=upload_stalled");
+    assert_eq!(header(&head, "cache-status"), detail);
+    assert_eq!(started.elapsed().as_secs(), 5 * 50 + 60);
+    uploading.abort();
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_reads_slowly_is_not_idle() {
     let (mut client, mut connections) = in_memory(CancellationToken::new());
     client.send("GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
