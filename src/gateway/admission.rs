@@ -110,11 +110,9 @@ pub(super) fn shed(error: &Error) -> Option<Shed> {
 /// Leaves a flight of which a poll has been answered with a snapshot: somebody waits for it in the background, on nobody's
 /// behalf.
 pub(super) fn leave_behind(mut progress: watch::Receiver<Progress>) {
-    let goes_on = {
-        let progress = progress.borrow();
-        !matches!(progress.phase, Phase::Sent(_)) && progress.standing.keep()
-    };
-    if goes_on {
+    // Sent or not: an attempt that stays unanswered is made once more, and only the second tells the breaker.
+    let is_first = progress.borrow().standing.keep();
+    if is_first {
         tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
     }
 }

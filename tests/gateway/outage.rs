@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -308,7 +309,7 @@ async fn one_task_that_always_fails_never_opens_it() {
                 match how {
                     Away::Status(status) => status,
                     Away::Code(_) => 200,
-                    Away::Silent | Away::Refuses => 504,
+                    Away::Silent | Away::Refuses | Away::HangsUp => 504,
                 }
             );
         }
@@ -485,6 +486,57 @@ async fn a_flight_that_connects_slowly_goes_on_without_the_poll_that_has_a_snaps
     let reply = gateway.poll(KEY, "a").await;
     assert_eq!(reply.header("age"), Some("0"), "{reply:?}");
     assert_eq!(gateway.arrivals().len(), 2);
+}
+
+/// An upstream that takes 1.5 s, and from 6 s after the start on says nothing then, until `back`.
+fn hangs_up_late(back: f64) -> Behaviour {
+    Behaviour {
+        opening: |_| seconds(0.05),
+        latency: seconds(1.5),
+        outage: Some((seconds(AWAY)..seconds(back), Away::HangsUp)),
+        ..away_for_a_minute(Away::HangsUp)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_second_attempt_is_made_without_the_poll_that_has_a_snapshot() {
+    let gateway = Arc::new(Paused::start(hangs_up_late(AWAY + 1.0), |_| {}));
+    gateway.poll(KEY, "a").await;
+    sleep_until(gateway.arrivals()[0] + seconds(AWAY - 1.0)).await;
+    let reply = gateway.poll(KEY, "a").await;
+    assert!(reply.header("cache-status").unwrap().ends_with("detail=upstream_slow"));
+    sleep(seconds(2.2)).await;
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(reply.header("age"), Some("0"), "{reply:?}");
+    assert_eq!(gateway.arrivals().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_hangs_up_late_opens_it_though_everybody_has_a_snapshot() {
+    let gateway = Arc::new(Paused::start(hangs_up_late(BACK), |_| {}));
+    let ask = |task: &'static str| {
+        let gateway = Arc::clone(&gateway);
+        async move { gateway.poll(KEY, task).await }
+    };
+    join_all(["a", "b", "c", "d"].map(ask)).await;
+    sleep(seconds(AWAY)).await;
+    // Nobody asks while a second attempt is under way.
+    for _ in 0..2 {
+        for reply in join_all(["a", "b", "c", "d"].map(ask)).await {
+            assert!(reply.header("cache-status").unwrap().ends_with("detail=upstream_slow"));
+        }
+        sleep(seconds(4.0)).await;
+    }
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    let before = Instant::now();
+    let reply = gateway.poll(KEY, "a").await;
+    assert!(
+        reply
+            .header("cache-status")
+            .unwrap()
+            .ends_with("detail=upstream_unavailable")
+    );
+    assert_eq!(before.elapsed(), Duration::ZERO);
 }
 
 /// Somebody in upstream's place who hangs up on everybody, and counts them.

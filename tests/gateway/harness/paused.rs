@@ -62,6 +62,8 @@ pub enum Away {
     Refuses,
     /// Connections are never opened, and queries never answered.
     Silent,
+    /// Connections are opened, and closed without a byte where an answer would be due.
+    HangsUp,
     /// Every query is answered with this code, as HTTP status.
     Status(u16),
     /// Every query is answered with HTTP 200 and this code in the body.
@@ -344,7 +346,7 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
             match behaviour.away(start.elapsed()) {
                 Some(Away::Refuses) => return Err(std::io::ErrorKind::ConnectionRefused.into()),
                 Some(Away::Silent) => std::future::pending().await,
-                Some(Away::Status(_) | Away::Code(_)) | None => {}
+                Some(Away::HangsUp | Away::Status(_) | Away::Code(_)) | None => {}
             }
             sleep((behaviour.opening)(number)).await;
             let (near, far) = duplex(PIPE);
@@ -378,15 +380,18 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
                     match behaviour.away(start.elapsed()) {
                         Some(Away::Refuses) => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset)),
                         Some(Away::Silent) => std::future::pending().await,
-                        Some(Away::Status(_) | Away::Code(_)) | None => {}
+                        Some(Away::HangsUp | Away::Status(_) | Away::Code(_)) | None => {}
                     }
                     let away = behaviour.away(start.elapsed());
                     sleep(behaviour.latency + (behaviour.varies)(&task)).await;
+                    if away == Some(Away::HangsUp) {
+                        return Err(std::io::ErrorKind::ConnectionReset.into());
+                    }
                     busy.send_replace(false);
                     Ok(match away {
                         Some(Away::Status(status)) => error(status, status),
                         Some(Away::Code(code)) => error(200, code),
-                        Some(Away::Refuses | Away::Silent) | None => {
+                        Some(Away::Refuses | Away::Silent | Away::HangsUp) | None => {
                             (behaviour.to_key)(&key, at - start).unwrap_or_else(|| (behaviour.answer)(count, &task))
                         }
                     })
