@@ -21,6 +21,9 @@ const LONGEST: Duration = Duration::from_secs(30);
 /// Seconds from a standstill to the full rate.
 const RECOVERY_S: f64 = 30.0;
 
+/// Queries a second that are left however often upstream answers 429; of a limit of 1, half.
+const SLOWEST: f64 = 1.0;
+
 #[derive(Clone, Debug)]
 pub(super) struct Backoff {
     pace: Pace,
@@ -58,6 +61,11 @@ impl Backoff {
         f64::from(self.pace.limit.get())
     }
 
+    /// The lowest rate: less than the limit, or nothing would tell that it has not recovered.
+    fn slowest(&self) -> f64 {
+        SLOWEST.min(self.limit() / 2.0)
+    }
+
     /// Notes a 429 to a query that was `asked` then, gives how long the pause is from `now` on.
     pub(super) fn rate_limited(&mut self, retry_after: Option<Duration>, asked: Instant, now: Instant) -> Duration {
         let in_pause = self.paused_until(now);
@@ -70,7 +78,7 @@ impl Backoff {
             } else {
                 FIRST
             };
-            self.cut = Some(((rate / 2.0).max(1.0), now));
+            self.cut = Some(((rate / 2.0).max(self.slowest()), now));
             self.cut_at = Some(now);
         }
         let wanted = retry_after.map(|wanted| wanted.min(LONGEST_ASKED));
@@ -94,7 +102,7 @@ impl Backoff {
     /// Takes over what another replica heard, where it heard it later.
     pub(super) fn take_over(&mut self, heard: Backed, now: Instant) {
         if self.cut.is_none_or(|(_, until)| until < heard.until) {
-            self.cut = Some((heard.rate.clamp(1.0, self.limit().max(1.0)), heard.until));
+            self.cut = Some((heard.rate.clamp(self.slowest(), self.limit()), heard.until));
             // A pause that is over may be long over: what was asked since is news.
             self.cut_at = Some(now.min(heard.until));
             self.paused_until = Some(heard.until);
@@ -145,9 +153,13 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn backoff() -> (Backoff, Instant) {
+        backoff_at(15)
+    }
+
+    fn backoff_at(limit: u32) -> (Backoff, Instant) {
         let now = Instant::now();
         let pace = Pace {
-            limit: NonZeroU32::new(15).unwrap(),
+            limit: NonZeroU32::new(limit).unwrap(),
             margin: Duration::ZERO,
             not_before: now,
         };
@@ -249,5 +261,21 @@ mod tests {
         assert_rate(&backoff, now, 1.0);
         now += 60 * SECOND;
         assert_eq!(backoff.rate_limited(None, now, now), SECOND);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_lowest_limit_is_halved_too_also_where_another_replica_heard_of_it() {
+        let (mut backoff, mut now) = backoff_at(1);
+        for expected in [1, 2, 4] {
+            let pause = backoff.rate_limited(None, now, now);
+            assert_eq!(pause, expected * SECOND);
+            now += pause;
+            assert_rate(&backoff, now, 0.5);
+        }
+        let (mut another, _) = backoff_at(1);
+        another.take_over(backoff.backed().unwrap(), now);
+        assert_rate(&another, now, 0.5);
+        assert_eq!(another.rate_limited(None, now + SECOND, now + SECOND), 8 * SECOND);
+        assert_rate(&backoff, now + 15 * SECOND, 1.0);
     }
 }

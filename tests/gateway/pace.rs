@@ -273,6 +273,28 @@ async fn after_two_429s_everyone_gets_upstreams_own_words() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn where_upstream_does_not_say_how_long_pauses_double_to_thirty_seconds_at_any_limit() {
+    for limit in [1, 2, 15] {
+        let behaviour = Behaviour {
+            answer: |_, _| json(&serde_json::json!({ "code": 429, "message": "slow down", "data": null })),
+            ..Behaviour::default()
+        };
+        let gateway = Arc::new(Paused::start(behaviour, |config| {
+            config.budget.limit = std::num::NonZeroU32::new(limit).unwrap();
+        }));
+        let mut polls = JoinSet::new();
+        for task in 0..100 {
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await });
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let arrivals = gateway.arrivals();
+        let longest = arrivals.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+        assert!(longest >= Duration::from_secs(30), "at {limit} a second {longest:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_poll_is_answered_at_its_deadline_and_the_flights_answer_is_kept() {
     let behaviour = Behaviour {
         latency: Duration::from_secs(5),
