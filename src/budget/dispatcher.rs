@@ -491,7 +491,8 @@ impl Dispatcher {
     /// parallel, and where they open at once nobody is called early. Gives when one more may come.
     fn call_forward(&mut self, now: Instant, is_task: bool) -> Option<Instant> {
         let limit = self.limit();
-        let ahead = (limit / 8).clamp(READY_AHEAD, 64);
+        // Who is called forward gives way to nobody any more: in a short queue that must not be everybody.
+        let ahead = (limit / 8).clamp(READY_AHEAD, 64).min(self.max_queue / 2).max(1);
         let most = (limit + 1).clamp(4, 256);
         while self.ready < ahead && self.called.len() < most {
             let slowest = self.called.values().find(|called| called.grant.is_none());

@@ -221,6 +221,52 @@ async fn of_those_who_find_the_queue_full_again_and_again_all_are_served_alike()
     }
 }
 
+/// What one client is answered in ten seconds, who asks for one new task after the other while another asks for as many
+/// as it can; and how much is spent a second.
+async fn answered_beside_a_greedy_client(limit: u32, max_queue: usize) -> (Vec<u16>, f64) {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.limit = NonZeroU32::new(limit).unwrap();
+        config.budget.max_queue = max_queue;
+    }));
+    let mut greedy = JoinSet::new();
+    for number in 0..20 {
+        let gateway = Arc::clone(&gateway);
+        greedy.spawn(async move {
+            for task in 0.. {
+                let reply = gateway.poll_from(GREEDY, KEY, &format!("greedy-{number}-{task}")).await;
+                if reply.status != 200 {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        });
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (end, mut answered) = (Instant::now() + Duration::from_secs(10), Vec::new());
+    while Instant::now() < end {
+        let task = format!("modest-{}", answered.len());
+        let reply = gateway.poll_from(MODEST, KEY, &task).await;
+        answered.push(reply.status.as_u16());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    (answered, goodput(&gateway.arrivals()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn however_short_the_queue_a_greedy_client_cannot_starve_another() {
+    for (limit, max_queue) in [(15, 2), (15, 3), (100, 10)] {
+        let (answered, spent) = answered_beside_a_greedy_client(limit, max_queue).await;
+        assert!(
+            spent >= f64::from(limit) * 0.93,
+            "{max_queue} of {limit}: {spent} a second"
+        );
+        assert!(answered.len() > 10, "{answered:?}");
+        assert!(
+            answered.iter().all(|status| *status == 200),
+            "{max_queue} of {limit}: {answered:?}"
+        );
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn clients_that_hang_up_hold_nobody_up_and_what_was_not_sent_for_them_costs_nothing() {
     let gateway = Arc::new(Paused::start(Behaviour::default(), |_| {}));
