@@ -6,6 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
+use hyper::ext::ReasonPhrase;
 use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -182,6 +183,10 @@ impl Reply {
         };
         let mut response = Response::new(Body::Whole(None));
         *response.status_mut() = answered.answer.status();
+        if response.status().canonical_reason().is_none() {
+            // Or hyper makes one up, which some clients show.
+            response.extensions_mut().insert(ReasonPhrase::from_static(b""));
+        }
         answered.each_header(|name, value| {
             if let Ok(value) = HeaderValue::from_bytes(value) {
                 response.headers_mut().insert(name, value);
@@ -240,7 +245,7 @@ fn write_status(head: &mut Vec<u8>, status: StatusCode) {
     if status == StatusCode::OK {
         return head.extend_from_slice(b"HTTP/1.1 200 OK");
     }
-    let reason = status.canonical_reason().unwrap_or("<none>");
+    let reason = status.canonical_reason().unwrap_or_default();
     for part in ["HTTP/1.1 ", status.as_str(), " ", reason] {
         head.extend_from_slice(part.as_bytes());
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
+use crate::harness::raw::{self, Raw};
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, Reply, Scripted, Simulator, poll, poll_as};
 
@@ -159,6 +160,20 @@ async fn both_forms_of_an_error_come_through_in_their_own_form() {
             !http.json()["message"].as_str().unwrap().contains("crun-gateway"),
             "upstream's own words"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_status_without_a_usual_phrase_gets_none_made_up() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let plain = raw::poll("http-455.a");
+    let not_plain = plain.replacen("host:", "cache-control: max-age=9\r\nhost:", 1);
+    for asked in [plain, not_plain] {
+        let mut client = Raw::connect(gateway.address).await;
+        client.send(asked).await.unwrap();
+        let reply = client.reply().await;
+        assert!(reply.head.starts_with("HTTP/1.1 455 \r\n"), "{reply:?}");
     }
 }
 
