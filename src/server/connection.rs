@@ -189,7 +189,7 @@ impl<S, A, C> Line<Guard<Watched<S>>, A, C>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     A: Future<Output = (Reply, InFlight)> + Unpin,
-    C: Future + Unpin,
+    C: Future<Output = hyper::Result<()>> + Unpin,
 {
     /// Whether a request is being answered, or an answer is on its way. One that has begun may not have said that it is the
     /// last: what is asked behind it gets one that does.
@@ -235,6 +235,11 @@ where
                 // that it is to close now it sees only when polled again, and nobody would wake it for that (what is left of
                 // hyperium/hyper#4143).
                 if ended.is_pending() && was_busy && !phase.is_busy() {
+                    ended = Pin::new(&mut **connection).poll(cx);
+                }
+                // Where its last request offered another protocol, hyper leaves off as if that were spoken now: polled again, it
+                // sends what is left of the answer, and ends the connection like any other.
+                if matches!(ended, Poll::Ready(Ok(()))) {
                     ended = Pin::new(&mut **connection).poll(cx);
                 }
                 ended.map(|_| Event::Ended)

@@ -582,6 +582,22 @@ async fn whoever_finds_no_place_is_told_so_over_tls() {
 }
 
 #[tokio::test]
+async fn a_connections_end_is_said_over_tls_whatever_its_client_offers() {
+    let authority = Authority::new();
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, &authority.section("")).await;
+    for options in ["close", "close, upgrade\r\nupgrade: websocket"] {
+        let mut client = authority.stranger().connect(gateway.address).await.unwrap();
+        let asked = raw::poll("ended.a").replace("\r\n\r\n", &format!("\r\nconnection: {options}\r\n\r\n"));
+        client.write_all(asked.as_bytes()).await.unwrap();
+        let mut told = String::new();
+        // To its end, which is a close_notify: rustls takes a bare FIN for an error.
+        client.read_to_string(&mut told).await.unwrap();
+        assert!(told.starts_with("HTTP/1.1 200 OK\r\n"), "{told}");
+    }
+}
+
+#[tokio::test]
 async fn a_stop_is_as_clean_over_tls() {
     let authority = Authority::new();
     let upstream = Simulator::start(&["--latency", "1s"]).await;

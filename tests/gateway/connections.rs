@@ -332,20 +332,25 @@ async fn whoever_is_answered_without_a_body_that_does_not_come_is_told_that_noth
     }
 }
 
+/// What a client offers that would rather speak HTTP/2: Java's, unless it is told not to.
+const OFFER: &str = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n";
+
 #[tokio::test(start_paused = true)]
 async fn a_refused_upload_may_go_on_for_a_while() {
     const SECOND: Duration = Duration::from_secs(1);
     let gateway = Paused::start(Behaviour::default(), |_| {});
-    // What it sends, how often, when a stop comes, and for how long it is read.
-    for (pieces, pause, stops, lasts) in [
-        (25, SECOND, None, 25),
-        (60, SECOND, None, 30),
-        (25, 3 * SECOND, None, 2),
-        (25, SECOND, Some(10), 12),
+    // What it sends, how often, when a stop comes, what it offers, and for how long it is read.
+    for (pieces, pause, stops, offer, lasts) in [
+        (25, SECOND, None, "", 25),
+        (60, SECOND, None, "", 30),
+        (25, 3 * SECOND, None, "", 2),
+        (25, SECOND, Some(10), "", 12),
+        (25, SECOND, None, OFFER, 25),
+        (60, SECOND, None, OFFER, 30),
     ] {
         let draining = CancellationToken::new();
         let mut client = gateway.connect(1 << 16, draining.clone());
-        let head = "POST /elsewhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n";
+        let head = format!("POST /elsewhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n{offer}\r\n");
         client.send(head).await.unwrap();
         let started = Instant::now();
         if let Some(stops) = stops {
@@ -373,6 +378,27 @@ async fn a_refused_upload_may_go_on_for_a_while() {
         }
         let reply = client.reply().await;
         assert!(reply.is(404) && reply.says_close(), "{reply:?}");
+        client.assert_ends().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_offer_of_another_protocol_takes_nothing_from_a_connections_last_answer() {
+    let behaviour = Behaviour {
+        answer: |_, _| {
+            let message = "x".repeat(48 << 10);
+            paused::json(&serde_json::json!({ "code": 422, "message": message, "data": null }))
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    // The answer is the last since nobody wants the body, and the connection does not hold it all at once.
+    for offer in ["", OFFER] {
+        let mut client = gateway.connect(1024, CancellationToken::new());
+        let head = raw::poll("a").replace("\r\n\r\n", &format!("\r\ncontent-length: 65537\r\n{offer}\r\n"));
+        client.send(head).await.unwrap();
+        let reply = client.reply().await;
+        assert!(reply.is(200) && reply.says_close(), "{offer}: {}", reply.head);
         client.assert_ends().await;
     }
 }
