@@ -345,9 +345,16 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     response
 }
 
-/// The same as it goes out on a connection of which no request is read, and which closes.
+/// The same as it goes out on a connection of which no request is read, and which closes; logged.
 pub fn refusal(error: &Error) -> Vec<u8> {
-    let reply = Reply::from(self::error(error)).called(request_id_of(None));
+    let request_id = request_id_of(None);
+    tracing::debug!(
+        request_id = request_id.to_str().unwrap_or_default(),
+        code = error.status().as_u16(),
+        detail = error.detail(),
+        "request refused"
+    );
+    let reply = Reply::from(self::error(error)).called(request_id);
     let mut bytes = Vec::new();
     let body = reply.write(&mut bytes, true);
     bytes.extend_from_slice(body.chunk());

@@ -227,7 +227,8 @@ async fn polls_are_answered_over_tls_and_http_1_is_all_that_is_spoken() {
 #[tokio::test]
 async fn plain_http_is_told_that_tls_is_spoken_here() {
     let authority = Authority::new();
-    let gateway = Gateway::start("http://127.0.0.1:9", &authority.section("")).await;
+    let config = authority.section("") + "log: { level: debug }";
+    let gateway = Gateway::start("http://127.0.0.1:9", &config).await;
     let mut client = Raw::connect(gateway.address).await;
     let reply = client.poll("a").await;
     assert!(reply.is(400) && reply.says_close(), "{reply:?}");
@@ -242,6 +243,8 @@ async fn plain_http_is_told_that_tls_is_spoken_here() {
         assert!(reply.header(name).is_some(), "{name}: {reply:?}");
     }
     client.assert_ends().await;
+    let log = gateway.logged(reply.header("x-request-id").unwrap(), 1).await;
+    assert!(log.contains("request refused"), "{log}");
     reaches(&gateway, &failures("plain_http"), 1.0).await;
     let mut client = Raw::connect(gateway.address).await;
     client.send(b"\x16\x03\x01\x00\x05hello").await.unwrap();

@@ -97,7 +97,8 @@ async fn idle_timeout_ends_a_connection_with_a_fin() {
 
 async fn the_third_connection_is_turned_away(limit: &str) {
     let upstream = quick().await;
-    let gateway = Gateway::start(&upstream.url, &format!("limits: {{ {limit}: 2 }}")).await;
+    let config = format!("limits: {{ {limit}: 2 }}\nlog: {{ level: debug }}");
+    let gateway = Gateway::start(&upstream.url, &config).await;
     let mut let_in = [Raw::connect(gateway.address).await, Raw::connect(gateway.address).await];
     for connection in &mut let_in {
         assert!(connection.poll("ended.a").await.is(200));
@@ -122,6 +123,8 @@ async fn the_third_connection_is_turned_away(limit: &str) {
         "{message}"
     );
     third.assert_ends().await;
+    let log = gateway.logged(refusal.header("x-request-id").unwrap(), 1).await;
+    assert!(log.contains("request refused"), "{log}");
     // Those let in and the platform notice nothing; a place that is free again is given away.
     assert!(let_in[0].poll("ended.a").await.is(200));
     assert_eq!(gateway.admin("/readyz").await.0, 200);
