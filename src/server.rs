@@ -156,10 +156,14 @@ impl Server {
             Err(limit) => {
                 self.metrics.refused("connections");
                 if let Ok(turning_away) = Arc::clone(&self.turning_away).try_acquire_owned() {
-                    let tls = self.tls.clone();
+                    let (tls, draining, places) =
+                        (self.tls.clone(), self.draining.clone(), Arc::clone(&self.turning_away));
                     self.tracker.spawn(async move {
                         let _turning_away = turning_away;
-                        turn_away(stream, tls, limit).await;
+                        // To tell the next one why is worth more than to hear this one out.
+                        let may_go_on = || !draining.is_cancelled() && places.available_permits() > 0;
+                        // Whether it listens is its own business.
+                        let _ = turn_away(stream, tls, limit, may_go_on).await;
                     });
                 }
                 return;
@@ -222,26 +226,29 @@ impl Drop for Place {
     }
 }
 
-/// Tells a client why it gets no connection, without reading what it asks.
-async fn turn_away(stream: TcpStream, tls: Option<Arc<Tls>>, limit: &'static str) {
-    let answer = refusal(&Error::TooManyConnections(limit));
-    // Whether it listens is its own business.
-    let _ = timeout(GRACE, async {
-        match tls {
-            None => tell(stream, &answer).await,
-            Some(tls) => match tls.handshake(stream, GRACE).await {
-                Some((stream, _)) => tell(stream, &answer).await,
-                None => Ok(()),
-            },
-        }
-    })
-    .await;
+/// Tells a client why it gets no connection, without reading what it asks; an upload may go on as long as `may_go_on` says.
+async fn turn_away(
+    stream: TcpStream,
+    tls: Option<Arc<Tls>>,
+    limit: &'static str,
+    may_go_on: impl Fn() -> bool,
+) -> io::Result<()> {
+    match tls {
+        None => tell(stream, limit, may_go_on).await,
+        Some(tls) => match tls.handshake(stream, GRACE).await {
+            Some((stream, _)) => tell(stream, limit, may_go_on).await,
+            None => Ok(()),
+        },
+    }
 }
 
-async fn tell<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, answer: &[u8]) -> io::Result<()> {
-    stream.write_all(answer).await?;
-    stream.flush().await?;
-    connection::close(&mut stream).await
+async fn tell<S>(mut stream: S, limit: &'static str, may_go_on: impl Fn() -> bool) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let answer = refusal(&Error::TooManyConnections(limit));
+    timeout(GRACE, stream.write_all(&answer)).await??;
+    connection::close(&mut stream, may_go_on).await
 }
 
 /// Whether an accept failed because of the one connection, which is gone, and not of us.

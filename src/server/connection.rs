@@ -25,7 +25,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::framing::Refused;
@@ -369,15 +369,22 @@ async fn answer_to(served: &Served, request: Box<Request<RequestBody>>) -> (Resp
     (response, Some(in_flight))
 }
 
-/// Sends a FIN and reads until the client's, for as long as [`LINGER`].
-pub(super) async fn close<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> io::Result<()> {
-    stream.shutdown().await?;
-    let drain = async {
-        let mut discarded = [0; 1024];
-        while stream.read(&mut discarded).await? > 0 {}
-        Ok(())
-    };
-    timeout(LINGER, drain).await.unwrap_or(Ok(()))
+/// Sends a FIN and reads until the client's, for as long as [`LINGER`]; from one that goes on sending, for as long as
+/// `may_go_on` says so, and [`MOST_LINGER`].
+pub(super) async fn close<S>(stream: &mut S, may_go_on: impl Fn() -> bool) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    timeout(LINGER, stream.shutdown()).await??;
+    let most = Instant::now() + MOST_LINGER;
+    let mut until = Instant::now() + LINGER;
+    let mut discarded = [0; 1024];
+    while timeout_at(until, stream.read(&mut discarded)).await?? > 0 {
+        if may_go_on() {
+            until = (Instant::now() + LINGER).min(most);
+        }
+    }
+    Ok(())
 }
 
 /// A response's body; with what hyper has taken of it goes the request's time.

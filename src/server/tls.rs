@@ -153,7 +153,7 @@ impl Tls {
                 if why == HandshakeFailure::PlainHttp {
                     stream.write_all(&refusal(&Error::PlainHttp)).await?;
                 }
-                close(&mut stream).await
+                close(&mut stream, || false).await
             })
             .await;
         }

@@ -145,6 +145,25 @@ async fn more_connections_of_one_address_than_allowed_are_told_why() {
 }
 
 #[tokio::test]
+async fn whoever_is_turned_away_may_go_on_with_an_upload_for_a_while() {
+    let upstream = quick().await;
+    let gateway = Gateway::start(&upstream.url, "limits: { connections: 1 }").await;
+    let mut let_in = Raw::connect(gateway.address).await;
+    assert!(let_in.poll("ended.a").await.is(200));
+    let mut client = Raw::connect(gateway.address).await;
+    let head = format!("POST /api/v1/x HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\ncontent-length: 1000000\r\n\r\n");
+    client.send(head).await.unwrap();
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_millis(3500) {
+        sleep(Duration::from_millis(100)).await;
+        client.send([b'x'; 1000]).await.unwrap();
+    }
+    let reply = client.reply().await;
+    assert!(reply.is(503) && reply.says_close(), "{reply:?}");
+    client.assert_ends().await;
+}
+
+#[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let upstream = quick().await;
     let gateway = Gateway::start(&upstream.url, "").await;
