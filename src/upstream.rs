@@ -416,15 +416,39 @@ fn in_place_of_body(status: StatusCode, error: &Error) -> Bytes {
 }
 
 /// Nobody asked for another protocol: an Upgrade goes no further than to us. And of two lengths one is a lie, told to make
-/// somebody take the end of an answer for the next one (RFC 9112 §6.3).
-fn in_http(response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
-    let headers = response.headers();
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS
-        || (headers.contains_key(CONTENT_LENGTH) && headers.contains_key(TRANSFER_ENCODING))
-    {
+/// somebody take the end of an answer for the next one (RFC 9112 §6.3); where they are the same, one is enough.
+fn in_http(mut response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
+    let is_switch = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    // hyper looks at it only where a body follows, and forwards no second one.
+    let length = content_length(headers)?;
+    if is_switch || (length.is_some() && headers.contains_key(TRANSFER_ENCODING)) {
         return Err(Error::UpstreamBroken);
     }
+    if let Some(length) = length {
+        headers.insert(CONTENT_LENGTH, length.into());
+    }
     Ok(response)
+}
+
+/// The one length that all lines name, be it in a list (RFC 9110 §8.6).
+fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Error> {
+    let lines = headers.get_all(CONTENT_LENGTH).iter();
+    let lines = lines.map(|line| line.to_str().unwrap_or_default());
+    let mut lengths = lines.flat_map(|line| line.split(',')).map(|length| {
+        let length = length.trim_matches([' ', '\t']);
+        // A sign is none of its digits, though `parse` takes one.
+        let parsed = length.parse().ok().filter(|_| !length.starts_with('+'));
+        parsed.ok_or(Error::UpstreamBroken)
+    });
+    let Some(first) = lengths.next().transpose()? else {
+        return Ok(None);
+    };
+    if lengths.all(|length| length == Ok(first)) {
+        Ok(Some(first))
+    } else {
+        Err(Error::UpstreamBroken)
+    }
 }
 
 #[cfg(test)]

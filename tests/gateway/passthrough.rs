@@ -250,6 +250,52 @@ async fn head_has_the_length_and_no_body() {
     assert!(upstream.heads()[0].starts_with("HEAD /api/v1/file.mp3 HTTP/1.1\r\n"));
 }
 
+/// Of an answer to a HEAD nothing of it has to be believed to know where that ends.
+#[tokio::test]
+async fn a_length_that_upstream_says_twice_is_said_once_or_is_a_lie_whatever_was_asked() {
+    let upstream = Scripted::start(Duration::ZERO, |head| {
+        let lengths = &head.split(' ').nth(1).unwrap()["/api/v1/".len()..];
+        let lengths = lengths.replace(';', "\r\nContent-Length: ");
+        let body = if head.starts_with("GET") { "ab" } else { "" };
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {lengths}\r\n\r\n{body}").into_bytes()
+    })
+    .await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for method in ["GET", "HEAD"] {
+        for (lengths, is_one) in [
+            ("2", true),
+            ("2;2", true),
+            ("2,2", true),
+            ("2,2;2", true),
+            ("2;3", false),
+            ("2,3", false),
+            ("-2", false),
+            ("+2", false),
+            ("many", false),
+            ("2,", false),
+            ("", false),
+            ("18446744073709551616", false),
+        ] {
+            let mut client = Raw::connect(gateway.address).await;
+            let asked = format!(
+                "{method} /api/v1/{lengths} HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\nconnection: close\r\n\r\n"
+            );
+            client.send(asked).await.unwrap();
+            let head = client.head().await.unwrap_or_default().to_ascii_lowercase();
+            let status = if is_one { 200 } else { 502 };
+            assert!(
+                head.starts_with(&format!("http/1.1 {status} ")),
+                "{method} {lengths:?}: {head}"
+            );
+            let said = head.matches("content-length: ").count();
+            assert!(
+                !is_one || said == 1 && head.contains("content-length: 2\r\n"),
+                "{method} {lengths:?}: {head}"
+            );
+        }
+    }
+}
+
 #[tokio::test]
 async fn events_stream_through_as_they_come() {
     let (url, mut connections) = upstream_by_hand().await;
