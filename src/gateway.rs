@@ -310,6 +310,7 @@ impl Gateway {
             Some(Err(_)) => {
                 let error = late();
                 self.count_unanswered(is_poll, &error, most);
+                trace.refused(&error);
                 Reply::from(self.refuse_named(&error, request_id.clone(), trace.id()))
             }
             None => Reply::from(response::error(&Error::Internal)),

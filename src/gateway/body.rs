@@ -9,9 +9,7 @@ use bytes::{Buf, Bytes};
 use http::HeaderValue;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 
-use super::traced::{self, Trace};
-use crate::error::Error;
-use crate::otlp::Span;
+use super::traced::Trace;
 use crate::stored::Answer;
 use crate::upstream::Streamed;
 
@@ -29,8 +27,6 @@ pub enum Body {
 pub struct Told {
     request_id: HeaderValue,
     has_broken_off: bool,
-    /// Upstream's part ends first.
-    call: Span,
     trace: Trace,
 }
 
@@ -44,18 +40,16 @@ impl Told {
             %error,
             "answer broken off"
         );
-        traced::failed(&self.call, &Error::UpstreamBroken);
         self.trace.broken();
     }
 }
 
 impl Body {
     /// Upstream's, in answer to the request that is called `request_id`.
-    pub(super) fn streamed(body: Streamed, request_id: HeaderValue, call: Span) -> Self {
+    pub(super) fn streamed(body: Streamed, request_id: HeaderValue) -> Self {
         let told = Told {
             request_id,
             has_broken_off: false,
-            call,
             trace: Trace::default(),
         };
         Self::Streamed(body, Box::new(told))

@@ -58,11 +58,10 @@ impl Gateway {
         trace: &Trace,
         broken: impl Fn() -> Option<Error>,
     ) -> Response<Body> {
-        let mut call = Span::none();
         let result = match self.admit(&request) {
             Ok(admitted) => {
-                call = trace.call(request.method());
-                self.upstream.stream(self.rewritten(request, admitted, &call)).await
+                let call = trace.call(request.method());
+                self.upstream.stream(self.rewritten(request, admitted, call)).await
             }
             Err(error) => Err(error),
         };
@@ -79,8 +78,8 @@ impl Gateway {
                     code = response.status().as_u16(),
                     "request passed through"
                 );
-                traced::said(&call, response.status());
-                response::streamed(response, request_id, call)
+                trace.passed(response.status());
+                response::streamed(response, request_id)
             }
             Err(error) => {
                 tracing::debug!(
@@ -90,7 +89,6 @@ impl Gateway {
                     detail = error.detail(),
                     "request refused"
                 );
-                traced::failed(&call, &error);
                 trace.refused(&error);
                 response::error(&error)
             }

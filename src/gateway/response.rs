@@ -14,7 +14,6 @@ use uuid::Uuid;
 use super::body::{Body, Data};
 use super::unix_now;
 use crate::error::Error;
-use crate::otlp::Span;
 use crate::stored::{Answer, Freshness};
 use crate::upstream::Streamed;
 
@@ -362,8 +361,8 @@ pub fn refusal(error: &Error) -> Vec<u8> {
 }
 
 /// Upstream's response to a request that was streamed through: untouched, but for what belongs to one connection.
-pub(super) fn streamed(response: Response<Streamed>, request_id: &HeaderValue, call: Span) -> Response<Body> {
-    let mut response = response.map(|body| Body::streamed(body, request_id.clone(), call));
+pub(super) fn streamed(response: Response<Streamed>, request_id: &HeaderValue) -> Response<Body> {
+    let mut response = response.map(|body| Body::streamed(body, request_id.clone()));
     // Upstream's is upstream's: to a client of HTTP/1.1 an older one would leave the answer without an end of its own.
     *response.version_mut() = Version::HTTP_11;
     strip_hop_by_hop(response.headers_mut());

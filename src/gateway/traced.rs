@@ -79,6 +79,7 @@ impl Gateway {
         }
         Trace {
             context: OnceLock::from(context),
+            call: OnceLock::new(),
             span,
         }
     }
@@ -96,6 +97,8 @@ impl Gateway {
 #[derive(Debug, Default)]
 pub(super) struct Trace {
     context: OnceLock<TraceContext>,
+    /// Upstream's part in a request that is streamed through; it ends first.
+    call: OnceLock<Span>,
     span: Span,
 }
 
@@ -108,7 +111,7 @@ impl Trace {
     fn without_span(told: Option<TraceContext>) -> Self {
         Self {
             context: told.map(OnceLock::from).unwrap_or_default(),
-            span: Span::none(),
+            ..Self::default()
         }
     }
 
@@ -142,6 +145,9 @@ impl Trace {
     /// Why there was no answer of upstream's.
     pub(super) fn refused(&self, error: &Error) {
         self.span.say(DETAIL, error.detail());
+        if let Some(call) = self.call.get() {
+            failed(call, error);
+        }
     }
 
     /// The HTTP status that the client gets.
@@ -154,7 +160,8 @@ impl Trace {
 
     /// Its answer has begun, and is not to be had.
     pub(super) fn broken(&self) {
-        failed(&self.span, &Error::UpstreamBroken);
+        self.refused(&Error::UpstreamBroken);
+        self.span.fail();
     }
 
     /// The trace of a flight that this request opens: the same.
@@ -174,12 +181,21 @@ impl Trace {
         }
     }
 
-    /// Upstream's part in a request that is streamed through.
-    pub(super) fn call(&self, method: &Method) -> Span {
-        let (word, known) = word(method);
-        let call = self.span.child(word, Kind::Client);
-        call.say(METHOD, known);
-        call
+    /// Upstream's part in a request that is streamed through, from here on.
+    pub(super) fn call(&self, method: &Method) -> &Span {
+        self.call.get_or_init(|| {
+            let (word, known) = word(method);
+            let call = self.span.child(word, Kind::Client);
+            call.say(METHOD, known);
+            call
+        })
+    }
+
+    /// The status of upstream's answer to that.
+    pub(super) fn passed(&self, status: StatusCode) {
+        if let Some(call) = self.call.get() {
+            said(call, status);
+        }
     }
 }
 
@@ -200,13 +216,13 @@ pub(super) fn settle(headers: &mut HeaderMap, is_told: bool, call: &Span) {
 }
 
 /// Why there was no whole answer of upstream's.
-pub(super) fn failed(call: &Span, error: &Error) {
+fn failed(call: &Span, error: &Error) {
     call.say(DETAIL, error.detail());
     call.fail();
 }
 
 /// The status of upstream's answer.
-pub(super) fn said(call: &Span, status: StatusCode) {
+fn said(call: &Span, status: StatusCode) {
     call.say(STATUS, status.as_u16());
     if status.is_client_error() || status.is_server_error() {
         call.fail();

@@ -206,6 +206,27 @@ async fn upstreams_part_has_failed_where_it_cannot_be_asked() {
 }
 
 #[tokio::test]
+async fn whatever_is_not_answered_in_time_has_failed() {
+    let collector = Collector::start(Takes::Everything);
+    // Connections open, and nobody reads what comes on them.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    let config = "budget: { max_wait: \"1s\" }\nlimits: { request_timeout: \"1s\" }\n";
+    let config = config.to_owned() + &to(collector.address, ALL);
+    let gateway = Gateway::start(&url, &config).await;
+    assert_eq!(
+        request(gateway.address, bare(Method::POST, "/api/v1/x")).await.status,
+        504
+    );
+    let spans = collector.until("2 spans", |spans| spans.len() >= 2).await;
+    for name in ["POST", "POST /api/v1/"] {
+        let span = named(&spans, name);
+        assert!(span.has_failed, "{span:?}");
+        assert_eq!(span.says("crun_gateway.detail"), "request_timeout");
+    }
+}
+
+#[tokio::test]
 async fn an_answer_that_breaks_off_has_failed() {
     let collector = Collector::start(Takes::Everything);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
