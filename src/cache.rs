@@ -126,7 +126,7 @@ impl Cache {
             tasks: builder(max_bytes)
                 .eviction_listener(listener)
                 .build_with_hasher(BuildHasherDefault::default()),
-            not_found: builder(NOT_FOUND_BYTES.min(max_bytes))
+            not_found: builder(most_not_found(max_bytes))
                 .expire_after(KeepsFor)
                 .build_with_hasher(BuildHasherDefault::default()),
             may_hold_not_found: AtomicBool::new(false),
@@ -179,12 +179,12 @@ impl Cache {
     }
 
     /// Keeps an answer that says for how long; not if it is late ([`Answer::replaces`]), or alone would take more
-    /// than an account's share.
-    pub fn put(&self, account: AccountId, task: &TaskId, answer: &Answer, now: Instant) {
-        self.put_after(account, task, now, |_| answer.clone());
+    /// than an account's share. Gives it, and then it knows ([`Answer::is_stored`]).
+    pub fn put(&self, account: AccountId, task: &TaskId, answer: &Answer, now: Instant) -> Answer {
+        self.put_after(account, task, now, |_| answer.clone())
     }
 
-    /// The same with the answer that `make` makes, given the state that is kept so far. Gives it.
+    /// The same with the answer that `make` makes, given the state that is kept so far.
     pub fn put_after(
         &self,
         account: AccountId,
@@ -197,32 +197,40 @@ impl Cache {
         let _changing = self.change();
         let kept = kept(&self.tasks, key, account, task, now);
         let answer = make(kept.as_ref());
-        if answer.is_stored() {
-            self.put_under(key, account, &answer, kept.as_ref());
-            self.puts.fetch_add(1, Ordering::Release);
+        if !answer.is_stored() {
+            return answer;
         }
+        if !self.put_under(key, account, &answer, kept.as_ref()) {
+            return answer.left_out();
+        }
+        self.puts.fetch_add(1, Ordering::Release);
         answer
     }
 
-    fn put_under(&self, key: Key, account: AccountId, answer: &Answer, kept: Option<&Answer>) {
+    /// Gives whether it is kept.
+    fn put_under(&self, key: Key, account: AccountId, answer: &Answer, kept: Option<&Answer>) -> bool {
         if answer.class() == Class::NotFound {
             if let Some(kept) = kept.filter(|kept| answer.asked() >= kept.asked()) {
                 // A hit looks at the state alone.
                 kept.outdate();
             }
+            if u64::from(weight(answer.block())) > most_not_found(self.max_bytes) {
+                return false;
+            }
             self.may_hold_not_found.store(true, Ordering::Release);
             self.not_found.insert(key, answer.block().clone());
-            return;
+            return true;
         }
         let is_roomy = self.tasks.weighted_size() < self.max_bytes / ROOMY;
         let packed = if is_roomy { None } else { answer.block().packed() };
         let block = packed.as_ref().unwrap_or_else(|| answer.block());
         let weight = weight(block);
         if u64::from(weight) > self.max_bytes / 2 {
-            return;
+            return false;
         }
         self.make_room(account, weight);
-        if kept.is_none_or(|kept| answer.replaces(kept)) {
+        let is_newest = kept.is_none_or(|kept| answer.replaces(kept));
+        if is_newest {
             let ends = self.second(block.kept_until()).saturating_add(1);
             self.shares.add(key, block, weight, ends);
             self.tasks.insert(key, block.clone());
@@ -230,6 +238,7 @@ impl Cache {
         if self.may_hold_not_found.load(Ordering::Relaxed) {
             self.not_found.invalidate(&key);
         }
+        is_newest
     }
 
     /// Whether any state of the account's tasks is kept.
@@ -318,6 +327,11 @@ impl Cache {
 fn kept(map: &Map, key: Key, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
     let block = map.get(&key)?;
     (block.is_of(account, task) && block.is_kept(now)).then(|| Answer::from(block))
+}
+
+/// What not-found answers may weigh together, in a cache of `max_bytes`.
+fn most_not_found(max_bytes: u64) -> u64 {
+    NOT_FOUND_BYTES.min(max_bytes)
 }
 
 /// An entry's weight in bytes.

@@ -89,6 +89,7 @@ impl Draft {
                 retry_after: self.retry_after,
                 location: self.location,
                 room: OnceLock::new(),
+                is_left_out: false,
             })
         });
         Answer { block, beside }
@@ -116,6 +117,8 @@ struct Beside {
     retry_after: Option<HeaderValue>,
     location: Option<HeaderValue>,
     room: OnceLock<OwnedSemaphorePermit>,
+    /// The cache has not kept it, though it says for how long it might.
+    is_left_out: bool,
 }
 
 impl From<Block> for Answer {
@@ -249,6 +252,20 @@ impl Answer {
         }
     }
 
+    /// The same where the cache has not kept it. Elsewhere it still may be: on disk, by other replicas.
+    #[must_use]
+    pub fn left_out(self) -> Self {
+        let beside = Beside {
+            body: None,
+            retry_after: self.retry_after().cloned(),
+            location: self.location().cloned(),
+            room: OnceLock::new(),
+            is_left_out: true,
+        };
+        let beside = Some(Arc::new(beside));
+        Self { beside, ..self }
+    }
+
     /// The same once more, to be kept otherwise; its room is not.
     pub fn draft(&self) -> Draft {
         let reading = Reading {
@@ -289,6 +306,7 @@ impl Answer {
             retry_after: Some(HeaderValue::from(left)),
             location: self.location().cloned(),
             room: OnceLock::new(),
+            is_left_out: false,
         };
         let beside = Some(Arc::new(beside));
         Self { beside, ..self }
@@ -351,9 +369,10 @@ impl Answer {
         self.block.keeping()
     }
 
-    /// Whether it is kept at all.
+    /// Whether the cache keeps it, or will where it has not been put yet.
     pub fn is_stored(&self) -> bool {
-        !self.block.keep().is_zero()
+        let is_left_out = self.beside.as_ref().is_some_and(|beside| beside.is_left_out);
+        !is_left_out && !self.block.keep().is_zero()
     }
 
     /// How old it is at `now`.

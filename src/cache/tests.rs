@@ -63,9 +63,11 @@ fn ended(kib: usize) -> Draft {
 }
 
 impl Cache {
-    fn put_now(&self, account: AccountId, id: impl Display, draft: Draft) {
+    /// Gives whether the answer says that it is kept.
+    fn put_now(&self, account: AccountId, id: impl Display, draft: Draft) -> bool {
         let task = task(id);
-        self.put(account, &task, &draft.of(account, &task), Instant::now());
+        self.put(account, &task, &draft.of(account, &task), Instant::now())
+            .is_stored()
     }
 
     fn holds(&self, account: AccountId, id: impl Display) -> bool {
@@ -97,8 +99,8 @@ async fn a_late_answer_takes_nothing_back() {
     for (before, after) in path.iter().zip(&path[1..]) {
         let asked = Instant::now();
         advance(Duration::from_secs(1)).await;
-        cache.put_now(account, "task", draft(*after, "after", Instant::now()));
-        cache.put_now(account, "task", draft(*before, "before", asked));
+        assert!(cache.put_now(account, "task", draft(*after, "after", Instant::now())));
+        assert!(!cache.put_now(account, "task", draft(*before, "before", asked)));
         assert_eq!(cache.body(account, "task").unwrap(), "after", "{after:?}");
     }
 }
@@ -336,10 +338,16 @@ async fn what_says_no_time_is_not_kept() {
 #[tokio::test(start_paused = true)]
 async fn an_answer_larger_than_half_is_not_kept() {
     let (cache, [account]) = (cache(MIB), accounts());
-    cache.put_now(account, "large", ended(512));
-    cache.put_now(account, "small", ended(510));
+    assert!(!cache.put_now(account, "large", ended(512)));
+    assert!(cache.put_now(account, "small", ended(510)));
     assert!(!cache.holds(account, "large"));
     assert!(cache.holds(account, "small"));
+    let not_found = |kib: usize| draft(Stage::NotFound, noise(kib << 10), Instant::now());
+    assert!(
+        !cache.put_now(account, "nowhere", not_found(1024)),
+        "nor is one larger than all such may be"
+    );
+    assert!(cache.put_now(account, "nowhere", not_found(1022)));
 }
 
 #[tokio::test(start_paused = true)]

@@ -70,10 +70,7 @@ impl Gateway {
                 } else {
                     breaker.answered(sent);
                 }
-                // What is kept counts against the cache.
-                if !answer.is_stored() {
-                    answer.hold(self.upstream.hold(answer.body_len()).await?);
-                }
+                self.hold(&answer).await?;
                 drop(room);
                 Ok(answer)
             }
@@ -92,6 +89,14 @@ impl Gateway {
                 Err(failed)
             }
         }
+    }
+
+    /// Has an answer hold its room until its clients have it; what the cache keeps counts there.
+    pub(super) async fn hold(&self, answer: &Answer) -> Result<(), Failed> {
+        if !answer.is_stored() {
+            answer.hold(self.upstream.hold(answer.body_len()).await?);
+        }
+        Ok(())
     }
 
     /// Reads an answer, and keeps it if it may be kept.

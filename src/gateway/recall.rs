@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::accounts::Account;
 use super::keys::Key;
 use super::{Gateway, Poll, unix_now};
+use crate::error::Error;
 use crate::stored::{Answer, Moment};
 use crate::task::TaskId;
 
@@ -23,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub(super) enum Recall {
     UnderWay,
-    Done(Option<Answer>),
+    Done(Result<Option<Answer>, Error>),
 }
 
 impl Gateway {
@@ -48,22 +49,29 @@ impl Gateway {
 
     /// What is kept elsewhere of a task of which memory has nothing: on disk or, where nobody may fly, at another replica.
     ///
+    /// # Errors
+    /// [`Error::NoRoom`] when there is none to send it from.
+    ///
     /// Cancel safe.
-    pub(super) async fn look_further(self: &Arc<Self>, poll: &Poll<'_>, live: Duration) -> Option<Answer> {
-        match self.recall(poll).await {
-            None => self.look_grounded(poll, live).await,
-            recalled => recalled,
+    pub(super) async fn look_further(
+        self: &Arc<Self>,
+        poll: &Poll<'_>,
+        live: Duration,
+    ) -> Result<Option<Answer>, Error> {
+        match self.recall(poll).await? {
+            None => Ok(self.look_grounded(poll, live).await),
+            recalled => Ok(recalled),
         }
     }
 
     /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
     ///
     /// Cancel safe: reading goes on, for whoever else waits.
-    async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Option<Answer> {
-        let (disk, account) = (self.disk.as_ref()?, &poll.asker.account);
+    async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Option<Answer>, Error> {
+        let account = &poll.asker.account;
         let place = account.owner.place(&poll.task);
-        if !disk.may_hold(place) {
-            return None;
+        if self.disk.as_ref().is_none_or(|disk| !disk.may_hold(place)) {
+            return Ok(None);
         }
         let _reading = poll.trace.part("disk");
         let (mut recall, leader) = self.recalls.join((account.id, poll.task.clone()), || Recall::UnderWay);
@@ -73,20 +81,20 @@ impl Gateway {
                 // 1. a poll finds nothing in memory; 2. the reading that was under way ends; 3. the poll begins this one.
                 let answer = match gateway.cache.snapshot(account.id, &task, Instant::now()) {
                     None => gateway.read(&account, &task, place).await,
-                    kept => kept,
+                    kept => Ok(kept),
                 };
                 leader.land(|recall| *recall = Recall::Done(answer));
             });
         }
         let done = recall.wait_for(|recall| matches!(recall, Recall::Done(_))).await;
-        match &*done.ok()? {
-            Recall::Done(answer) => answer.clone(),
-            Recall::UnderWay => None,
+        match done.as_deref() {
+            Ok(Recall::Done(answer)) => answer.clone(),
+            Ok(Recall::UnderWay) | Err(_) => Ok(None),
         }
     }
 
-    async fn read(&self, account: &Arc<Account>, task: &TaskId, place: u128) -> Option<Answer> {
-        let disk = self.disk.as_ref()?;
+    async fn read(&self, account: &Arc<Account>, task: &TaskId, place: u128) -> Result<Option<Answer>, Error> {
+        let Some(disk) = &self.disk else { return Ok(None) };
         let config = self.config();
         let patience = PATIENCE.min(config.budget.max_wait / 4);
         let (account, asked) = (Arc::clone(account), task.clone());
@@ -98,10 +106,13 @@ impl Gateway {
                 answer.has_ended().then(|| (account.id, Arc::clone(key), answer))
             })
         });
-        let (account, key, answer) = opened.await?;
+        let Some((account, key, answer)) = opened.await else {
+            return Ok(None);
+        };
         key.heard(answer.asked());
-        self.cache.put(account, task, &answer, Instant::now());
-        Some(answer)
+        let answer = self.cache.put(account, task, &answer, Instant::now());
+        self.hold(&answer).await.map_err(|failed| failed.error)?;
+        Ok(Some(answer))
     }
 }
 

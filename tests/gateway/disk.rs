@@ -15,9 +15,11 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::client::poll_request;
-use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as};
+use crate::harness::paused::{self, Behaviour, Paused};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, raw};
 
 const OTHER_KEY: &str = "ak_test_0000000000000000000000000002";
 
@@ -224,6 +226,64 @@ async fn a_moment_without_threads_costs_nothing_of_what_is_kept() {
         log.contains("no thread can be had") && !log.contains("corrupt"),
         "{log}"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_memory_has_no_room_for_is_a_hit_from_disk_and_held_until_its_clients_have_it() {
+    const LARGE: usize = 60 << 10;
+    let place = Place::new();
+    let behaviour = Behaviour {
+        answer: |_, task| {
+            paused::json(&serde_json::json!({
+                "code": 200, "message": "x".repeat(LARGE), "data": { "task_id": task, "status": "failed" },
+            }))
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |config| {
+        config.upstream.max_body = 64 << 10;
+        config.limits.body_bytes = 128 << 10;
+        config.cache.max_bytes = 100 << 10;
+        config.cache.disk = Some(place.path());
+    });
+    let patience = Instant::now() + PATIENCE;
+    while gateway.metric(UP) < 0.5 {
+        assert!(Instant::now() < patience, "no disk");
+        sleep(Duration::from_millis(10)).await;
+    }
+    for number in 0..4 {
+        let reply = gateway.poll(KEY, &format!("large{number}")).await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+        assert!(!reply.header("cache-status").unwrap().contains("stored"), "{reply:?}");
+    }
+    let patience = Instant::now() + PATIENCE;
+    while gateway.metric(ENTRIES) < 3.5 {
+        assert!(Instant::now() < patience, "not written");
+        sleep(Duration::from_millis(10)).await;
+    }
+    let mut deaf = Vec::new();
+    for number in 0..4 {
+        let mut client = gateway.connect(1024, CancellationToken::new());
+        client.send(raw::poll(&format!("large{number}"))).await.unwrap();
+        deaf.push(client);
+    }
+    // Longer than an answer waits for room.
+    sleep(Duration::from_secs(1)).await;
+    let mut hits = 0;
+    for client in &mut deaf {
+        let reply = client.reply().await;
+        hits += usize::from(
+            reply
+                .header("cache-status")
+                .is_some_and(|status| status.contains("; hit;")),
+        );
+        assert!(
+            reply.is(200) || reply.is(503) && reply.header("retry-after").is_some(),
+            "{}",
+            reply.head
+        );
+    }
+    assert_eq!((hits, gateway.queries().len()), (1, 4));
 }
 
 #[tokio::test]

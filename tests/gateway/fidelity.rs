@@ -84,6 +84,21 @@ async fn every_fixture_comes_through_byte_for_byte_on_miss_and_hit() {
 }
 
 #[tokio::test]
+async fn what_is_too_large_for_the_cache_is_not_said_to_be_stored() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "cache: { max_bytes: \"2MiB\" }").await;
+    for (task, queries) in [("big-2MiB.a", 2), ("big-512KiB.a", 1)] {
+        let before = upstream.queries().await;
+        let replies = [poll(gateway.address, task).await, poll(gateway.address, task).await];
+        assert_eq!(upstream.queries().await - before, queries, "{task}");
+        let status = |reply: &Reply| reply.header("cache-status").unwrap().to_owned();
+        let is_kept = queries == 1;
+        assert_eq!(status(&replies[0]).contains("; stored"), is_kept, "{replies:?}");
+        assert_eq!(status(&replies[1]).contains("; hit"), is_kept, "{replies:?}");
+    }
+}
+
+#[tokio::test]
 async fn what_may_be_kept_is_kept_and_nothing_else() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(
