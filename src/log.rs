@@ -9,7 +9,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::panic::PanicHookInfo;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use tracing::Level;
@@ -36,6 +36,8 @@ const MOST_AT_ONCE: usize = 64 << 10;
 pub struct Log {
     lines: NonBlocking,
     unwritten: Arc<AtomicU64>,
+    /// Once it is started, whoever reads it may understand nothing else.
+    is_json: AtomicBool,
     _flush: WorkerGuard,
 }
 
@@ -56,12 +58,17 @@ impl Log {
         Self {
             lines,
             unwritten,
+            is_json: AtomicBool::new(false),
             _flush: flush,
         }
     }
 
-    /// Says something to whoever started the process, in the order of the log.
+    /// Says something to whoever started the process, in the order of the log; once that is started as JSON, as a line of it.
     pub fn say(&self, text: &str) {
+        if self.is_json.load(Ordering::Relaxed) {
+            tracing::error!("{text}");
+            return;
+        }
         // Where stderr is closed there is nobody to tell.
         let _ = self.lines.clone().write_all(format!("{text}\n").as_bytes());
     }
@@ -87,6 +94,7 @@ impl Log {
             LogFormat::Text => registry.with(lines.with_ansi(false)).init(),
             LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
         }
+        self.is_json.store(log.format == LogFormat::Json, Ordering::Relaxed);
         let panics = metrics.panics.clone();
         // All come by here, and once, whoever contains them.
         std::panic::set_hook(Box::new(move |info| {

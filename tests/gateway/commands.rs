@@ -73,6 +73,26 @@ async fn a_port_in_use_is_said_with_its_field() {
 }
 
 #[tokio::test]
+async fn what_ends_a_start_is_a_line_in_the_format_of_the_log() {
+    let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = holder.local_addr().unwrap();
+    let file = config_file(&format!(
+        "listen: \"{taken}\"\nadmin: \"127.0.0.1:0\"\nlog: {{ format: json }}\n"
+    ));
+    let ended = run(&["--config", file.path().to_str().unwrap()], &[]).await;
+    assert_eq!(ended.code, 1);
+    let lines = ended.stderr.lines().map(serde_json::from_str);
+    let lines: Vec<serde_json::Value> = lines.map(|line| line.expect(&ended.stderr)).collect();
+    let last = lines.last().unwrap();
+    let message = last["message"].as_str().unwrap();
+    assert!(
+        message.starts_with(&format!("crun-gateway: listen: {taken}: ")),
+        "{last}"
+    );
+    assert_eq!(last["level"], "ERROR");
+}
+
+#[tokio::test]
 async fn the_shipped_configuration_serves() {
     let shipped = std::fs::read_to_string(SHIPPED).unwrap();
     let own = ["listen:", "admin:", "worker_threads:"];
