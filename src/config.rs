@@ -81,7 +81,7 @@ impl Config {
     }
 
     /// The same for a process that runs with `running`, to which a file that says nothing is no configuration, if that would
-    /// change anything: it was lost, or has yet to be written, and the defaults let everybody in.
+    /// change anything, now or at a restart: it was lost, or has yet to be written, and the defaults let everybody in.
     ///
     /// # Errors
     /// As for [`load`](Self::load), and when it says nothing.
@@ -89,7 +89,7 @@ impl Config {
         let text = read(path)?;
         let config = Self::parse(&text, env)?;
         let says_nothing = reader::tree(&text, &fields::is_one)?.is_null();
-        if says_nothing && config.clone().taken_over(running).0 != *running {
+        if says_nothing && config != *running {
             let wrong = Wrong {
                 what: "says nothing any more".into(),
                 fix: "put back what was in it, or write {} for all defaults".into(),

@@ -276,6 +276,15 @@ async fn a_file_that_says_nothing_any_more_changes_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_file_that_says_nothing_any_more_is_told_of_though_only_a_restart_would_change_anything() {
+    let watching = Watching::start("log: { format: json }");
+    watching.write("");
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!(watching.said("config.yaml: says nothing"), 1);
+    assert!(!watching.is_right());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_was_read_from_no_regular_file_stays_and_that_is_said_once() {
     let watching = Watching::start(CLOSED);
     fs::remove_file(watching.path()).unwrap();
