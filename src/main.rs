@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -54,6 +54,12 @@ const BAD_CONFIG: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.command.is_none()
+        && let Err(error) = of_hangup().thread_block()
+    {
+        eprintln!("crun-gateway: SIGHUP: {error}");
+        return ExitCode::FAILURE;
+    }
     // Dropped last, on every way out: what was said is written then.
     let log = Log::to_stderr();
     let done = match cli.command {
@@ -107,6 +113,7 @@ fn serve(mut config: Config, file: ConfigFile, log: &Log) -> anyhow::Result<()> 
         tokio::spawn(cancel_on_signals(shutdown.drain.clone(), shutdown.now.clone())?);
         let now = Arc::new(Notify::new());
         tokio::spawn(notify_on_hangup(Arc::clone(&now))?);
+        of_hangup().thread_unblock().context("SIGHUP")?;
         let source = Source {
             path: file.config,
             written,
@@ -198,6 +205,12 @@ fn cancel_on_signals(
             token.cancel();
         }
     })
+}
+
+/// Who serves has it wait from the first moment until somebody listens, else an early one would end the process. Threads
+/// that begin meanwhile never take it: the first one does.
+fn of_hangup() -> SigSet {
+    SigSet::from(Signal::SIGHUP)
 }
 
 /// SIGHUP asks for the configuration to be read anew.

@@ -1,18 +1,23 @@
 //! A changed configuration is taken over while the gateway runs, whole or not at all, and loses nothing.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::Command;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::paused::{Away, Behaviour, Paused, json, most_in_a_second, running, success};
+use crate::harness::process::BINARY;
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Scripted, Simulator, poll, poll_as};
 
@@ -99,9 +104,7 @@ async fn a_key_is_rotated_under_load_without_a_failed_request() {
             sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, new_is_used)
-        .await
-        .expect("the new key is sent");
+    timeout(PATIENCE, new_is_used).await.expect("the new key is sent");
     stop.store(true, Ordering::Relaxed);
     assert!(clients.join_all().await.iter().sum::<usize>() > 100);
     assert_eq!(
@@ -306,6 +309,40 @@ async fn a_configuration_that_is_right_again_is_told_of() {
     sleep(Duration::from_secs(20)).await;
     assert_eq!((watching.said("is not taken over"), watching.said(AGAIN)), (1, 1));
     assert!(watching.is_right());
+}
+
+#[tokio::test]
+async fn a_hangup_while_the_configuration_is_first_read_ends_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.yaml");
+    assert!(Command::new("mkfifo").arg(&path).status().await.unwrap().success());
+    let mut gateway = Command::new(BINARY)
+        .arg("--config")
+        .arg(&path)
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    // There is somebody to write to once it is about to read.
+    let opened = spawn_blocking(move || fs::OpenOptions::new().write(true).open(path));
+    let mut config = timeout(PATIENCE, opened).await.unwrap().unwrap().unwrap();
+    let id = i32::try_from(gateway.id().unwrap()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::SIGHUP).unwrap();
+    config
+        .write_all(b"listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\n")
+        .unwrap();
+    drop(config);
+    let mut log = BufReader::new(gateway.stderr.take().unwrap()).lines();
+    let serves = async {
+        while !log
+            .next_line()
+            .await
+            .unwrap()
+            .expect("it goes on")
+            .contains(" serving ")
+        {}
+    };
+    timeout(PATIENCE, serves).await.unwrap();
 }
 
 #[tokio::test]
