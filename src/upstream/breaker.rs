@@ -135,7 +135,7 @@ impl Breaker {
                 () = sleep_until(look.unwrap_or(began)), if look.is_some() => self.look(),
             }
         };
-        drop(connecting);
+        connecting.ended();
         match &result {
             Ok(_) => self.state().reached(Instant::now()),
             Err(error) => {
@@ -174,18 +174,34 @@ impl Breaker {
 }
 
 /// A connection that is being opened, or was given up when this is dropped.
-struct Connecting<'a>(&'a Breaker);
+struct Connecting<'a> {
+    breaker: &'a Breaker,
+    has_ended: bool,
+}
 
 impl<'a> Connecting<'a> {
     fn new(breaker: &'a Breaker, now: Instant) -> Self {
         breaker.state().connecting(now);
-        Self(breaker)
+        Self {
+            breaker,
+            has_ended: false,
+        }
+    }
+
+    /// It failed, or is there.
+    fn ended(mut self) {
+        self.has_ended = true;
     }
 }
 
 impl Drop for Connecting<'_> {
     fn drop(&mut self) {
-        self.0.state().no_longer_connecting(Instant::now());
+        let (now, mut state) = (Instant::now(), self.breaker.state());
+        if self.has_ended {
+            state.no_longer_connecting(now);
+        } else {
+            state.gave_up(now);
+        }
     }
 }
 

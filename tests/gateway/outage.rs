@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::harness::paused::{Away, Behaviour, Paused, goodput, json, most_in_a_second, running};
 use crate::harness::{Gateway, KEY, Reply, Simulator, poll};
@@ -354,6 +354,44 @@ async fn connections_that_never_open_open_it_after_two_seconds() {
     assert_eq!(start.elapsed().as_millis() / 10, 800);
     assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
     assert_eq!(gateway.arrivals().len(), 0, "nothing was spent");
+}
+
+/// A poll with `key` whose client leaves `after` so many seconds, unanswered.
+async fn poll_and_leave(gateway: &Paused, key: &str, after: f64) {
+    let left = timeout(seconds(after), gateway.poll(key, "left")).await;
+    assert!(left.is_err(), "{left:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_leave_while_a_connection_is_opened_do_not_open_it() {
+    let behaviour = Behaviour {
+        opening: |_| seconds(0.15),
+        ..Behaviour::default()
+    };
+    for (clients, stay, apart) in [(1, 0.1, 2.05), (1, 0.1, 1.9), (5, 0.06, 0.5)] {
+        let gateway = Paused::start(behaviour.clone(), |_| {});
+        sleep(seconds(AWAY)).await;
+        for _ in 0..clients {
+            poll_and_leave(&gateway, "ak_leaves", stay).await;
+            sleep(seconds(apart - stay)).await;
+        }
+        let other = gateway.poll(KEY, "a").await;
+        assert_eq!(other.status, 200, "{clients} that left: {other:?}");
+        assert_eq!(gateway.dials().len(), clients + 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_keep_leaving_do_not_hide_that_connections_never_open() {
+    let gateway = Paused::start(away_for_a_minute(Away::Silent), |_| {});
+    sleep(seconds(AWAY)).await;
+    for _ in 0..2 {
+        poll_and_leave(&gateway, KEY, 0.9).await;
+        sleep(seconds(1.1)).await;
+    }
+    let before = Instant::now();
+    gateway.poll(KEY, "a").await.assert_is_our_error(503);
+    assert_eq!(before.elapsed().as_millis() / 10, 20, "the rest of 2 s");
 }
 
 #[tokio::test(start_paused = true)]

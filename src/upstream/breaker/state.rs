@@ -1,9 +1,10 @@
 //! The breaker's state machine: closed, open, half-open. Pure: `now` is passed in, nothing is logged or awaited.
 //!
 //! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream; or
-//! when no connection came about for 2 s while somebody wanted one. Evidence is weighed by when it was *asked for*: a
-//! time-out that comes in after upstream has recovered tells of the outage, and an answer that was on its way when the
-//! breaker opened does not close it.
+//! when no connection came about for 2 s while somebody wanted one. The pause behind an attempt that failed is part of
+//! these; the one behind an attempt that was given up is not: nobody knows what would have become of it. Evidence is
+//! weighed by when it was *asked for*: a time-out that comes in after upstream has recovered tells of the outage, and an
+//! answer that was on its way when the breaker opened does not close it.
 
 use std::time::Duration;
 
@@ -53,7 +54,9 @@ pub(super) struct State {
     wanted: usize,
     /// When a connection was last wanted.
     last_wanted: Option<Instant>,
-    /// Since when connections are wanted and none came about.
+    /// How long none came about, up to `without_since`.
+    without: Duration,
+    /// Since when none comes about, while that is known: one is being opened, or the last that was has failed.
     without_since: Option<Instant>,
     /// Probes so far.
     probes: u64,
@@ -79,6 +82,7 @@ impl State {
             answered: None,
             wanted: 0,
             last_wanted: None,
+            without: Duration::ZERO,
             without_since: None,
             probes: 0,
             next_probe: None,
@@ -132,41 +136,56 @@ impl State {
 
     /// Upstream was reached at `now`, be it by an answer that counts as a failure.
     pub(super) fn reached(&mut self, now: Instant) {
+        self.without = Duration::ZERO;
         self.without_since = (self.wanted > 0).then_some(now);
     }
 
     /// A connection is being opened.
     pub(super) fn connecting(&mut self, now: Instant) {
-        // A failure long ago is no part of an outage now; but between two attempts there may be a pause.
+        // What was long ago is no part of an outage now; but between two attempts there may be a pause.
         let continues = self.wanted > 0
             || self
                 .last_wanted
                 .is_some_and(|last| now.saturating_duration_since(last) < LONGEST_WITHOUT);
         if !continues {
-            self.without_since = None;
+            self.reached(now);
         }
         self.without_since.get_or_insert(now);
         self.wanted += 1;
         self.last_wanted = Some(now);
     }
 
-    /// One that was being opened is no more: it failed or was given up, or it is there, which [`Self::reached`] says next.
+    /// One that was being opened is no more: it failed, or it is there, which [`Self::reached`] says next.
     pub(super) fn no_longer_connecting(&mut self, now: Instant) {
         self.wanted = self.wanted.saturating_sub(1);
         self.last_wanted = Some(now);
     }
 
+    /// One that was being opened is no more, and nobody knows what would have become of it.
+    pub(super) fn gave_up(&mut self, now: Instant) {
+        self.no_longer_connecting(now);
+        if self.wanted == 0 {
+            self.without = self.without_for(now);
+            self.without_since = None;
+        }
+    }
+
     /// When to look whether there was no connection for too long: while closed, with one being opened.
     pub(super) fn next_look(&self) -> Option<Instant> {
         let since = self.without_since.filter(|_| !self.is_open() && self.wanted > 0)?;
-        Some(since + LONGEST_WITHOUT)
+        Some(since + LONGEST_WITHOUT.saturating_sub(self.without))
     }
 
     /// Looks whether there was no connection for too long, as one is being opened or has just failed.
     pub(super) fn look(&mut self, now: Instant) -> Option<Change> {
-        let since = self.without_since?;
-        let is_long = now.saturating_duration_since(since) >= LONGEST_WITHOUT;
+        let is_long = self.without_for(now) >= LONGEST_WITHOUT;
         (is_long && !self.is_open()).then(|| self.open(now))
+    }
+
+    /// How long no connection has come about.
+    fn without_for(&self, now: Instant) -> Duration {
+        let lately = self.without_since.map(|since| now.saturating_duration_since(since));
+        self.without + lately.unwrap_or_default()
     }
 
     /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
@@ -433,6 +452,81 @@ mod tests {
         }
     }
 
+    /// An attempt that is given up after so many milliseconds.
+    fn give_up(state: &mut State, began: Instant, after: u32) {
+        state.connecting(began);
+        assert!(state.next_look().is_some_and(|look| look > began + after * MS));
+        state.gave_up(began + after * MS);
+    }
+
+    #[test]
+    fn the_pause_behind_an_attempt_that_was_given_up_is_no_part_of_it() {
+        for (times, after, apart) in [(1, 100, 2050), (1, 100, 1900), (33, 60, 500), (1999, 1, 1999)] {
+            let (mut state, mut now) = (State::new(), Instant::now());
+            for _ in 0..times {
+                give_up(&mut state, now, after);
+                now += apart * MS;
+            }
+            assert_eq!(state.look(now), None);
+            state.connecting(now);
+            assert_eq!(state.look(now), None);
+            assert!(state.next_look().is_some_and(|look| look > now));
+        }
+    }
+
+    #[test]
+    fn attempts_that_are_given_up_do_not_hide_that_none_comes_to_an_end() {
+        // With pauses, and so that there is always one.
+        for apart in [1500, 900] {
+            let (mut state, mut now) = (State::new(), Instant::now());
+            for _ in 0..2 {
+                give_up(&mut state, now, 900);
+                now += apart * MS;
+            }
+            state.connecting(now);
+            assert_eq!(state.next_look(), Some(now + 200 * MS));
+            assert_eq!(state.look(now + 199 * MS), None);
+            assert_eq!(state.look(now + 200 * MS), Some(Change::Opened));
+        }
+        let (mut state, now) = (State::new(), Instant::now());
+        state.connecting(now);
+        for second in 1..20 {
+            state.connecting(now + second * 100 * MS);
+            state.gave_up(now + second * 100 * MS);
+        }
+        assert_eq!(state.next_look(), Some(now + LONGEST_WITHOUT));
+        assert_eq!(state.look(now + LONGEST_WITHOUT), Some(Change::Opened));
+    }
+
+    #[test]
+    fn attempts_that_fail_at_their_time_out_open_it() {
+        let (mut state, mut now) = (State::new(), Instant::now());
+        for attempt in 0..3 {
+            state.connecting(now);
+            now += 800 * MS;
+            state.no_longer_connecting(now);
+            assert_eq!(state.look(now).is_some(), attempt == 2);
+        }
+    }
+
+    #[test]
+    fn whichever_ended_last_says_what_the_pause_behind_it_is() {
+        for given_up_last in [true, false] {
+            let (mut state, now) = (State::new(), Instant::now());
+            state.connecting(now);
+            state.connecting(now);
+            if given_up_last {
+                state.no_longer_connecting(now + MS);
+                state.gave_up(now + MS);
+            } else {
+                state.gave_up(now + MS);
+                state.no_longer_connecting(now + MS);
+            }
+            state.connecting(now + 1900 * MS);
+            assert_eq!(state.look(now + LONGEST_WITHOUT).is_none(), given_up_last);
+        }
+    }
+
     #[test]
     fn a_connection_that_comes_while_it_is_open_does_not_close_it() {
         let (mut state, now) = opened();
@@ -454,6 +548,7 @@ mod tests {
         Connecting,
         /// And whether it is there.
         NoLongerConnecting(bool),
+        GaveUp,
         Look,
     }
 
@@ -467,6 +562,7 @@ mod tests {
             2 => Just(Event::ProbeEnded),
             1 => Just(Event::Connecting),
             1 => any::<bool>().prop_map(Event::NoLongerConnecting),
+            1 => Just(Event::GaveUp),
             1 => Just(Event::Look),
         ]
     }
@@ -483,9 +579,11 @@ mod tests {
             let mut failing: Vec<u8> = Vec::new();
             let mut opened = None;
             let (mut connecting, mut connected) = (0_u32, 0_u32);
-            let mut first_wanted = None::<Instant>;
+            // How long there was no connection, and whether the time that passes is part of that.
+            let (mut without, mut is_without) = (Duration::ZERO, false);
             for (event, ms) in events {
                 now += Duration::from_millis(ms);
+                without += Duration::from_millis(if is_without { ms } else { 0 });
                 let was_open = state.is_open();
                 let change = match event {
                     Event::Failed(name, ago) => {
@@ -506,7 +604,7 @@ mod tests {
                             failing.clear();
                             prop_assert!(!state.is_open());
                         }
-                        first_wanted = (connecting > 0).then_some(now);
+                        (without, is_without) = (Duration::ZERO, connecting > 0);
                         change
                     }
                     Event::Connected => {
@@ -542,7 +640,7 @@ mod tests {
                     Event::Connecting => {
                         state.connecting(now);
                         connecting += 1;
-                        first_wanted.get_or_insert(now);
+                        is_without = true;
                         None
                     }
                     Event::NoLongerConnecting(is_there) => {
@@ -551,15 +649,23 @@ mod tests {
                             state.no_longer_connecting(now);
                             if is_there {
                                 state.reached(now);
-                                first_wanted = (connecting > 0).then_some(now);
+                                (without, is_without) = (Duration::ZERO, connecting > 0);
                             }
+                        }
+                        None
+                    }
+                    Event::GaveUp => {
+                        if connecting > 0 {
+                            connecting -= 1;
+                            state.gave_up(now);
+                            is_without = connecting > 0;
                         }
                         None
                     }
                     Event::Look => {
                         let change = state.look(now);
                         if change.is_some() {
-                            prop_assert!(first_wanted.is_some_and(|since| now >= since + LONGEST_WITHOUT));
+                            prop_assert!(without >= LONGEST_WITHOUT);
                         }
                         change
                     }
