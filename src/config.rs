@@ -27,7 +27,7 @@ use serde_json::Value;
 use self::problem::Wrong;
 pub use self::problem::{Problem, Problems};
 use self::reader::Reader;
-pub use self::secret::{Key, KeySource};
+pub use self::secret::{Key, KeySource, may_be_read_anew};
 pub use self::shared::{Shared, Store, StoreUrl};
 pub use self::tls::{CaFile, ClientCertificates, Demand, Identity, Tls};
 pub use self::watched::{Content, Watched};
@@ -87,7 +87,7 @@ impl Config {
     /// As for [`load`](Self::load), and when it says nothing.
     pub fn load_anew(path: &Path, env: &dyn Fn(&str) -> Option<String>, running: &Self) -> Result<Self, Problems> {
         let text = read(path)?;
-        let config = Self::parse(&text, env)?;
+        let config = Self::parse_anew(&text, env, Some(running))?;
         let says_nothing = reader::tree(&text, &fields::is_one)?.is_null();
         if says_nothing && config != *running {
             let wrong = Wrong {
@@ -104,10 +104,34 @@ impl Config {
     /// # Errors
     /// Every problem of the text at once. When it is not YAML, that is the one problem.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Problems> {
+        Self::parse_anew(text, env, None)
+    }
+
+    fn parse_anew(text: &str, env: &dyn Fn(&str) -> Option<String>, running: Option<&Self>) -> Result<Self, Problems> {
         let tree = reader::tree(text, &fields::is_one)?;
-        let mut reader = Reader::new(env);
+        let mut reader = Reader::new(env, running);
         let config = reader.root(&tree, fields::config);
         reader.finish(text).map(|()| config)
+    }
+
+    /// Every key, token and password.
+    fn keys(&self) -> impl Iterator<Item = &Key> {
+        let keys = self.accounts.iter().flat_map(|account| &account.keys);
+        let clients = self.accounts.iter().flat_map(|account| &account.clients);
+        let store = self.shared.iter().filter_map(|shared| shared.store.as_ref());
+        let passwords = store.flat_map(|store| [&store.password, &store.sentinel_password]);
+        keys.chain(clients.map(|client| &client.token))
+            .chain(passwords.flatten())
+    }
+
+    /// Every file of extra roots.
+    fn ca_files(&self) -> impl Iterator<Item = &CaFile> {
+        let store = self.shared.iter().filter_map(|shared| shared.store.as_ref());
+        let store = store.map(|store| &store.ca_file);
+        [&self.upstream.ca_file, &self.otlp.ca_file]
+            .into_iter()
+            .chain(store)
+            .flatten()
     }
 
     /// The whole configuration as YAML in the shape of the file, every field, keys masked: what `check` prints.
@@ -128,7 +152,7 @@ fn read(path: &Path) -> Result<String, Problem> {
 impl Default for Config {
     /// What an empty file means.
     fn default() -> Self {
-        Reader::new(&|_| None).root(&Value::Null, fields::config)
+        Reader::new(&|_| None, None).root(&Value::Null, fields::config)
     }
 }
 

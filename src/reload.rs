@@ -7,14 +7,14 @@
 //! over whole, or not at all: then everything stays as it was, and the log says what is wrong and what to do.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::config::{Config, Limits, Problems};
+use crate::config::{Config, Limits, Problems, may_be_read_anew};
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 use crate::panics;
@@ -97,12 +97,6 @@ pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
             }
         }
     }
-}
-
-/// A pipe gave all it had at the start: opened again it is empty, or never ends.
-fn may_be_read_anew(path: &Path) -> bool {
-    // What is wrong with a folder, or a file that is gone, whoever reads it says.
-    path.metadata().map_or(true, |is| is.is_file() || is.is_dir())
 }
 
 fn take_over(

@@ -50,7 +50,7 @@ const ONE_OF_EACH: &str = "{ accounts: [{ name: a, keys: [{ env: KEY }], clients
 /// Every field that is asked for when there is an account, TLS and a store, as `accounts.keys.file`.
 fn known() -> Vec<String> {
     let tree = reader::tree(ONE_OF_EACH, &|_| false).unwrap_or_default();
-    let mut reader = Reader::new(&|_| Some("key".to_owned()));
+    let mut reader = Reader::new(&|_| Some("key".to_owned()), None);
     reader.root(&tree, config);
     reader.known().iter().cloned().collect()
 }
@@ -94,7 +94,7 @@ fn upstream(r: &mut Reader<'_>) -> Upstream {
         timeout: r.duration("timeout", secs(8), MS..=YEAR),
         connections: r.count("connections", 120, 1..=MANY),
         max_body: r.bytes("max_body", 16 * MIB, KIB..=GIB),
-        ca_file: r.nullable("ca_file", tls::ca_file),
+        ca_file: tls::ca_file(r),
         traceparent: r.value("traceparent", false, values::boolean),
     }
 }
@@ -202,7 +202,7 @@ fn log(r: &mut Reader<'_>) -> Log {
 fn otlp(r: &mut Reader<'_>) -> Otlp {
     Otlp {
         endpoint: r.nullable("endpoint", values::endpoint),
-        ca_file: r.nullable("ca_file", tls::ca_file),
+        ca_file: tls::ca_file(r),
         sample_ratio: r.value("sample_ratio", 0.01, values::ratio),
         timeout: r.duration("timeout", secs(10), MS..=secs(3600)),
     }

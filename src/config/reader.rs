@@ -8,6 +8,7 @@ use std::mem;
 
 use serde_json::{Map, Value};
 
+use super::Config;
 use super::problem::{Problem, Problems, Wrong, quotable, wrong};
 use super::secret::Seen;
 
@@ -75,6 +76,8 @@ struct Unknown {
 /// A cursor over the tree.
 pub(super) struct Reader<'a> {
     pub(super) env: &'a dyn Fn(&str) -> Option<String>,
+    /// What the process runs with, where it is read anew.
+    pub(super) running: Option<&'a Config>,
     pub(super) keys: Seen,
     here: Here<'a>,
     problems: Vec<Problem>,
@@ -83,9 +86,10 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(env: &'a dyn Fn(&str) -> Option<String>) -> Self {
+    pub(super) fn new(env: &'a dyn Fn(&str) -> Option<String>, running: Option<&'a Config>) -> Self {
         Self {
             env,
+            running,
             keys: Seen::new(),
             here: Here::default(),
             problems: Vec::new(),

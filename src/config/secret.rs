@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use secrecy::zeroize::Zeroizing;
 use serde_json::Value;
 
+use super::Config;
 use super::problem::{Wrong, wrong};
 use super::reader::{Reader, list};
 use super::values;
@@ -104,7 +105,14 @@ fn key(reader: &mut Reader<'_>) -> Option<Key> {
     let env = reader.nullable("env", |value| values::text(value, "CRUN_KEY"));
     let sound = reader.sound(&["", "file", "env"]);
     let (name, source, read) = match (file, env) {
-        (Some(file), None) => ("file", KeySource::File(file.into()), read_file(Path::new(file))),
+        (Some(file), None) => {
+            let (path, source) = (Path::new(file), KeySource::File(file.into()));
+            if let Some(running) = keeps(reader.running, path) {
+                let kept = kept(running.keys().find(|key| key.source == source));
+                return kept.map_err(|wrong| reader.refuse("file", wrong)).ok();
+            }
+            ("file", source, read_file(path))
+        }
         (None, Some(env)) => {
             let value = (reader.env)(env).map_or_else(
                 || wrong("that environment variable is not set", "set it, or correct the name"),
@@ -148,6 +156,24 @@ fn sendable(bytes: &[u8]) -> Result<ApiKey, Wrong> {
         },
         Ok,
     )
+}
+
+/// Whether a file can be read more than once: a pipe gives all it has at the start; opened again it is empty, or never ends.
+pub fn may_be_read_anew(path: &Path) -> bool {
+    // What is wrong with a folder, or a file that is gone, whoever reads it says.
+    path.metadata().map_or(true, |is| is.is_file() || is.is_dir())
+}
+
+/// What a process runs with, if what was read from `path` stays as it is there.
+pub(super) fn keeps<'a>(running: Option<&'a Config>, path: &Path) -> Option<&'a Config> {
+    running.filter(|_| !may_be_read_anew(path))
+}
+
+/// What was read at the start, if it was.
+pub(super) fn kept<T: Clone>(read: Option<&T>) -> Result<T, Wrong> {
+    let what = "is no regular file, and such a one is read at the start only";
+    read.cloned()
+        .map_or_else(|| wrong(what, "name a regular file, or restart"), Ok)
 }
 
 /// The bytes of a file that the configuration names.

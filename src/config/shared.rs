@@ -103,7 +103,7 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Shared> {
     let username = r.nullable("username", |value| values::text(value, "default").map(str::to_owned));
     let password = secret::optional(r, "password");
     let sentinel_password = secret::optional(r, "sentinel_password");
-    let ca_file = r.nullable("ca_file", tls::ca_file);
+    let ca_file = tls::ca_file(r);
     let second = Duration::from_secs(1);
     let connect_timeout = r.duration("connect_timeout", second, Duration::from_millis(10)..=second * 60);
     let timeout = r.duration("timeout", second / 5, Duration::from_millis(10)..=second);

@@ -176,11 +176,17 @@ fn path(value: &Value, example: &str) -> Result<PathBuf, Wrong> {
     values::text(value, example).map(PathBuf::from)
 }
 
-/// Reads the extra roots whose file is `value`.
-pub(super) fn ca_file(value: &Value) -> Result<CaFile, Wrong> {
-    let path = path(value, "/etc/ssl/extra.pem")?;
-    let anchors = roots(&path)?.roots.into();
-    Ok(CaFile { path, anchors })
+/// Reads the extra roots in the file `ca_file`.
+pub(super) fn ca_file(r: &mut Reader<'_>) -> Option<CaFile> {
+    let running = r.running;
+    r.nullable("ca_file", |value| {
+        let path = path(value, "/etc/ssl/extra.pem")?;
+        if let Some(running) = secret::keeps(running, &path) {
+            return secret::kept(running.ca_files().find(|file| file.path == path));
+        }
+        let anchors = roots(&path)?.roots.into();
+        Ok(CaFile { path, anchors })
+    })
 }
 
 /// The certificates of a PEM file, at least one.

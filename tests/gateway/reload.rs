@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -298,6 +299,48 @@ async fn what_was_read_from_no_regular_file_stays_and_that_is_said_once() {
     assert_eq!((watching.said("no regular file"), watching.said("ERROR")), (1, 0));
 }
 
+fn make_pipe(path: &Path) {
+    let made = std::process::Command::new("mkfifo").arg(path).status();
+    assert!(made.unwrap().success());
+}
+
+#[tokio::test]
+async fn keys_and_roots_that_came_through_a_pipe_stay_and_the_rest_is_taken_over() {
+    const REFUSED: &str = "is no regular file";
+    let folder = tempfile::tempdir().unwrap();
+    let root = rcgen::generate_simple_self_signed(["collector".to_owned()]).unwrap();
+    let pipes = [("key", "ak_pipe"), ("token", "tk_pipe"), ("root", &root.cert.pem())].map(|(name, text)| {
+        let (path, text) = (folder.path().join(name), text.to_owned());
+        make_pipe(&path);
+        let file = path.display().to_string();
+        // It waits for whoever reads it.
+        thread::spawn(move || fs::write(path, text));
+        file
+    });
+    let [key, token, root] = &pipes;
+    let config = |key, rest| {
+        format!(
+            "accounts: [{{ name: music, keys: [{{ file: {key:?} }}], clients: [{{ name: app, token: {{ file: {token:?} \
+             }} }}] }}]\notlp: {{ ca_file: {root:?} }}\nunknown_keys: reject\n{rest}"
+        )
+    };
+    let upstream = Simulator::start(&[]).await;
+    let gateway = Gateway::start(&upstream.url, &config(key, "")).await;
+    gateway.reconfigure(&config(key, "log: { level: debug }"));
+    gateway.logged(TAKEN_OVER, 1).await;
+    for key in ["ak_pipe", "tk_pipe"] {
+        assert_eq!(poll_as(gateway.address, key, "ended.a").await.status, 200);
+    }
+    // Nobody would ever write to another.
+    let another = folder.path().join("another").display().to_string();
+    make_pipe(&another);
+    gateway.reconfigure(&config(&another, ""));
+    let log = gateway.logged(REFUSED, 1).await;
+    assert!(log.contains(&format!("accounts[0].keys[0].file: {REFUSED}")), "{log}");
+    gateway.reconfigure(&config(key, ""));
+    gateway.logged(TAKEN_OVER, 2).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_configuration_that_is_right_again_is_told_of() {
     const AGAIN: &str = "says again what is in force";
@@ -315,7 +358,7 @@ async fn a_configuration_that_is_right_again_is_told_of() {
 async fn a_hangup_while_the_configuration_is_first_read_ends_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.yaml");
-    assert!(Command::new("mkfifo").arg(&path).status().await.unwrap().success());
+    make_pipe(&path);
     let mut gateway = Command::new(BINARY)
         .arg("--config")
         .arg(&path)
