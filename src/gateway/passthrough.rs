@@ -110,15 +110,16 @@ impl Gateway {
         }
         let path = request.uri().path_and_query().cloned().ok_or(Error::NotFound)?;
         let headers = request.headers();
-        let credential = self.credential(headers)?;
-        let listed = match credential {
-            Some(key) => self.accounts.listed(&key),
-            None => bearers(headers).find_map(|key| self.accounts.listed(&key)),
+        let presented = match self.credential(headers)? {
+            Some(key) => vec![key],
+            None => bearers(headers).collect(),
         };
+        let listed = presented.iter().find_map(|key| self.accounts.listed(key));
         let key = match listed {
             Some(asker) if !asker.may_pass_through() => return Err(Error::TokenMayNotPass),
             Some(asker) => asker.has_token().then(|| asker.fit_key().secret.clone()),
             None if self.accounts.forwards_unknown() => None,
+            None if presented.is_empty() => return Err(Error::MissingKey),
             None => return Err(Error::UnknownKey),
         };
         Ok(Admitted { path, key })
