@@ -7,11 +7,13 @@
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::panic::PanicHookInfo;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::Level;
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::Targets;
@@ -46,7 +48,7 @@ impl Log {
     pub fn to_stderr() -> Self {
         let unwritten = Arc::new(AtomicU64::new(0));
         let stderr = Piled {
-            to: io::stderr(),
+            to: Patient(io::stderr()),
             lines: Vec::new(),
             unwritten: Arc::clone(&unwritten),
         };
@@ -171,8 +173,33 @@ impl<W: Write> Write for Piled<W> {
     }
 }
 
+/// Waits for whoever reads, where that is no pipe that does so itself: others may share it, and one of them may have it so.
+struct Patient<W>(W);
+
+impl<W: Write + AsFd> Write for Patient<W> {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(lines) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let room = PollFd::new(self.0.as_fd(), PollFlags::POLLOUT);
+                    poll(&mut [room], PollTimeout::NONE)?;
+                }
+                written => return written,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
     use super::*;
 
     /// What was written, write by write; nothing more once `is_closed`.
@@ -219,6 +246,34 @@ mod tests {
         }
         log.flush().unwrap();
         assert_eq!(reader.read, ["a\nb\n", "c\n", &half, &half]);
+    }
+
+    #[test]
+    fn a_full_stream_that_does_not_wait_itself_is_waited_for() {
+        let (stderr, mut reader) = UnixStream::pair().unwrap();
+        stderr.set_nonblocking(true).unwrap();
+        let mut log = Piled {
+            to: Patient(stderr),
+            lines: Vec::new(),
+            unwritten: Arc::default(),
+        };
+        let mut full = 0;
+        while let Ok(written) = log.to.0.write(&vec![b' '; MOST_AT_ONCE]) {
+            full += written;
+        }
+        // Many times what it holds: it is full again and again.
+        let lines: Vec<_> = (0..20_000).map(|number| format!("{number:1000}\n")).collect();
+        let read = thread::spawn(move || {
+            let mut read = Vec::new();
+            reader.read_to_end(&mut read).map(|_| read.split_off(full))
+        });
+        for line in &lines {
+            log.write_all(line.as_bytes()).unwrap();
+        }
+        log.flush().unwrap();
+        assert_eq!(log.unwritten.load(Ordering::Relaxed), 0);
+        drop(log);
+        assert!(read.join().unwrap().unwrap() == lines.concat().as_bytes());
     }
 
     #[test]
