@@ -18,6 +18,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
+use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
@@ -25,7 +26,7 @@ use super::framing::{Framing, Refused};
 use super::head::Most;
 use super::phases::{Busy, Phases};
 use crate::error::Error;
-use crate::gateway::{Data, Hit, InFlight, Looked, Miss, PlainPoll, Reply};
+use crate::gateway::{Data, Hit, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply};
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
@@ -35,6 +36,9 @@ const READ: usize = 4096;
 
 /// A body of up to so many bytes is sent in one piece with its head: to copy it costs less than to send two.
 const JOINED: usize = 16 << 10;
+
+/// More than a hit's head has.
+const MOST_FIELDS: usize = 16;
 
 thread_local! {
     /// Where answers are written on their way out, mostly for no longer than it takes to send them.
@@ -315,7 +319,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
                 sent.map(|()| true)
             }
             Poll::Pending => {
-                let busy = busy.unwrap_or_else(|| self.phases.busy());
+                let busy = busy.unwrap_or_else(|| {
+                    let busy = self.phases.busy();
+                    // A hit's: in case it is cut.
+                    self.phases.answers(sending.request_id().as_ref());
+                    busy
+                });
                 busy.answered();
                 self.sending = Some(Box::new((sending.slow(), busy)));
                 Ok(false)
@@ -443,6 +452,15 @@ impl Sending {
             }
         }
         Pin::new(stream).poll_flush(cx)
+    }
+
+    /// What its head calls the request.
+    fn request_id(&self) -> Option<HeaderValue> {
+        let mut headers = [httparse::EMPTY_HEADER; MOST_FIELDS];
+        let mut response = httparse::Response::new(&mut headers);
+        response.parse(&self.bytes[..self.head]).ok()?;
+        let named = response.headers.iter().find(|header| REQUEST_ID == header.name)?;
+        HeaderValue::from_bytes(named.value).ok()
     }
 
     /// Lets go of a copy of the body that is kept as it is: the client takes its time.

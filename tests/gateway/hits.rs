@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::harness::paused::{Behaviour, Paused, json, running, success};
 use crate::harness::raw::{self, RawReply};
-use crate::harness::{KEY, TASK_INFO};
+use crate::harness::{self, Gateway, KEY, Raw, Simulator, TASK_INFO};
 
 const ROOM: usize = 1 << 16;
 
@@ -176,7 +176,7 @@ async fn answers_keep_the_order_of_their_requests() {
                 }
                 writer
             });
-            let mut replies = raw::Raw::over(tokio::io::join(&mut near, tokio::io::sink()));
+            let mut replies = Raw::over(tokio::io::join(&mut near, tokio::io::sink()));
             for task in requests {
                 let reply = replies.reply().await;
                 if task.is_empty() {
@@ -260,7 +260,7 @@ async fn hits_arrive_whole(gateway: &Paused, length: usize) {
                 writer.write_all(polls.as_bytes()).await.unwrap();
                 writer
             });
-            let mut replies = raw::Raw::over(tokio::io::join(&mut near, tokio::io::sink()));
+            let mut replies = Raw::over(tokio::io::join(&mut near, tokio::io::sink()));
             for _ in 0..3 {
                 sleep(Duration::from_secs(1)).await;
                 let reply = replies.reply().await;
@@ -323,6 +323,21 @@ async fn a_hit_that_nobody_takes_is_given_up() {
     assert!(in_flight().abs() < f64::EPSILON, "{}", in_flight());
     let cut = gateway.metric("crun_gateway_refused_total{reason=\"answer_cut\"}");
     assert!((cut - 1.0).abs() < f64::EPSILON, "{cut}");
+}
+
+#[tokio::test]
+async fn a_hit_that_is_cut_is_named_in_the_log() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let config = "budget: { max_wait: \"3s\" }\nlimits: { request_timeout: \"3s\" }";
+    let gateway = Gateway::start(&upstream.url, config).await;
+    // More than the sockets hold.
+    let task = "big-14MiB.a";
+    assert_eq!(harness::poll(gateway.address, task).await.status, 200);
+    let mut client = Raw::connect(gateway.address).await;
+    client.send(poll(task, "x-request-id: the-one\r\n")).await.unwrap();
+    let log = gateway.logged("answer cut", 1).await;
+    let line = log.lines().find(|line| line.contains("answer cut")).unwrap();
+    assert!(line.contains("the-one"), "{line}");
 }
 
 #[tokio::test(start_paused = true)]
