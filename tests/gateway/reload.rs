@@ -333,7 +333,7 @@ async fn keys_and_roots_that_came_through_a_pipe_stay_and_the_rest_is_taken_over
     }
     // Nobody would ever write to another.
     let another = folder.path().join("another").display().to_string();
-    make_pipe(&another);
+    make_pipe(Path::new(&another));
     gateway.reconfigure(&config(&another, ""));
     let log = gateway.logged(REFUSED, 1).await;
     assert!(log.contains(&format!("accounts[0].keys[0].file: {REFUSED}")), "{log}");
