@@ -225,20 +225,21 @@ impl Cache {
         let packed = if is_roomy { None } else { answer.block().packed() };
         let block = packed.as_ref().unwrap_or_else(|| answer.block());
         let weight = weight(block);
-        if u64::from(weight) > self.max_bytes / 2 {
-            return false;
-        }
-        self.make_room(account, weight);
         let is_newest = kept.is_none_or(|kept| answer.replaces(kept));
-        if is_newest {
+        let is_kept = is_newest && u64::from(weight) <= self.max_bytes / 2;
+        if is_kept {
+            self.make_room(account, weight);
             let ends = self.second(block.kept_until()).saturating_add(1);
             self.shares.add(key, block, weight, ends);
             self.tasks.insert(key, block.clone());
+        } else if is_newest {
+            // An older state would stand in for it later, and the task go back.
+            self.tasks.remove(&key);
         }
         if self.may_hold_not_found.load(Ordering::Relaxed) {
             self.not_found.invalidate(&key);
         }
-        is_newest
+        is_kept
     }
 
     /// Whether any state of the account's tasks is kept.

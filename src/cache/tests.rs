@@ -106,6 +106,19 @@ async fn a_late_answer_takes_nothing_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_too_large_to_be_kept_leaves_no_older_state_behind() {
+    let (cache, [account]) = (cache(MIB), accounts());
+    let asked = Instant::now();
+    advance(Duration::from_secs(1)).await;
+    assert!(cache.put_now(account, "task", draft(Stage::Running, "goes on", Instant::now())));
+    assert!(!cache.put_now(account, "task", draft(Stage::Pending, noise(800 << 10), asked)));
+    assert_eq!(cache.body(account, "task").unwrap(), "goes on", "that was late");
+    advance(Duration::from_secs(1)).await;
+    assert!(!cache.put_now(account, "task", ended(800)));
+    assert_eq!(cache.body(account, "task"), None);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_task_may_step_back_until_it_has_ended() {
     let (cache, [account]) = (cache(MIB), accounts());
     for (stage, body) in [

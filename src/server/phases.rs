@@ -73,7 +73,7 @@ struct Shared {
     last: Mutex<Option<Last>>,
     /// A head took too long: whoever sent it so slowly has no more time.
     is_out_of_time: AtomicBool,
-    /// What the answer that was begun last calls its request; hits do not say.
+    /// What the answer that was begun last calls its request; hits do not say, unless they are taken slowly.
     request_id: Mutex<Option<HeaderValue>>,
     idle_timeout: Duration,
     header_timeout: Duration,
