@@ -71,8 +71,8 @@ if ends <= now then return reply end
 for i = 8, #ARGV, 7 do
   local name, weight, flights = 'account:' .. ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local kept = redis.call('HGET', key, name)
-  -- wants: by process, its virtual time, its weight, until when it wants, and until when somebody waits there, who may have
-  -- no connection yet: the same, or later (none in what another version of this kept)
+  -- wants: by process, the virtual time of its next permit, its weight, until when it wants, and until when somebody waits
+  -- there, who may have no connection yet: the same, or later (none in what another version of this kept, nor `virtual`)
   local account = kept and cmsgpack.unpack(kept) or {next = 0, asked = 0, wants = {}, paused = 0, rate = 0, chosen = 0}
 
   local left = tonumber(ARGV[i + 4])
@@ -85,8 +85,10 @@ for i = 8, #ARGV, 7 do
   local pay = limit - math.floor(limit / replicas) * missing
   local granted, again, part = '', '', ''
   if flights > 0 then
-    -- Start-time fair queueing among the processes: whoever was served least for its weight is next. One that does not want
-    -- any more keeps its place until the others have come as far, or leaving for a moment would pay.
+    -- Start-time fair queueing among the processes: whoever was served least for its weight is next. Virtual time is where the
+    -- last permit began, or where those who want have come since. Whoever comes, or comes back, starts there: what others had
+    -- while it did not want is nobody's debt. One that does not want any more keeps its place until the others have come as
+    -- far, or leaving for a moment would pay; but it waits off no more than one turn of the weight that it now has.
     local floor
     local weights = weight
     for other, want in pairs(account.wants) do
@@ -97,12 +99,13 @@ for i = 8, #ARGV, 7 do
     end
     part = whole(1000000 * weight / weights)
     local mine = account.wants[who] or {0, 0, 0}
-    if mine[3] <= now and floor and mine[1] < floor then mine[1] = floor end
+    local virtual = math.max(account.virtual or 0, floor or 0)
+    if mine[3] <= now then mine[1] = math.max(mine[1], virtual) end
+    mine[1] = math.min(mine[1], virtual + 1 / weight)
     mine[2], mine[3], mine[4] = weight, now + WANTS, now + WANTS
     account.wants[who] = mine
-    local least = floor and math.min(floor, mine[1]) or mine[1]
     for other, want in pairs(account.wants) do
-      if (want[4] or want[3]) <= now and want[1] <= least then account.wants[other] = nil end
+      if (want[4] or want[3]) <= now and want[1] <= virtual then account.wants[other] = nil end
     end
 
     if account.paused > now then
@@ -117,6 +120,7 @@ for i = 8, #ARGV, 7 do
       local rate = limit
       if account.paused > 0 then rate = account.rate + (slot - account.paused) / 1000000 * limit / 30 end
       account.next = slot + window / math.min(pay, rate)
+      account.virtual = math.max(account.virtual or 0, mine[1])
       mine[1] = mine[1] + 1 / weight
       mine[3] = flights > 1 and slot + WANTS or now
       mine[4] = ARGV[i + 3] == '1' and slot + WANTS or mine[3]

@@ -99,6 +99,55 @@ proptest! {
     }
 }
 
+/// What waits at a replica for a while: nobody, one flight at a time, or as many as there are connections for.
+fn demands() -> impl Strategy<Value = Demand> {
+    let weight = prop::sample::select(vec![1, 10, 50, 250]);
+    (weight, prop::sample::select(vec![0, 1, 2, 9])).prop_map(|(weight, flights)| match flights {
+        0 => Demand::default(),
+        _ => demand(weight, flights),
+    })
+}
+
+proptest! {
+    #[test]
+    fn whatever_was_before_a_replica_that_waits_has_its_part_within_two_seconds(
+        seed: u64,
+        before in prop::collection::vec((2.5..20.0, 0..3_usize, demands()), 0..12),
+        from_then_on in prop::collection::vec(prop::sample::select(vec![10_u32, 30, 50, 250]), 3),
+        is_one_missing: bool,
+        comes in prop::collection::vec(20.0..20.3, 3),
+    ) {
+        // One of four that never comes back: permits are so far apart that each has to be asked for more than once.
+        let (replicas, missing) = if is_one_missing { (4, vec![gone(3)]) } else { (3, vec![]) };
+        let mut cluster = Cluster::new(replicas, seed, &missing);
+        for (at, replica, demand) in before {
+            cluster.want(at, replica, demand);
+        }
+        for (replica, at) in comes.into_iter().enumerate() {
+            cluster.want(at, replica, demand(from_then_on[replica], 9));
+        }
+        let arrivals = cluster.play(32.0).arrivals;
+        let weights: u32 = from_then_on.iter().sum();
+        for (replica, weight) in from_then_on.into_iter().enumerate() {
+            // Two of its turns are what a permit at a time, dealt one by one, may be behind or ahead.
+            let since = arrivals.iter().filter(|(at, by)| *at >= 22.3 && *by < 3);
+            let (all, own): (Vec<_>, Vec<_>) = (since.clone().collect(), since.filter(|(_, by)| *by == replica).collect());
+            let part = f64::from(weight) / f64::from(weights) * all.len() as f64;
+            prop_assert!(own.len() as f64 >= part - 2.0, "replica {replica}: {} of {}, not {part}", own.len(), all.len());
+        }
+    }
+}
+
+/// A replica that ends as soon as all have started.
+fn gone(replica: usize) -> Fault {
+    Fault {
+        kind: Kind::Crash,
+        at: 1.0,
+        lasts: 60.0,
+        who: 1 << replica,
+    }
+}
+
 #[test]
 fn undisturbed_replicas_spend_the_whole_budget() {
     for replicas in [1, 2, 3, 4, 6, 15] {

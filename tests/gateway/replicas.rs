@@ -19,8 +19,9 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::clock::{Clock, HOUR};
 use crate::harness::client::{bare, poll_request, try_request};
 use crate::harness::paused::{Behaviour, Paused};
+use crate::harness::process::config_file;
 use crate::harness::store::{Carries, Link, Store};
-use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, request};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, request};
 use crate::tls::Identity;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -166,12 +167,17 @@ impl Replicas {
     /// So many replicas of which nothing is asked, once they lend. Their calls may be late by 66 ms: none is cut off because
     /// other tests share the machine.
     async fn idle(replicas: usize) -> Self {
+        Self::idle_with(replicas, "budget: { margin: 200ms }").await
+    }
+
+    /// The same, with `more` configuration.
+    async fn idle_with(replicas: usize, more: &str) -> Self {
         let store = Store::start().await;
         let urls = vec![format!("redis://{}", store.address); replicas];
         let store = Some(store);
         let started = Self {
             store,
-            ..Self::idle_by(urls, "budget: { margin: 200ms }").await
+            ..Self::idle_by(urls, more).await
         };
         started.all_lend().await;
         started
@@ -614,6 +620,44 @@ async fn a_greedy_client_of_one_replica_does_not_starve_a_small_one_of_another()
     }
     // Half of the budget would take 2.8 s, a place behind the greedy client's 100 flights 140 s.
     assert!(begun.elapsed() < 6 * SECOND, "{:?}", begun.elapsed());
+    cluster.assert_within_the_limit().await;
+}
+
+#[tokio::test]
+async fn whatever_a_replica_had_before_it_has_its_part_as_soon_as_others_want_theirs() {
+    let [key, token] = [KEY, "token-a"].map(config_file);
+    let accounts = format!(
+        "accounts: [{{ name: music, keys: [{{ file: '{}' }}], clients: [{{ name: studio, token: {{ file: '{}' }}, weight: 10 }}] }}]",
+        key.path().display(),
+        token.path().display()
+    );
+    // Permits are so far apart that each is asked for more than once: so a replica wants them without a break.
+    let budget = format!("budget: {{ limit: 8, margin: 200ms }}\n{accounts}");
+    let mut cluster = Replicas::idle_with(2, &budget).await;
+    let [one, other] = [0, 1].map(|replica| cluster.gateways[replica].address);
+    // A client of weight 1 for a while. When ten times its weight begins to wait elsewhere it rests.
+    for task in 0..20 {
+        assert_eq!(poll(one, &format!("ended.single-{task}")).await.status, 200);
+    }
+    for client in 0..10 {
+        cluster.clients.spawn(async move {
+            for task in 0.. {
+                poll_as(other, "token-a", &format!("ended.{client}-{task}")).await;
+            }
+        });
+    }
+    while cluster.asked().await.0 < 30 {
+        sleep(SECOND / 50).await;
+    }
+    let mut rush = JoinSet::new();
+    for task in 0..5 {
+        rush.spawn(async move {
+            let asked = Instant::now();
+            let reply = poll_as(one, "token-a", &format!("ended.rush-{task}")).await;
+            (asked.elapsed(), reply)
+        });
+    }
+    are_served(rush, "as much elsewhere").await;
     cluster.assert_within_the_limit().await;
 }
 

@@ -49,6 +49,7 @@ enum Event {
     ToProc(usize, u64, Reply),
     Spend(usize, usize, Slot),
     Alone(usize, usize),
+    Want(usize, Demand),
     Begin(usize),
     End(usize),
     Start(usize),
@@ -166,6 +167,11 @@ impl Cluster {
             cluster.at(at, Event::Snapshot);
         }
         cluster
+    }
+
+    /// From `at` on this is what waits at a replica.
+    pub(super) fn want(&mut self, at: f64, replica: usize, demand: Demand) {
+        self.at(at, Event::Want(replica, demand));
     }
 
     /// By `SplitMix64`.
@@ -408,6 +414,17 @@ impl Cluster {
                     self.write(number, lane);
                 }
                 self.after(number, last + gap, Event::Alone(number, lane));
+            }
+            Event::Want(replica, demand) => {
+                self.demands[replica] = demand;
+                if let Some(&number) = self.running.get(replica) {
+                    let now = self.local(number);
+                    let proc = &mut self.procs[number];
+                    for lane in proc.lanes {
+                        proc.process.want(lane, demand, now);
+                    }
+                    self.look(number);
+                }
             }
             Event::Begin(fault) => {
                 self.marks.push(self.now);

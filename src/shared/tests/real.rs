@@ -164,6 +164,55 @@ fn the_script_does_what_its_model_does() {
     assert!(granted.get() > 100, "permits were dealt: {granted:?}");
 }
 
+/// As if each had counted for itself, one from long ago, and neither of where the account as a whole was.
+#[test]
+fn what_an_older_version_has_kept_keeps_nobody_waiting() {
+    const AGED: &str = "
+        local account = cmsgpack.unpack(redis.call('HGET', KEYS[1], 'account:music'))
+        account.virtual = nil
+        for who, want in pairs(account.wants) do
+          account.wants[who] = {who == 'old' and 5000 or want[1], want[2], want[3]}
+        end
+        redis.call('HSET', KEYS[1], 'account:music', cmsgpack.pack(account))";
+    let (_server, mut connection) = Server::start();
+    let script = timed();
+    let (mut now, mut generation) = (1_790_000_000_000_000, String::new());
+    let mut is_granted = |connection: &mut Connection, who: &str| {
+        now += 35_000;
+        let call = Call {
+            generation: generation.clone(),
+            named: Some(now),
+            lends: true,
+            wants: vec![Want {
+                account: "music".to_owned(),
+                weight: 250,
+                flights: 2,
+                is_queue: true,
+                cut: None,
+            }],
+        };
+        let reply = ask(connection, &script, now, &call, &terms(who, 15, 2));
+        generation = reply.generation;
+        reply.dealt.iter().any(|dealt| dealt.slot.is_some())
+    };
+    for who in ["old", "new", "old", "new"] {
+        is_granted(&mut connection, who);
+    }
+    let _: Value = redis::cmd("EVAL")
+        .arg(AGED)
+        .arg(1)
+        .arg(KEY)
+        .query(&mut connection)
+        .unwrap();
+    let mut granted = [0, 0];
+    for _ in 0..60 {
+        for (who, granted) in ["old", "new"].into_iter().zip(&mut granted) {
+            *granted += u32::from(is_granted(&mut connection, who));
+        }
+    }
+    assert!(granted.iter().all(|granted| *granted >= 20), "{granted:?}");
+}
+
 #[test]
 fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever() {
     let (_server, mut connection) = Server::start();

@@ -24,6 +24,7 @@ pub(super) struct State {
 #[derive(Clone, Debug, Default)]
 struct Account {
     next: f64,
+    virtual_time: f64,
     wants: BTreeMap<String, Wants>,
     paused: f64,
     rate: f64,
@@ -82,14 +83,7 @@ pub(super) fn lend(
     }
     for want in &call.wants {
         let mut account = state.accounts.remove(&want.account).unwrap_or_default();
-        if let Some(cut) = want.cut
-            && cut.left_us > 0
-            && now + cut.left_us as f64 > account.paused
-        {
-            account.paused = now + cut.left_us as f64;
-            account.rate = cut.rate;
-            account.chosen = cut.chosen_us as f64;
-        }
+        account.hear(want.cut, now);
         let slot = account.next.max(now);
         let (limit, replicas) = (f64::from(terms.limit), f64::from(terms.replicas));
         let missing = (replicas - f64::from(state.alive(slot))).max(0.0);
@@ -105,15 +99,16 @@ pub(super) fn lend(
             let wanting = others().filter(|(_, want)| want.until > now);
             let floor = wanting.map(|(_, want)| want.served).min_by(f64::total_cmp);
             let mut mine = account.wants.get(&terms.who).copied().unwrap_or_default();
+            let time = account.virtual_time.max(floor.unwrap_or(0.0));
             if mine.until <= now {
-                mine.served = mine.served.max(floor.unwrap_or(0.0));
+                mine.served = mine.served.max(time);
             }
+            mine.served = mine.served.min(time + 1.0 / weight);
             (mine.weight, mine.until, mine.waits_until) = (weight, now + WANTS, now + WANTS);
-            let least = floor.map_or(mine.served, |floor| floor.min(mine.served));
             account.wants.insert(terms.who.clone(), mine);
             account
                 .wants
-                .retain(|_, want| want.waits_until > now || want.served > least);
+                .retain(|_, want| want.waits_until > now || want.served > time);
             if account.paused > now {
                 dealt.1 = Some((account.paused - now).min(250e3));
             } else if slot - now > AHEAD {
@@ -126,6 +121,7 @@ pub(super) fn lend(
                 let recovered = account.rate + (slot - account.paused) / 1e6 * limit / 30.0;
                 let rate = if account.paused > 0.0 { recovered } else { limit };
                 account.next = slot + terms.window.as_micros() as f64 / pay.min(rate);
+                account.virtual_time = account.virtual_time.max(mine.served);
                 mine.served += 1.0 / weight;
                 mine.until = if want.flights > 1 { slot + WANTS } else { now };
                 mine.waits_until = if want.is_queue { slot + WANTS } else { mine.until };
@@ -147,6 +143,19 @@ pub(super) fn lend(
         state.accounts.insert(want.account.clone(), account);
     }
     reply
+}
+
+impl Account {
+    fn hear(&mut self, cut: Option<Cut>, now: f64) {
+        if let Some(cut) = cut
+            && cut.left_us > 0
+            && now + cut.left_us as f64 > self.paused
+        {
+            self.paused = now + cut.left_us as f64;
+            self.rate = cut.rate;
+            self.chosen = cut.chosen_us as f64;
+        }
+    }
 }
 
 impl State {
