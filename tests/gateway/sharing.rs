@@ -869,13 +869,25 @@ async fn a_user_for_the_gateway_needs_what_the_readme_says_and_no_more() {
     for _ in 0..2 {
         replicas.add(2, &user, QUICK).await;
     }
+    // One by way of a sentinel, to another database.
+    let sentinel = Store::sentinel(replicas.store()).await;
+    let config = format!(
+        "shared: {{ max_replicas: 1, url: 'redis+sentinel://{}/main/1'{user} }}",
+        sentinel.address
+    );
+    replicas
+        .gateways
+        .push(Gateway::start(&replicas.upstream.url, &config).await);
     replicas.all_share().await;
+    assert_tells_of(&replicas.poll(2, "ended.a").await, "ended.a");
+    replicas.wrote(2, 1).await;
     for number in 0..100 {
         replicas.poll(0, &format!("big-60KiB.{number}")).await;
     }
     let evicted = "crun_gateway_shared_cache_evictions_total";
     assert!(replicas.gateways[0].metric(evicted).await > 1.0);
-    let both = hundreds(replicas.gateways.iter().map(|gateway| gateway.address), "slow-1s.a");
+    let addresses = replicas.gateways[..2].iter().map(|gateway| gateway.address);
+    let both = hundreds(addresses, "slow-1s.a");
     for reply in timeout(PATIENCE, both.join_all()).await.unwrap() {
         assert_tells_of(&reply.unwrap(), "slow-1s.a");
     }
