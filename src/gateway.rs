@@ -640,13 +640,13 @@ impl Gateway {
         }
         let breaker = self.upstream.breaker();
         let standing = leader.stage().standing.clone();
-        let (mut attempt, mut is_again) = (1, false);
+        let (mut attempt, mut entry) = (1, Entry::InTurn);
         // The claim on this flight: until it lands, other replicas wait for it.
         let mut claim = None;
         loop {
             trace.step("wait for turn");
-            let entry = if is_again { Entry::Again } else { Entry::InTurn };
-            let turn = match while_awaited(&leader, &account, breaker, standing.enter(entry)).await {
+            let entering = standing.enter(std::mem::replace(&mut entry, Entry::Again));
+            let turn = match while_awaited(&leader, &account, breaker, entering).await {
                 None => return self.give_up(leader, &account),
                 Some(Ok(turn)) => turn,
                 Some(Err(_)) => return leader.land(Landed::Shed.stage()),
@@ -658,10 +658,7 @@ impl Gateway {
             let turn = match while_awaited(&leader, &account, breaker, claiming).await {
                 None => return self.give_up(leader, &account),
                 Some(Way::Kept(answer)) => return leader.land(Landed::Kept(answer).stage()),
-                Some(Way::Back) => {
-                    is_again = true;
-                    continue;
-                }
+                Some(Way::Back) => continue,
                 Some(Way::On(turn)) => turn,
             };
             trace.step("connect");
@@ -678,8 +675,11 @@ impl Gateway {
             };
             trace.step("wait for permit");
             let permit = shown(&leader, |_| Phase::Waiting, turn.permit(&ready));
-            let Some(Some(permit)) = while_awaited(&leader, &account, breaker, permit).await else {
-                return self.give_up(leader, &account);
+            let permit = self.while_spending(&mut claim, permit);
+            let permit = match while_awaited(&leader, &account, breaker, permit).await {
+                Some(Some(Some(permit))) => permit,
+                Some(None) => continue,
+                Some(Some(None)) | None => return self.give_up(leader, &account),
             };
             if is_in_vain(&account, &key, launched) {
                 return leader.land(Landed::InVain.stage());
@@ -719,7 +719,6 @@ impl Gateway {
                 // Nothing was sent: a permit that came too late for its slot is no attempt.
                 Err(failed) if failed.unspent => {
                     leader.update(|progress| progress.phase = Phase::Waiting);
-                    is_again = true;
                     continue;
                 }
                 Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
@@ -728,7 +727,6 @@ impl Gateway {
                 Err(_) => leader.update(|progress| progress.phase = Phase::Waiting),
             }
             attempt += 1;
-            is_again = true;
         }
     }
 }

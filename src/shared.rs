@@ -40,7 +40,7 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
@@ -62,6 +62,8 @@ struct Inner {
     process: Mutex<Process>,
     /// There is a call to be made at once.
     wake: Notify,
+    /// Whether the process may spend.
+    spends: watch::Sender<bool>,
     max_replicas: NonZeroU32,
     slice: u32,
     third: Duration,
@@ -99,6 +101,7 @@ impl Shared {
         let inner = Arc::new(Inner {
             process: Mutex::new(process),
             wake: Notify::new(),
+            spends: watch::Sender::default(),
             max_replicas: shared.max_replicas,
             slice,
             third,
@@ -127,6 +130,15 @@ impl Shared {
     /// The process is told to stop: what it owns is its successor's from now on.
     pub fn leave(&self) {
         self.0.process().leave(Instant::now());
+        self.0.wake.notify_one();
+    }
+
+    /// Waits until the process may spend, or until it may not.
+    ///
+    /// Cancel safe.
+    pub async fn until(&self, spends: bool) {
+        // The sender is ours.
+        let _ = self.0.spends.subscribe().wait_for(|now| *now == spends).await;
     }
 
     /// Where the process stands with its slice.
@@ -309,6 +321,10 @@ impl Said {
             (process.standing(now), process.alive())
         };
         inner.metrics.show(standing.label(), alive);
+        inner.spends.send_if_modified(|spends| {
+            let before = std::mem::replace(spends, standing.spends());
+            before != *spends
+        });
         let before = self.standing.replace(standing);
         if before == Some(standing) {
             return;

@@ -1,7 +1,8 @@
 //! What other replicas have fetched, and the flights that are theirs.
 //!
 //! A flight looks in the shared store before it queues, and again when its turn has come: then it flies for all replicas,
-//! or, where another does, gives its turn back and waits for what that one keeps. While nobody may fly here, a poll for
+//! or, where another does, gives its turn back and waits for what that one keeps. As long as this process may spend nothing it
+//! claims nothing, and gives back what it has claimed: another may be able to fly. While nobody may fly here, a poll for
 //! which memory has nothing fresh looks there, too. Whatever upstream says is published to all.
 //!
 //! Answers are sealed as on disk, bound to what the names of the store's keys begin with and to what stands beside them in
@@ -9,6 +10,7 @@
 //! accepted. How old it is, is counted on the store's clock, and judged by who asks. Whatever does not open is a miss, and makes
 //! room for what we fetch.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -92,6 +94,33 @@ impl Gateway {
         Box::pin(self.claim_in(store, leader, (account, task), live, turn, claimed)).await
     }
 
+    /// What `permit` gives; or `None` as soon as this process may spend nothing, if it has claimed the flight. Then the claim
+    /// is given back.
+    pub(super) async fn while_spending<T>(
+        &self,
+        claimed: &mut Option<Claim>,
+        permit: impl Future<Output = T>,
+    ) -> Option<T> {
+        tokio::select! {
+            biased;
+            permit = permit => Some(permit),
+            () = self.until(false), if claimed.is_some() => {
+                *claimed = None;
+                None
+            }
+        }
+    }
+
+    /// Waits until this process may spend, or until it may not: for ever, where no replicas share a budget.
+    ///
+    /// Cancel safe.
+    async fn until(&self, spends: bool) {
+        match &self.shared {
+            Some(shared) => shared.until(spends).await,
+            None => pending().await,
+        }
+    }
+
     async fn claim_in(
         &self,
         store: &Answers,
@@ -101,6 +130,7 @@ impl Gateway {
         turn: Turn,
         claimed: &mut Option<Claim>,
     ) -> Way {
+        self.until(true).await;
         let (place, wanted) = (place(store, account, task), self.wanted(account, task, live));
         let (mut before, mut doubtful) = (None, None);
         let whose = loop {

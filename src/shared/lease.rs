@@ -49,6 +49,14 @@ impl Standing {
     /// Each of them.
     pub const ALL: [Self; 4] = [Self::Waiting, Self::Lending, Self::CutOff, Self::Alone];
 
+    /// Whether there are permits to be had, the store's or the slice's.
+    pub(super) fn spends(self) -> bool {
+        match self {
+            Self::Lending | Self::Alone => true,
+            Self::Waiting | Self::CutOff => false,
+        }
+    }
+
     /// Metric label and log field.
     pub fn label(self) -> &'static str {
         match self {

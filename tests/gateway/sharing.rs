@@ -19,6 +19,9 @@ const OTHER_KEY: &str = "ak_test_0000000000000000000000000002";
 /// A budget that is in nobody's way, for tests of what is kept.
 const QUICK: &str = "budget: { limit: 100000 }";
 
+/// Flights that wait for their turn, or for a permit.
+const QUEUE: &str = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
+
 /// Replicas that share a store.
 struct Replicas {
     upstream: Simulator,
@@ -247,6 +250,53 @@ async fn a_replica_that_stands_still_while_it_asks_is_not_waited_for() {
     assert_tells_of(&reply, "slow-2s.a");
     assert!(replicas.upstream.queries().await <= 2);
     replicas.assert_within_the_limit().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_has_just_started_keeps_nobody_from_asking_elsewhere() {
+    let mut replicas = Replicas::start(1, &[], QUICK).await;
+    replicas.add(1, "", QUICK).await;
+    let started = replicas.gateways[1].address;
+    let first = tokio::spawn(poll(started, "ended.a"));
+    replicas.shows(1, QUEUE, 1.0).await;
+    assert_tells_of(&replicas.poll(0, "ended.a").await, "ended.a");
+    let waits = "crun_gateway_shared_standing{standing=\"waiting\"}";
+    assert!(replicas.gateways[1].metric(waits).await > 0.5, "it could spend by then");
+    // Nor has it to ask again.
+    assert_tells_of(&first.await.unwrap(), "ended.a");
+    assert_eq!(replicas.upstream.queries().await, 1);
+}
+
+#[tokio::test]
+async fn a_replica_that_is_told_to_stop_while_it_is_cut_off_keeps_nobody_from_asking_elsewhere() {
+    let replicas = Replicas::start(2, &[], "budget: { max_wait: 20s }").await;
+    // Too slow for the budget, and quick enough for answers.
+    replicas.links[0].set(Carries {
+        down: Duration::from_millis(15),
+        ..Carries::default()
+    });
+    replicas
+        .shows(0, "crun_gateway_shared_standing{standing=\"alone\"}", 1.0)
+        .await;
+    let tasks: Vec<_> = (0..30).map(|task| format!("ended.{task}")).collect();
+    let polls = |replica: usize| {
+        let address = replicas.gateways[replica].address;
+        let polls = tasks.iter().map(|task| try_request(address, poll_request(KEY, task)));
+        polls.map(tokio::spawn).collect::<Vec<_>>()
+    };
+    let queued = polls(0);
+    replicas.shows(0, QUEUE, 25.0).await;
+    replicas.gateways[0].terminate();
+    replicas
+        .shows(0, "crun_gateway_shared_standing{standing=\"cut_off\"}", 1.0)
+        .await;
+    let asked = Instant::now();
+    for poll in polls(1) {
+        assert_eq!(poll.await.unwrap().unwrap().status, 200);
+    }
+    // They are asked for at 8/s.
+    assert!(asked.elapsed() < 10 * SECOND, "{:?}", asked.elapsed());
+    drop(queued);
 }
 
 #[tokio::test]
