@@ -687,8 +687,8 @@ impl Gateway {
             // Upstream may have closed it while the permit was not yet due. The permit counts as spent now for as long as it
             // is not written, so it may wait for another connection: that one is late, and still within the limit.
             let ready = if ready.is_closed() {
-                leader.update(|progress| progress.phase = Phase::Waiting);
-                match while_awaited(&leader, &account, breaker, ready.reopen(&task)).await {
+                let reopening = shown(&leader, Phase::Connecting, ready.reopen(&task));
+                match while_awaited(&leader, &account, breaker, reopening).await {
                     None => return self.give_up(leader, &account),
                     Some(Ok(ready)) => ready,
                     Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),

@@ -15,6 +15,9 @@ const SELDOM: usize = 10;
 /// For how long the slowest of them count: whatever made a few slow may be over long before a hundred others have come.
 const SLOWEST_COUNT: Duration = Duration::from_mins(1);
 
+/// Of so many queries without an answer it is upstream that is silent: one alone may be about a task that hangs.
+const SILENT: usize = 2;
+
 /// By how much the slowest answers are exceeded now and then: by this, and half of what lies between them and the median, or
 /// as much as nine in ten take, if that is less: a few that are far slower than all others are no distribution.
 const SLACK: Duration = Duration::from_millis(50);
@@ -38,7 +41,7 @@ struct Took {
     holds_until: Option<Instant>,
     /// Queries that are not answered yet.
     out: usize,
-    /// Since when there has been a query without an answer to any.
+    /// Since when there have been as many as are no chance, without an answer to any.
     silent_since: Option<Instant>,
 }
 
@@ -73,7 +76,7 @@ impl Recent {
     /// A query goes out.
     pub(super) fn ask(&self, asked: Instant) -> Query<'_> {
         let mut took = self.took();
-        if took.out == 0 {
+        if took.out < SILENT {
             took.silent_since = Some(asked);
         }
         took.out += 1;
@@ -109,7 +112,7 @@ impl Recent {
     /// usual, half as long again.
     pub(super) fn at_least(&self, now: Instant) -> Duration {
         let took = self.took();
-        let since = took.silent_since.filter(|_| took.out > 0);
+        let since = took.silent_since.filter(|_| took.out >= SILENT);
         let silent = since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         if silent > took.nearly_all.unwrap_or_default() {
             silent * 3 / 2
@@ -147,12 +150,12 @@ impl Took {
     }
 
     fn reckon(&mut self, now: Instant) {
-        let mut sorted = [Duration::ZERO; ANSWERS];
-        let sorted = &mut sorted[..self.answers.len()];
+        let mut taken = [Duration::ZERO; ANSWERS];
+        let taken = &mut taken[..self.answers.len()];
         (self.count, self.holds_until) = (0, None);
         // The slowest is one in a hundred, or of fewer: it is left out.
         let (mut slowest, mut p99) = (None, None);
-        for (place, (received, took)) in sorted.iter_mut().zip(&self.answers) {
+        for (place, (received, took)) in taken.iter_mut().zip(&self.answers) {
             *place = *took;
             let until = *received + SLOWEST_COUNT;
             if until > now {
@@ -162,9 +165,15 @@ impl Took {
                 slowest = slowest.max(Some(*took));
             }
         }
-        sorted.sort_unstable();
-        self.median = sorted[sorted.len() / 2];
-        self.p90 = sorted[sorted.len() * 9 / 10];
+        // The order of the others is nobody's business.
+        let (half, most) = (taken.len() / 2, taken.len() * 9 / 10);
+        let (below, p90, _) = taken.select_nth_unstable(most);
+        self.p90 = *p90;
+        self.median = if half < most {
+            *below.select_nth_unstable(half).1
+        } else {
+            self.p90
+        };
         let p99 = p99.unwrap_or(self.p90);
         let more = p99.saturating_sub(self.median) / 2;
         self.nearly_all = Some(p99 + more.min(self.p90) + SLACK);
@@ -296,8 +305,10 @@ mod tests {
         let (recent, start) = (Recent::default(), Instant::now());
         assert_eq!(recent.at_least(start), Duration::ZERO);
         let first = recent.ask(start);
-        assert_eq!(recent.at_least(start + 2 * SECOND), 3 * SECOND);
-        let second = recent.ask(start + SECOND);
+        assert_eq!(recent.at_least(start + 2 * SECOND), Duration::ZERO, "one says nothing");
+        let second = recent.ask(start + 2 * SECOND);
+        assert_eq!(recent.at_least(start + 4 * SECOND), 3 * SECOND);
+        let third = recent.ask(start + 3 * SECOND);
         first.answered(start + 4 * SECOND);
         assert_eq!(
             recent.at_least(start + 8 * SECOND),
@@ -305,7 +316,7 @@ mod tests {
             "no longer than the first took"
         );
         assert_eq!(recent.at_least(start + 10 * SECOND), 9 * SECOND);
-        drop(second);
+        drop((second, third));
         assert_eq!(
             recent.at_least(start + 20 * SECOND),
             4 * SECOND,

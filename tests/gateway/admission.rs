@@ -196,6 +196,26 @@ async fn under_steady_overload_hardly_anybody_waits_for_an_answer_that_comes_too
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_task_that_hangs_has_nobody_turned_away_who_asks_for_others() {
+    let behaviour = Behaviour {
+        varies: |task| Duration::from_secs(if task == "hangs" { 100 } else { 0 }),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    sleep(HOLD).await;
+    rush(&gateway, MODEST, tasks("before", 12)).await;
+    let hanging = tokio::spawn({
+        let gateway = Arc::clone(&gateway);
+        async move { gateway.poll_from(GREEDY, KEY, "hangs").await }
+    });
+    sleep(Duration::from_secs(7)).await;
+    for polled in rush(&gateway, MODEST, tasks("after", 30)).await {
+        assert_eq!(polled.reply.status, 200, "{:?}", polled.reply);
+    }
+    hanging.abort();
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_upstream_slower_than_any_poll_may_wait_is_still_asked() {
     let slow = Behaviour {
         latency: Duration::from_secs(3),
