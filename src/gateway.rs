@@ -225,13 +225,15 @@ impl Gateway {
         &self.metrics
     }
 
-    /// Answers one request. `broken` is what its body has turned out to be, if that is why it goes no further.
+    /// Answers one request, within its connection's `limits.request_timeout`. `broken` is what its body has turned out to
+    /// be, if that is why it goes no further.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
     pub async fn handle(
         self: &Arc<Self>,
         mut request: Box<Request<RequestBody>>,
         caller: &Caller,
+        request_timeout: Duration,
         broken: impl Fn() -> Option<Error>,
     ) -> Response<Body> {
         credential::hide(request.headers_mut());
@@ -265,7 +267,8 @@ impl Gateway {
                     Error::UpstreamSilent
                 }
             };
-            self.in_time(is_poll, &request_id, &trace, answering, late).await
+            let limit = (request_timeout, late);
+            self.in_time(is_poll, &request_id, &trace, answering, limit).await
         };
         let mut response = reply.into_response();
         response.body_mut().carry(trace);
@@ -273,10 +276,16 @@ impl Gateway {
         response
     }
 
-    /// Answers a plain poll that is no hit; gives its place among all requests back.
+    /// Answers a plain poll that is no hit, within its connection's `limits.request_timeout`; gives its place among all
+    /// requests back.
     ///
     /// Cancel safe: a client that leaves takes only its own wait away.
-    pub async fn answer_plain(self: &Arc<Self>, miss: Box<Miss>, caller: &Caller) -> (Reply, InFlight) {
+    pub async fn answer_plain(
+        self: &Arc<Self>,
+        miss: Box<Miss>,
+        caller: &Caller,
+        request_timeout: Duration,
+    ) -> (Reply, InFlight) {
         let Miss {
             request_id,
             trace,
@@ -286,22 +295,21 @@ impl Gateway {
         } = *miss;
         let reply = {
             let answering = pin!(self.poll(Ok(terms), seen, caller, &request_id, &trace));
-            let late = || Error::RequestTimeout;
-            self.in_time(true, &request_id, &trace, answering, late).await
+            let limit = (request_timeout, || Error::RequestTimeout);
+            self.in_time(true, &request_id, &trace, answering, limit).await
         };
         (reply.called(request_id), in_flight)
     }
 
-    /// What comes of `answering` within `limits.request_timeout`; `late` is why nothing did.
+    /// What comes of `answering` in `most` of time; `late` is why nothing did.
     async fn in_time(
         &self,
         is_poll: bool,
         request_id: &HeaderValue,
         trace: &Trace,
         answering: Pin<&mut impl Future<Output = Reply>>,
-        late: impl Fn() -> Error,
+        (most, late): (Duration, impl Fn() -> Error),
     ) -> Reply {
-        let most = self.config.load().limits.request_timeout;
         let unanswered = Unanswered::new(self, request_id, trace, is_poll);
         let in_time = panics::contain(timeout(most, answering)).await;
         unanswered.answered();

@@ -319,7 +319,7 @@ fn close_after(response: &mut Response<Body>) {
 /// The answer to a plain poll.
 async fn answer_plain(served: Arc<Served>, miss: Box<Miss>) -> (Reply, InFlight) {
     let Served { gateway, caller, .. } = &*served;
-    let (reply, in_flight) = gateway.answer_plain(miss, caller).await;
+    let (reply, in_flight) = gateway.answer_plain(miss, caller, served.phase.request_timeout()).await;
     served.phase.answers(reply.request_id());
     (reply, in_flight)
 }
@@ -364,7 +364,8 @@ async fn answer_to(served: &Served, request: Box<Request<RequestBody>>) -> (Resp
     // Whatever comes of a body that breaks off, this is why.
     let in_body = || refusal.get().filter(|refused| refused.in_body);
     let broken = || in_body().map(|refused| refused.error.clone());
-    let response = gateway.handle(request, &served.caller, broken).await;
+    let request_timeout = served.phase.request_timeout();
+    let response = gateway.handle(request, &served.caller, request_timeout, broken).await;
     served.phase.answers(response.headers().get(REQUEST_ID));
     (response, Some(in_flight))
 }

@@ -227,6 +227,11 @@ impl Phases {
         *self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner) = request_id.cloned();
     }
 
+    /// How long an answer may take on this connection, to its last byte.
+    pub(super) fn request_timeout(&self) -> Duration {
+        self.0.request_timeout
+    }
+
     /// What the answer that has begun calls its request, if it is known.
     pub(super) fn request_id(&self) -> Option<HeaderValue> {
         self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -13,12 +13,14 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::net::TcpListener;
 use tokio::process::Command;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::paused::{Away, Behaviour, Paused, json, most_in_a_second, running, success};
 use crate::harness::process::BINARY;
+use crate::harness::raw::Raw;
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Scripted, Simulator, poll, poll_as};
 
@@ -386,6 +388,26 @@ async fn a_hangup_while_the_configuration_is_first_read_ends_nothing() {
         {}
     };
     timeout(PATIENCE, serves).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_on_a_connection_from_before_is_told_that_its_time_is_over() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let upstream = format!("http://{}", silent.local_addr().unwrap());
+    let config = |timeout: &str| {
+        format!(
+            "upstream: {{ url: \"{upstream}\" }}\nbudget: {{ max_wait: \"1s\" }}\nlimits: {{ request_timeout: \"{timeout}\" }}"
+        )
+    };
+    let gateway = Gateway::start(&upstream, &config("1s")).await;
+    let mut before = Raw::connect(gateway.address).await;
+    before.send("GET /elsewhere HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    assert!(before.reply().await.is(404));
+    gateway.reconfigure(&config("1h"));
+    gateway.logged(TAKEN_OVER, 1).await;
+    before.send("GET /api/v1/x HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let reply = before.reply().await;
+    assert!(reply.is(504), "{reply:?}");
 }
 
 #[tokio::test]
