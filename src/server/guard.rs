@@ -235,16 +235,17 @@ impl<S: AsyncRead + Unpin> Guard<S> {
                 }
                 return Poll::Pending;
             };
-            match read? {
-                Read::Checked => return Poll::Ready(Ok(())),
-                Read::Held => {}
-                Read::End => {
+            match read {
+                Ok(Read::Checked) => return Poll::Ready(Ok(())),
+                Ok(Read::Held) => {}
+                // Whichever way the client has gone.
+                Ok(Read::End) | Err(_) => {
                     if !self.framing.is_between_requests() {
                         let error = Error::Malformed("the connection ends within the request's body");
                         // Nothing was refused, or nothing would be read.
                         let _ = self.refusal.set(Refused { error, in_body: true });
                     }
-                    return Poll::Ready(Ok(()));
+                    return Poll::Ready(read.map(drop));
                 }
             }
         }
