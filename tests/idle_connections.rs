@@ -44,13 +44,14 @@ async fn ask(connection: &mut DuplexStream) {
     sleep(Duration::from_millis(1)).await;
 }
 
-/// Reads the whole answer: the request names no key, so it is 401.
-async fn read(connection: &mut DuplexStream) {
+/// Reads the whole answer.
+async fn read(connection: &mut DuplexStream, status: u16) {
     let mut answer = Vec::new();
     while !answer.ends_with(b"null}") {
         assert!(connection.read_buf(&mut answer).await.unwrap() > 0);
     }
-    assert!(answer.starts_with(b"HTTP/1.1 401 "));
+    let begins = format!("HTTP/1.1 {status} ");
+    assert!(answer.starts_with(begins.as_bytes()));
     sleep(Duration::from_millis(1)).await;
 }
 
@@ -70,7 +71,7 @@ async fn a_connection_keeps_little_while_it_is_served_and_next_to_nothing_while_
     // What the first one brings about is none of the others'.
     let mut first = open();
     ask(&mut first).await;
-    read(&mut first).await;
+    read(&mut first, 401).await;
     drop(first);
     sleep(Duration::from_millis(1)).await;
 
@@ -86,7 +87,8 @@ async fn a_connection_keeps_little_while_it_is_served_and_next_to_nothing_while_
         }
         served[round] = each(allocated());
         for connection in &mut connections {
-            read(connection).await;
+            // It names no key.
+            read(connection, 401).await;
         }
         resting[round] = each(allocated());
     }
@@ -99,9 +101,22 @@ async fn a_connection_keeps_little_while_it_is_served_and_next_to_nothing_while_
     let waiting = each(allocated());
     let in_flight = gateway.metrics().requests_in_flight.get();
     assert_eq!(usize::try_from(in_flight).unwrap(), CONNECTIONS, "all wait");
+    for connection in &mut connections {
+        read(connection, 503).await;
+    }
+    let long = String::from_utf8_lossy(POLL).replacen("host", &format!("x-long: {}\r\nhost", "x".repeat(16 << 10)), 1);
+    for connection in &mut connections {
+        connection.write_all(long.as_bytes()).await.unwrap();
+    }
+    for connection in &mut connections {
+        read(connection, 503).await;
+    }
+    let behind_long = each(allocated());
 
-    let said = format!("bytes: {unused} unused, {served:?} served, {resting:?} resting, {waiting} waiting");
-    assert!(waiting < 8 * KIB, "{said}");
+    let said = format!(
+        "bytes: {unused} unused, {served:?} served, {resting:?} resting, {waiting} waiting, {behind_long} behind a long head"
+    );
+    assert!(waiting < 8 * KIB && behind_long < 3 * KIB, "{said}");
     for (served, resting) in served.into_iter().zip(resting) {
         assert!(unused < 3 * KIB && resting < 3 * KIB && served < 24 * KIB, "{said}");
         assert!(served > 4 * resting, "{said}");

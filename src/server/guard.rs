@@ -350,7 +350,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guard<S> {
     /// Checks what is held, once nothing before it waits for an answer or is on its way any more.
     fn check_rest(&mut self) {
         self.phases.next_begun(asks(&self.held));
-        if !self.held.is_empty() && self.sending.is_none() && self.asked.is_none() {
+        if self.held.is_empty() {
+            // Nor is the room of a long head kept.
+            self.held = BytesMut::new();
+        } else if self.sending.is_none() && self.asked.is_none() {
             self.check_held();
         }
     }
