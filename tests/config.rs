@@ -674,6 +674,11 @@ fn what_cannot_be_served_over_tls_is_refused_by_field_and_with_a_fix() {
     );
     refuses_fields(&of(&damaged, &key, ""), &["tls.cert_file"]);
     refuses_fields(&of(Path::new("/nowhere"), &key, ""), &["tls.cert_file"]);
+    // It would give what it holds to the check, and nothing to whoever serves it.
+    refuses(
+        &of(&cert, Path::new("/dev/null"), ""),
+        "tls.key_file: is no regular file, and could not be read anew: name a regular file",
+    );
     refuses_fields(&of(&cert, Path::new("/nowhere"), ""), &["tls.key_file"]);
     refuses_fields(&of(&cert, &key, ", client_ca_file: /nowhere"), &["tls.client_ca_file"]);
     refuses_fields(

@@ -144,7 +144,7 @@ impl Tls {
 pub(super) fn section(r: &mut Reader<'_>) -> Option<Tls> {
     let cert_file = required(r, CERT_FILE, "/run/secrets/tls/tls.crt");
     let key_file = required(r, KEY_FILE, "/run/secrets/tls/tls.key");
-    let ca_file = r.nullable(CLIENT_CA_FILE, |value| path(value, "/run/secrets/tls/ca.crt"));
+    let ca_file = r.nullable(CLIENT_CA_FILE, |value| renewed(value, "/run/secrets/tls/ca.crt"));
     let demand = r.nullable(CLIENT_CERTIFICATES, |value| values::choice(value, &DEMANDS));
     if demand.is_some() && ca_file.is_none() && r.sound(&["", CLIENT_CA_FILE]) {
         let fix = "name the roots that vouch for clients in tls.client_ca_file, or remove this";
@@ -165,11 +165,20 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Tls> {
 }
 
 fn required(r: &mut Reader<'_>, name: &'static str, example: &str) -> Option<PathBuf> {
-    let file = r.nullable(name, |value| path(value, example));
+    let file = r.nullable(name, |value| renewed(value, example));
     if file.is_none() && r.sound(&["", name]) {
         r.problem(name, "is missing", format!("name a PEM file, e.g. {example:?}"));
     }
     file
+}
+
+/// A file that is looked at again and again.
+fn renewed(value: &Value, example: &str) -> Result<PathBuf, Wrong> {
+    let path = path(value, example)?;
+    if !secret::may_be_read_anew(&path) {
+        return wrong("is no regular file, and could not be read anew", "name a regular file");
+    }
+    Ok(path)
 }
 
 fn path(value: &Value, example: &str) -> Result<PathBuf, Wrong> {
