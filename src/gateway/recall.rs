@@ -40,7 +40,10 @@ impl Gateway {
             return;
         };
         let (owner, now) = (account.owner, now());
-        let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), answer.clone());
+        let (seal, task) = (Arc::clone(&key.seal), task.clone());
+        // Without what it may hold of `limits.body_bytes` for its clients: what waits to be written has room of its own, and a
+        // disk that stands still keeps no answer from anybody.
+        let answer = Answer::from(answer.block().clone());
         let said_ms = now.unix_ms(answer.received());
         disk.put(owner.place(&task), said_ms, answer.body_len(), move || {
             seal.close(owner, &task, &answer, now)
