@@ -480,13 +480,17 @@ impl Gateway {
         snapshot: Option<Instant>,
         live: Duration,
     ) -> Result<Answered, Error> {
-        let deadline = poll.arrived + self.config.load().budget.max_wait;
+        let max_wait = self.config.load().budget.max_wait;
+        let deadline = poll.arrived + max_wait;
         let account = &poll.asker.account;
         let mut asker = poll.asker.clone();
         let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(poll.caller, name);
+        let takes = self.upstream_takes();
+        // Half of what upstream leaves is for newcomers, though none of those who were told to come back ever does.
         let kept = account.budget.kept(&client, &poll.task, poll.arrived);
-        let takes = self.upstream_takes() + kept;
+        let kept = kept.min(max_wait.saturating_sub(takes) / 2);
+        let takes = takes + kept;
         self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
         let may_stand_in = snapshot.is_some() || self.elsewhere.is_some();

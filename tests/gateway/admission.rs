@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -496,6 +497,52 @@ async fn newcomers_do_not_take_the_places_of_those_who_come_back_when_told() {
     assert!(refusals.keys().all(|count| *count <= 1), "{refusals:?}");
     let arrivals = gateway.arrivals();
     assert!(goodput(&arrivals) > 14.0, "{}", goodput(&arrivals));
+}
+
+/// Asks for one task after the other, and never for one that it was refused; waits as long as it is told, or for `wait`.
+async fn goes_on(gateway: Arc<Paused>, peer: IpAddr, name: String, wait: Option<Duration>, served: Arc<AtomicUsize>) {
+    for number in 0.. {
+        let reply = gateway.poll_from(peer, KEY, &format!("{name}-{number}")).await;
+        if reply.status == 200 {
+            served.fetch_add(1, Ordering::Relaxed);
+        } else {
+            let told = || Duration::from_secs(reply.header("retry-after").unwrap().parse().unwrap());
+            sleep(wait.unwrap_or_else(told)).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_whose_refused_tasks_never_come_back_has_its_part_of_the_turns() {
+    const OTHERS: [IpAddr; 2] = [
+        IpAddr::V4(Ipv4Addr::new(10, 0, 0, 3)),
+        IpAddr::V4(Ipv4Addr::new(10, 0, 0, 4)),
+    ];
+    for max_wait in [2, 3, 4, 10] {
+        let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+            config.budget.max_wait = Duration::from_secs(max_wait);
+        }));
+        sleep(HOLD).await;
+        let (modest, all) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let mut polls = JoinSet::new();
+        for number in 0..30 {
+            let name = format!("modest-{number}");
+            polls.spawn(goes_on(Arc::clone(&gateway), MODEST, name, None, Arc::clone(&modest)));
+        }
+        for (peer, number) in OTHERS
+            .into_iter()
+            .flat_map(|peer| (0..8).map(move |number| (peer, number)))
+        {
+            let (name, wait) = (format!("{peer}-{number}"), Some(Duration::from_millis(500)));
+            polls.spawn(goes_on(Arc::clone(&gateway), peer, name, wait, Arc::clone(&all)));
+        }
+        sleep(Duration::from_secs(8)).await;
+        let before = modest.load(Ordering::Relaxed);
+        sleep(Duration::from_secs(20)).await;
+        let served = modest.load(Ordering::Relaxed) - before;
+        // A third of what can be had is 97.
+        assert!(served > 60, "{served} within {max_wait} s");
+    }
 }
 
 #[tokio::test(start_paused = true)]
