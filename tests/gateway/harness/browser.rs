@@ -27,26 +27,37 @@ pub struct Browser {
     _driver: Child,
 }
 
+/// Starts a driver; gives its port. `None` of one that ended at once: it takes a port that is free on one of the two loopback
+/// addresses, and it may be taken on the other.
+async fn driver() -> Option<(Child, u16)> {
+    let mut command = Command::new("chromedriver");
+    command
+        .arg("--port=0")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    let mut child = command.spawn().expect("chromedriver: tests/browser/run installs it");
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    while let Some(line) = lines.next_line().await.unwrap() {
+        if let Some((_, port)) = line.split_once("started successfully on port ") {
+            let port = port.trim_end_matches('.').parse().unwrap();
+            tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+            return Some((child, port));
+        }
+    }
+    None
+}
+
 impl Browser {
     pub async fn start() -> Self {
-        let mut command = Command::new("chromedriver");
-        command
-            .arg("--port=0")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true);
-        let mut child = command.spawn().expect("chromedriver: tests/browser/run installs it");
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let port = timeout(PATIENCE, async {
+        let started = timeout(PATIENCE, async {
             loop {
-                let line = lines.next_line().await.unwrap().expect("chromedriver starts");
-                if let Some((_, port)) = line.split_once("started successfully on port ") {
-                    return port.trim_end_matches('.').parse().unwrap();
+                if let Some(started) = driver().await {
+                    return started;
                 }
             }
         });
-        let port: u16 = port.await.expect("chromedriver starts in time");
-        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        let (child, port) = started.await.expect("chromedriver starts in time");
         let mut browser = Self {
             driver: SocketAddr::from(([127, 0, 0, 1], port)),
             session: String::new(),
