@@ -526,6 +526,33 @@ async fn a_flight_that_connects_slowly_goes_on_without_the_poll_that_has_a_snaps
     assert_eq!(gateway.arrivals().len(), 2);
 }
 
+#[tokio::test(start_paused = true)]
+async fn tasks_that_hang_shut_nobody_else_out() {
+    let behaviour = Behaviour {
+        varies: |task| seconds(if task.starts_with("hangs") { 100.0 } else { 0.0 }),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let mut others = JoinSet::new();
+    for client in 0..10 {
+        let gateway = Arc::clone(&gateway);
+        others.spawn(async move {
+            loop {
+                gateway.poll("ak_hangs", &format!("hangs-{}", client % 5)).await;
+                sleep(seconds(1.0)).await;
+            }
+        });
+    }
+    // The breaker has opened.
+    sleep(seconds(20.0)).await;
+    let mut served = 0;
+    for task in 0..60 {
+        served += u32::from(gateway.poll(KEY, &format!("t-{task}")).await.status == 200);
+        sleep(seconds(1.0)).await;
+    }
+    assert!(served > 30, "{served} of 60");
+}
+
 /// An upstream that takes 1.5 s, and from 6 s after the start on says nothing then, until `back`.
 fn hangs_up_late(back: f64) -> Behaviour {
     Behaviour {

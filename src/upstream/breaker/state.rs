@@ -6,6 +6,7 @@
 //! weighed by when it was *asked for*: a time-out that comes in after upstream has recovered tells of the outage, and an
 //! answer that was on its way when the breaker opened does not close it.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -20,6 +21,9 @@ pub(super) const LONGEST_WITHOUT: Duration = Duration::from_secs(2);
 
 /// From the start of one probe to that of the next, at least.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(1500);
+
+/// So many probed tasks are remembered.
+const MOST_PROBED: usize = 64;
 
 /// The breaker became another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,9 +66,9 @@ pub(super) struct State {
     probes: u64,
     /// When the next probe may start.
     next_probe: Option<Instant>,
-    /// The task that was probed last.
-    probed: Option<TaskId>,
-    /// Whether another task was asked for since.
+    /// The tasks that were probed since it opened, the last at the back.
+    probed: VecDeque<TaskId>,
+    /// Whether another was asked for since the last probe.
     others_ask: bool,
     /// Those who have a connection and wait to probe with it.
     connected: usize,
@@ -86,7 +90,7 @@ impl State {
             without_since: None,
             probes: 0,
             next_probe: None,
-            probed: None,
+            probed: VecDeque::new(),
             others_ask: false,
             connected: 0,
         }
@@ -195,14 +199,19 @@ impl State {
         if self.connected > 0 {
             return None;
         }
-        let was_probed = self.probed.as_ref() == Some(task);
+        let was_probed = self.probed.contains(task);
         self.others_ask |= !was_probed;
-        // The task that was probed last may be one that always fails: others come first where there are any.
+        // One that was probed may always fail, and so may several: others come first where there are any.
         let turn = if was_probed && self.others_ask {
             self.next_probe.map(|next| next + PROBE_INTERVAL)
         } else {
             self.next_probe
         };
+        // While one is silent that may be about a task which hangs, another task's may go.
+        let may_overtake = !was_probed && self.next_probe.is_some_and(|next| next + PROBE_INTERVAL <= now);
+        if self.phase == Phase::HalfOpen && !may_overtake {
+            return None;
+        }
         self.start_probe(task, turn, now)
     }
 
@@ -218,17 +227,23 @@ impl State {
 
     /// Lets one of them probe, whichever task was probed last: that one was not asked for.
     pub(super) fn probe_connected(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
+        if self.phase == Phase::HalfOpen {
+            return None;
+        }
         self.start_probe(task, self.next_probe, now)
     }
 
     fn start_probe(&mut self, task: &TaskId, turn: Option<Instant>, now: Instant) -> Option<u64> {
-        if self.phase != Phase::Open || turn.is_some_and(|turn| now < turn) {
+        if !self.is_open() || turn.is_some_and(|turn| now < turn) {
             return None;
         }
         self.phase = Phase::HalfOpen;
         self.probes += 1;
         self.next_probe = Some(now + PROBE_INTERVAL);
-        self.probed = Some(task.clone());
+        if self.probed.len() == MOST_PROBED {
+            self.probed.pop_front();
+        }
+        self.probed.push_back(task.clone());
         self.others_ask = false;
         Some(self.probes)
     }
@@ -246,7 +261,7 @@ impl State {
         self.opened = Some(now);
         self.forget_failures();
         self.next_probe = Some(now + PROBE_INTERVAL);
-        self.probed = None;
+        self.probed.clear();
         self.others_ask = false;
         Change::Opened
     }
@@ -328,9 +343,10 @@ mod tests {
         assert!(state.probe(&task("a"), now + PROBE_INTERVAL - MS).is_none());
         assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
         assert!(
-            state.probe(&task("b"), now + 10 * PROBE_INTERVAL).is_none(),
-            "one at a time, however long it takes"
+            state.probe(&task("a"), now + 10 * PROBE_INTERVAL).is_none(),
+            "one of a task at a time, however long it takes"
         );
+        assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL).is_none());
         end_probe(&mut state);
         assert!(state.is_open());
         assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL).is_some());
@@ -359,6 +375,25 @@ mod tests {
     }
 
     #[test]
+    fn tasks_that_hang_let_one_that_was_not_probed_go_first_and_before_they_end() {
+        let (mut state, now) = opened();
+        let hanging = ["a", "b", "c", "d", "e"].map(task);
+        let mut at = now + PROBE_INTERVAL;
+        for hangs in &hanging {
+            assert!(state.probe(hangs, at).is_some());
+            at += 2 * PROBE_INTERVAL;
+        }
+        for hangs in &hanging {
+            assert!(state.probe(hangs, at - MS).is_none());
+        }
+        assert!(state.probe(&task("f"), at - MS).is_none());
+        for hangs in &hanging {
+            assert!(state.probe(hangs, at).is_none());
+        }
+        assert!(state.probe(&task("f"), at).is_some());
+    }
+
+    #[test]
     fn a_probes_answer_closes_it_and_the_count_begins_anew() {
         let (mut state, now) = opened();
         let later = now + PROBE_INTERVAL;
@@ -383,7 +418,7 @@ mod tests {
         }
         assert!(state.probe(&task("b"), now + 4 * PROBE_INTERVAL).is_some());
         state.probe_ended(first);
-        assert_eq!(state.probe(&task("c"), now + 6 * PROBE_INTERVAL), None);
+        assert_eq!(state.probe(&task("c"), now + 6 * PROBE_INTERVAL - MS), None);
     }
 
     #[test]
@@ -568,9 +603,10 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens: it opens for a reason and closes by an answer; one probe at a time, an interval apart.
+        /// Whatever happens: it opens for a reason and closes by an answer; probes are an interval apart, two while one is
+        /// under way.
         #[test]
-        fn it_opens_for_a_reason_and_probes_one_at_a_time(
+        fn it_opens_for_a_reason_and_probes_seldom(
             events in prop::collection::vec((event(), 0_u64..1000), 1..300)
         ) {
             let start = Instant::now() + Duration::from_hours(1);
@@ -625,8 +661,9 @@ mod tests {
                             None
                         };
                         if begun.is_some() {
-                            prop_assert!(was_open && !probing);
-                            prop_assert!(last_probe.is_none_or(|last| now >= last + PROBE_INTERVAL));
+                            prop_assert!(was_open);
+                            let apart = if probing { 2 * PROBE_INTERVAL } else { PROBE_INTERVAL };
+                            prop_assert!(last_probe.is_none_or(|last| now >= last + apart));
                             prop_assert!(opened.is_some_and(|opened| now >= opened + PROBE_INTERVAL));
                             (probing, last_probe) = (true, Some(now));
                         }
