@@ -267,8 +267,8 @@ impl Gateway {
                     Error::UpstreamSilent
                 }
             };
-            let limit = (request_timeout, late);
-            self.in_time(is_poll, &request_id, &trace, answering, limit).await
+            self.in_time(is_poll, &request_id, &trace, answering, request_timeout, late)
+                .await
         };
         let mut response = reply.into_response();
         response.body_mut().carry(trace);
@@ -295,8 +295,9 @@ impl Gateway {
         } = *miss;
         let reply = {
             let answering = pin!(self.poll(Ok(terms), seen, caller, &request_id, &trace));
-            let limit = (request_timeout, || Error::RequestTimeout);
-            self.in_time(true, &request_id, &trace, answering, limit).await
+            let late = || Error::RequestTimeout;
+            self.in_time(true, &request_id, &trace, answering, request_timeout, late)
+                .await
         };
         (reply.called(request_id), in_flight)
     }
@@ -308,7 +309,8 @@ impl Gateway {
         request_id: &HeaderValue,
         trace: &Trace,
         answering: Pin<&mut impl Future<Output = Reply>>,
-        (most, late): (Duration, impl Fn() -> Error),
+        most: Duration,
+        late: impl Fn() -> Error,
     ) -> Reply {
         let unanswered = Unanswered::new(self, request_id, trace, is_poll);
         let in_time = panics::contain(timeout(most, answering)).await;
@@ -490,7 +492,6 @@ impl Gateway {
         // Half of what upstream leaves is for newcomers, though none of those who were told to come back ever does.
         let kept = account.budget.kept(&client, &poll.task, poll.arrived);
         let kept = kept.min(max_wait.saturating_sub(takes) / 2);
-        let takes = takes + kept;
         self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
         let may_stand_in = snapshot.is_some() || self.elsewhere.is_some();
@@ -509,7 +510,7 @@ impl Gateway {
                 Progress::new(account.budget.standing(snapshot), trace.link(), snapshot.is_some())
             });
             let standing = progress.borrow().standing.clone();
-            let mut place = standing.join(client.clone(), asker.weight(), deadline, takes);
+            let mut place = standing.join(client.clone(), asker.weight(), deadline, takes + kept);
             let collapsed = leader.is_none();
             let had_flown = poll.has_flown;
             poll.has_flown |= !collapsed;

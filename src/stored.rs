@@ -88,8 +88,7 @@ impl Draft {
                 body: (!is_kept).then_some(self.body),
                 retry_after: self.retry_after,
                 location: self.location,
-                room: OnceLock::new(),
-                is_left_out: false,
+                ..Beside::default()
             })
         });
         Answer { block, beside }
@@ -110,7 +109,7 @@ pub struct Answer {
     beside: Option<Arc<Beside>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Beside {
     /// The body of an answer that is not kept: as it came, without a copy.
     body: Option<Bytes>,
@@ -256,11 +255,10 @@ impl Answer {
     #[must_use]
     pub fn left_out(self) -> Self {
         let beside = Beside {
-            body: None,
             retry_after: self.retry_after().cloned(),
             location: self.location().cloned(),
-            room: OnceLock::new(),
             is_left_out: true,
+            ..Beside::default()
         };
         let beside = Some(Arc::new(beside));
         Self { beside, ..self }
@@ -305,8 +303,7 @@ impl Answer {
             body: self.beside.as_ref().and_then(|beside| beside.body.clone()),
             retry_after: Some(HeaderValue::from(left)),
             location: self.location().cloned(),
-            room: OnceLock::new(),
-            is_left_out: false,
+            ..Beside::default()
         };
         let beside = Some(Arc::new(beside));
         Self { beside, ..self }

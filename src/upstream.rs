@@ -48,7 +48,7 @@ pub use pool::{Answered, Pool, Ready};
 use pool::{Connections, Slot};
 use recent::Recent;
 use streamed::Interest;
-pub use streamed::Streamed;
+pub use streamed::{Streamed, connection_options};
 use wire::{Heard, Wire};
 
 /// The path of the one endpoint that costs budget.

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
-use http::header::{AGE, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
+use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use hyper::ext::ReasonPhrase;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use super::body::{Body, Data};
 use super::unix_now;
 use crate::error::Error;
 use crate::stored::{Answer, Freshness};
-use crate::upstream::Streamed;
+use crate::upstream::{Streamed, connection_options};
 
 /// RFC 9211.
 pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
@@ -375,12 +375,8 @@ pub(super) fn streamed(response: Response<Streamed>, request_id: &HeaderValue) -
 
 /// Removes what is meant for the next hop only (RFC 9110 §7.6.1). Framing is hyper's: it writes its own.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
+    let named: Vec<HeaderName> = connection_options(headers)
+        .filter_map(|name| name.parse().ok())
         .collect();
     for name in named {
         headers.remove(name);

@@ -61,7 +61,7 @@ impl Breaker {
         self.state().last_opened().is_none_or(|opened| opened <= since)
     }
 
-    /// The right to ask for `task` although it is open, if a probe is due at `now`: one at a time, and none while anybody
+    /// The right to ask for `task` although it is open, if a probe is due at `now`: one, or another beside one that is silent, and none while anybody
     /// waits for [`Self::next_probe`].
     pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
         let number = self.state().probe(task, now)?;
@@ -221,7 +221,7 @@ impl Drop for Connected<'_> {
     }
 }
 
-/// The one probe under way. Dropped without an answer, be it for want of a permit, it lets the next one start.
+/// A probe under way. Dropped without an answer, be it for want of a permit, it lets the next one start.
 #[derive(Debug)]
 pub struct Probe {
     breaker: Arc<Breaker>,

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONNECTION;
-use http::{Response, Version};
+use http::{HeaderMap, Response, Version};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -102,11 +102,17 @@ impl Streamed {
 
 /// Whether upstream closes its connection with this response (RFC 9112 §9.3).
 fn is_last<B>(response: &Response<B>) -> bool {
-    let options = response.headers().get_all(CONNECTION).iter();
-    let mut options = options
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','));
-    response.version() < Version::HTTP_11 || options.any(|option| option.trim().eq_ignore_ascii_case("close"))
+    let mut options = connection_options(response.headers());
+    response.version() < Version::HTTP_11 || options.any(|option| option.eq_ignore_ascii_case("close"))
+}
+
+/// What the Connection lines of a message name: fields that are meant for the next hop only, and `close` (RFC 9110 §7.6.1).
+pub fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let lines = headers.get_all(CONNECTION).iter();
+    lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','))
+        .map(str::trim)
 }
 
 impl Body for Streamed {

@@ -209,10 +209,7 @@ impl State {
         };
         // While one is silent that may be about a task which hangs, another task's may go.
         let may_overtake = !was_probed && self.next_probe.is_some_and(|next| next + PROBE_INTERVAL <= now);
-        if self.phase == Phase::HalfOpen && !may_overtake {
-            return None;
-        }
-        self.start_probe(task, turn, now)
+        self.start_probe(task, turn, may_overtake, now)
     }
 
     /// Somebody has a connection and waits to probe with it: until [`Self::no_longer_connected`] nobody else may.
@@ -227,14 +224,16 @@ impl State {
 
     /// Lets one of them probe, whichever task was probed last: that one was not asked for.
     pub(super) fn probe_connected(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
-        if self.phase == Phase::HalfOpen {
-            return None;
-        }
-        self.start_probe(task, self.next_probe, now)
+        self.start_probe(task, self.next_probe, false, now)
     }
 
-    fn start_probe(&mut self, task: &TaskId, turn: Option<Instant>, now: Instant) -> Option<u64> {
-        if !self.is_open() || turn.is_some_and(|turn| now < turn) {
+    fn start_probe(&mut self, task: &TaskId, turn: Option<Instant>, may_overtake: bool, now: Instant) -> Option<u64> {
+        let may_start = match self.phase {
+            Phase::Closed => false,
+            Phase::Open => true,
+            Phase::HalfOpen => may_overtake,
+        };
+        if !may_start || turn.is_some_and(|turn| now < turn) {
             return None;
         }
         self.phase = Phase::HalfOpen;
