@@ -370,20 +370,23 @@ async fn replicas_spend_one_budget(replicas: usize) {
     cluster.all_lend().await;
     cluster.spend(14.0).await;
     cluster.assert_within_the_limit().await;
-    let lend = cluster.gateways[0].metric("crun_gateway_shared_leases").await;
-    assert!((lend - replicas as f64).abs() < 0.5, "{lend} lend");
+    // One of them that is held up for a moment lends nothing, or wants nothing and the others have its share.
     let expected = serde_json::json!({ "standing": "lending", "leases": replicas, "max_replicas": replicas });
     let patience = Instant::now() + PATIENCE;
     loop {
+        let lend = cluster.gateways[0].metric("crun_gateway_shared_leases").await;
         let (_, status) = cluster.gateways[0].admin("/status.json").await;
         let status: serde_json::Value = serde_json::from_str(&status).unwrap();
-        assert_eq!(status["shared"], expected);
-        // One of them that is held up for a moment wants nothing, and the others have its share.
         let share = status["accounts"][0]["share"].as_f64().unwrap();
-        if (share - 1.0 / replicas as f64).abs() < 0.01 {
+        let are_all_seen = (lend - replicas as f64).abs() < 0.5 && status["shared"] == expected;
+        if are_all_seen && (share - 1.0 / replicas as f64).abs() < 0.01 {
             return;
         }
-        assert!(Instant::now() < patience, "{share} of the limit");
+        assert!(
+            Instant::now() < patience,
+            "{lend} lend, {share} of the limit, {}",
+            status["shared"]
+        );
         sleep(Duration::from_millis(20)).await;
     }
 }
