@@ -14,6 +14,7 @@ mod file;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -46,6 +47,9 @@ const SWEEP: Duration = Duration::from_mins(1);
 /// no longer than it takes to hear of it that space is free again.
 const FIRST_RETRY: Duration = Duration::from_secs(5);
 const LAST_RETRY: Duration = Duration::from_mins(5);
+
+/// How long the disk may take to do one thing before that is said to fail: longer than any that is well, be it ever so busy.
+const STALL: Duration = Duration::from_mins(1);
 
 /// Where answers are kept, and how many.
 #[derive(Clone, Debug)]
@@ -324,7 +328,8 @@ impl Keeper {
         self.shared.set(State::Opening);
         loop {
             let (path, bounds) = (self.shared.settings.path.clone(), self.shared.settings.bounds());
-            let opened = blocking(move || File::open(&path, bounds)).await;
+            let opening = blocking(move || File::open(&path, bounds));
+            let opened = self.watched(DiskStep::Open, opening).await;
             let trouble = match opened.unwrap_or_else(|error| Err(Trouble::Io(error))) {
                 Ok((file, gone)) => {
                     self.shared.count(gone);
@@ -403,7 +408,8 @@ impl Keeper {
             let gone = file.write(&sealed, bounds)?;
             Ok((sealed.len() as u64, gone, file))
         });
-        match writing.await.unwrap_or_else(|error| Err(Trouble::Io(error))) {
+        let written = self.watched(DiskStep::Write, writing).await;
+        match written.unwrap_or_else(|error| Err(Trouble::Io(error))) {
             Ok((written, gone, file)) => {
                 if written > 0 {
                     if self.said.take().is_some() {
@@ -421,6 +427,27 @@ impl Keeper {
             Err(trouble) => {
                 metrics.dropped.inc_by(queued);
                 Some((DiskStep::Write, trouble))
+            }
+        }
+    }
+
+    /// Waits for the disk however long it takes, and counts each `STALL` as a failure: else nobody would hear of a disk that
+    /// stands still.
+    async fn watched<T>(&self, step: DiskStep, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        if let Ok(done) = timeout(STALL, &mut work).await {
+            return done;
+        }
+        tracing::error!(
+            path = %self.shared.settings.path.display(), operation = step.label(),
+            what = "the disk has stood still for a minute",
+            fix = "see what the file is on; on Kubernetes its volume may be detached, and the pod has to move to where it is",
+            "cache.disk: nothing is kept on disk until it goes on"
+        );
+        loop {
+            self.shared.metrics.failed(step);
+            if let Ok(done) = timeout(STALL, &mut work).await {
+                return done;
             }
         }
     }

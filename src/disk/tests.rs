@@ -198,3 +198,38 @@ async fn that_answers_are_kept_again_is_said_when_one_is() {
     disk.close().await;
     assert_eq!((said("cannot be used"), said("are kept on disk")), (1, 2));
 }
+
+#[tokio::test]
+async fn a_disk_that_stands_still_fails_once_a_minute() {
+    let folder = tempfile::tempdir().unwrap();
+    let (metrics, disk) = with_one(folder.path()).await;
+    let failed = |times| {
+        shows(
+            &metrics,
+            &format!(r#"crun_gateway_disk_errors_total{{operation="write"}} {times}"#),
+        )
+    };
+    let (go_on, stuck) = std::sync::mpsc::channel();
+    let (is_stuck, written) = tokio::sync::oneshot::channel();
+    disk.put(B, now_ms(), 3, move || {
+        is_stuck.send(()).unwrap();
+        stuck.recv().unwrap();
+        Some(b"def".to_vec())
+    });
+    written.await.unwrap();
+    tokio::time::pause();
+    for times in 1..=4 {
+        assert!(failed(times - 1));
+        // Timers go by whole milliseconds.
+        tokio::time::advance(STALL + Duration::from_millis(2)).await;
+        tokio::task::yield_now().await;
+        assert!(failed(times), "{times}");
+    }
+    tokio::time::resume();
+    go_on.send(()).unwrap();
+    while metrics.disk.writes.get() < 2 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(disk.get(B, PATIENCE, text).await.as_deref(), Some("def"));
+    assert!(failed(4));
+}
