@@ -1,7 +1,7 @@
 //! The words for who asks: the secret that a client presents, and the account it stands for.
 //!
-//! Pure: no I/O, no clock. Which key belongs to which account is `gateway::accounts`' business; behind that look-up
-//! only an [`AccountId`] travels, and the key itself goes straight into `upstream`.
+//! Pure: no I/O, no clock. Which key belongs to which account is `gateway::accounts`' business; what is
+//! kept, and what is told of it, goes by an [`AccountId`]; the key itself travels only to where it is sent or unseals.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -137,26 +137,15 @@ impl fmt::Debug for ApiKey {
 ///
 /// Derived from the account's configured name, or from the key that forms an account of its own, by a keyed hash of 128
 /// bits; so an account that was idle, forgotten and came back finds its cached answers again, and nobody who sees an id
-/// learns a key from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// learns a key from it. The default is nobody's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AccountId(u128);
 
 impl AccountId {
-    /// The id as bytes, for keys of tables.
-    pub fn to_bytes(self) -> [u8; 16] {
-        self.0.to_ne_bytes()
-    }
-
     /// 64 of the bits, drawn by a hash of their own.
+    #[allow(clippy::cast_possible_truncation, reason = "half of them are wanted")]
     pub fn half(self) -> u64 {
-        self.to_bytes()
-            .first_chunk()
-            .map_or(0, |half| u64::from_ne_bytes(*half))
-    }
-
-    /// The id that these are.
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(u128::from_ne_bytes(bytes))
+        self.0 as u64
     }
 }
 

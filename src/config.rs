@@ -49,7 +49,7 @@ pub struct Config {
     pub unknown_keys: UnknownKeys,
     /// How many unlisted keys are remembered at once.
     pub max_accounts: usize,
-    /// The header that names the client within its address.
+    /// The header that names the client within its token, its certificate or its address.
     pub client_header: HeaderName,
     /// How each account's queries are spent.
     pub budget: Budget,
@@ -57,7 +57,7 @@ pub struct Config {
     pub cache: Cache,
     /// Path prefixes that are streamed through; each begins and ends with `/`.
     pub passthrough: Vec<String>,
-    /// How replicas share budgets; `None` is one process.
+    /// How replicas share budgets, answers and flights; `None` is one process.
     pub shared: Option<Shared>,
     /// What bounds the process.
     pub limits: Limits,
@@ -180,7 +180,7 @@ pub struct Upstream {
 pub struct Account {
     /// Its metric label.
     pub name: String,
-    /// Its keys, which share one budget; the first is the one sent for client tokens.
+    /// Its keys, which share one budget; the first that upstream accepts is sent for client tokens.
     pub keys: Vec<Key>,
     /// Clients with a token of their own, which stands for the account's keys.
     pub clients: Vec<Client>,

@@ -23,7 +23,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::panics::dialled;
+use crate::panics::looked_up;
 
 /// How long one of several is waited for before the next is tried beside it (RFC 8305, section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -74,7 +74,7 @@ pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
 }
 
 async fn look_up(name: String, port: u16) -> io::Result<Vec<SocketAddr>> {
-    dialled(async move {
+    looked_up(async move {
         // Given up before a thread was free for it, it takes none.
         let asked = AbortOnDropHandle::new(spawn_blocking(move || (name, port).to_socket_addrs()));
         Ok(asked.await??.collect())

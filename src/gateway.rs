@@ -66,7 +66,7 @@ use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::otlp::Exporter;
 use crate::outcome::Served;
 use crate::panics;
-use crate::shared::{Answers, Shared};
+use crate::shared::{Answers, Claim, Shared};
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use crate::trace::{TraceContext, TraceId};
@@ -134,6 +134,16 @@ struct Sought {
     live: Duration,
     /// [`Cache::puts`] before it looked.
     puts: u64,
+}
+
+/// What a flight is for.
+#[derive(Debug)]
+struct Errand {
+    account: Arc<Account>,
+    key: Arc<Key>,
+    task: TaskId,
+    /// `None` when what is kept will not do, however fresh.
+    sought: Option<Sought>,
 }
 
 impl Gateway {
@@ -602,9 +612,13 @@ impl Gateway {
         sought: Option<Sought>,
         trace: FlightTrace,
     ) -> Carried {
-        let (gateway, account) = (Arc::clone(self), Arc::clone(&asker.account));
-        let (key, task) = (Arc::clone(&asker.key), task.clone());
-        Carried::new(panics::contain(gateway.fly(leader, account, key, task, sought, trace)).map(drop))
+        let errand = Errand {
+            account: Arc::clone(&asker.account),
+            key: Arc::clone(&asker.key),
+            task: task.clone(),
+            sought,
+        };
+        Carried::new(panics::contain(Arc::clone(self).fly(leader, errand, trace)).map(drop))
     }
 
     /// Whether a flight need not fly: what it is to fetch is kept by now, here or by another replica, or nobody may.
@@ -633,109 +647,104 @@ impl Gateway {
         }
     }
 
-    /// The leader's way, from a place in the queue to an answer that is kept. Until its query is sent it gives up when
-    /// nobody waits any more.
-    async fn fly(
-        self: Arc<Self>,
-        leader: Leader<FlightKey, Progress>,
-        account: Arc<Account>,
-        key: Arc<Key>,
-        task: TaskId,
-        sought: Option<Sought>,
-        mut trace: FlightTrace,
-    ) {
-        let launched = Instant::now();
-        let live = sought.map(|sought| sought.live);
-        if let Some(sought) = sought
-            && let Some(landed) = self.landed_already(&leader, &account, &task, sought, &mut trace).await
-        {
-            return leader.land(landed.stage());
-        }
-        let breaker = self.upstream.breaker();
-        let standing = leader.stage().standing.clone();
-        let (mut attempt, mut entry) = (1, Entry::InTurn);
+    /// Carries a flight from a place in the queue to its landing.
+    async fn fly(self: Arc<Self>, leader: Leader<FlightKey, Progress>, errand: Errand, mut trace: FlightTrace) {
         // The claim on this flight: until it lands, other replicas wait for it.
         let mut claim = None;
+        let (Ok(landed) | Err(landed)) = self.obtain(&leader, &errand, &mut trace, &mut claim).await;
+        leader.land(landed.stage());
+    }
+
+    /// The leader's way to an answer that is kept; `Err` where it ends without one. Until its query is sent it gives up when
+    /// nobody waits any more.
+    async fn obtain(
+        &self,
+        leader: &Leader<FlightKey, Progress>,
+        errand: &Errand,
+        trace: &mut FlightTrace,
+        claim: &mut Option<Claim>,
+    ) -> Result<Landed, Landed> {
+        let launched = Instant::now();
+        let (account, key, task) = (&*errand.account, &*errand.key, &errand.task);
+        let live = errand.sought.map(|sought| sought.live);
+        if let Some(sought) = errand.sought
+            && let Some(landed) = self.landed_already(leader, account, task, sought, trace).await
+        {
+            return Ok(landed);
+        }
+        let breaker = self.upstream.breaker();
+        let given_up = || self.given_up(account);
+        let standing = leader.stage().standing.clone();
+        let (mut attempt, mut entry) = (1, Entry::InTurn);
         loop {
             trace.step("wait for turn");
             let entering = standing.enter(std::mem::replace(&mut entry, Entry::Again));
-            let turn = match while_awaited(&leader, &account, breaker, entering).await {
-                None => return self.give_up(leader, &account),
-                Some(Ok(turn)) => turn,
-                Some(Err(_)) => return leader.land(Landed::Shed.stage()),
-            };
-            if is_in_vain(&account, &key, launched) {
-                return leader.land(Landed::InVain.stage());
+            let entered = while_awaited(leader, account, breaker, entering).await;
+            let turn = entered.ok_or_else(given_up)?.map_err(|_| Landed::Shed)?;
+            if is_in_vain(account, key, launched) {
+                return Err(Landed::InVain);
             }
-            let claiming = self.claim(&leader, (&account, &task), live, turn, &mut claim);
-            let turn = match while_awaited(&leader, &account, breaker, claiming).await {
-                None => return self.give_up(leader, &account),
-                Some(Way::Kept(answer)) => return leader.land(Landed::Kept(answer).stage()),
-                Some(Way::Back) => continue,
-                Some(Way::On(turn)) => turn,
+            let claiming = self.claim(leader, (account, task), live, turn, claim);
+            let claimed = while_awaited(leader, account, breaker, claiming).await;
+            let turn = match claimed.ok_or_else(given_up)? {
+                Way::Kept(answer) => return Ok(Landed::Kept(answer)),
+                Way::Back => continue,
+                Way::On(turn) => turn,
             };
             trace.step("connect");
             let mut connects = 1;
             let mut ready = loop {
                 // After an unanswered attempt any other idle connection may be as dead.
-                let connecting = shown(&leader, Phase::Connecting, account.pool.connect(&task, attempt > 1));
-                match while_awaited(&leader, &account, breaker, connecting).await {
-                    None => return self.give_up(leader, &account),
-                    Some(Ok(ready)) => break ready,
-                    Some(Err(_)) if connects < MOST_CONNECTS => connects += 1,
-                    Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
+                let connecting = shown(leader, Phase::Connecting, account.pool.connect(task, attempt > 1));
+                let connected = while_awaited(leader, account, breaker, connecting).await;
+                match connected.ok_or_else(given_up)? {
+                    Ok(ready) => break ready,
+                    Err(_) if connects < MOST_CONNECTS => connects += 1,
+                    Err(error) => return Err(Landed::Failed(error)),
                 }
             };
             trace.step("wait for permit");
-            let permit = shown(&leader, |_| Phase::Waiting, turn.permit(&ready));
-            let permit = self.while_spending(&mut claim, permit);
-            let permit = match while_awaited(&leader, &account, breaker, permit).await {
-                Some(Some(Some(permit))) => permit,
-                Some(None) => continue,
-                Some(Some(None)) | None => return self.give_up(leader, &account),
+            let permit = shown(leader, |_| Phase::Waiting, turn.permit(&ready));
+            let permit = while_awaited(leader, account, breaker, self.while_spending(claim, permit)).await;
+            let Some(permit) = permit.ok_or_else(given_up)? else {
+                continue;
             };
-            if is_in_vain(&account, &key, launched) {
-                return leader.land(Landed::InVain.stage());
+            let permit = permit.ok_or_else(given_up)?;
+            if is_in_vain(account, key, launched) {
+                return Err(Landed::InVain);
             }
             // Upstream may have closed it while the permit was not yet due. The permit counts as spent now for as long as it
             // is not written, so it may wait for another connection: that one is late, and still within the limit.
-            let ready = if ready.is_closed() {
-                let reopening = shown(&leader, Phase::Connecting, ready.reopen(&task));
-                match while_awaited(&leader, &account, breaker, reopening).await {
-                    None => return self.give_up(leader, &account),
-                    Some(Ok(ready)) => ready,
-                    Some(Err(error)) => return leader.land(Landed::Failed(error).stage()),
-                }
-            } else {
-                ready
-            };
-            let is_taken_over = live.is_some() && self.has_taken_over(&account, &task);
+            if ready.is_closed() {
+                let reopening = shown(leader, Phase::Connecting, ready.reopen(task));
+                let reopened = while_awaited(leader, account, breaker, reopening).await;
+                ready = reopened.ok_or_else(given_up)?.map_err(Landed::Failed)?;
+            }
+            let is_taken_over = live.is_some() && self.has_taken_over(account, task);
             leader.update(|progress| {
                 progress.phase = Phase::Sent(Instant::now());
                 progress.was_stale |= is_taken_over;
             });
             trace.approached();
-            if let Some(claim) = &mut claim {
+            if let Some(claim) = claim {
                 claim.asks();
             }
-            match self
-                .ask(&account, &key, &task, Attempt::new(attempt, &trace), ready, permit)
-                .await
-            {
+            let number = Attempt::new(attempt, trace);
+            match self.ask(account, key, task, number, ready, permit).await {
                 Ok(answer) if answer.class() == Class::RateLimited && attempt < MOST_ATTEMPTS => {
                     leader.update(|progress| {
                         progress.phase = Phase::Waiting;
                         progress.last_error = Some(answer);
                     });
                 }
-                Ok(answer) => return leader.land(Landed::Fetched(answer, key).stage()),
+                Ok(answer) => return Ok(Landed::Fetched(answer, Arc::clone(&errand.key))),
                 // Nothing was sent: a permit that came too late for its slot is no attempt.
                 Err(failed) if failed.unspent => {
                     leader.update(|progress| progress.phase = Phase::Waiting);
                     continue;
                 }
                 Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
-                    return leader.land(Landed::Failed(failed.error).stage());
+                    return Err(Landed::Failed(failed.error));
                 }
                 Err(_) => leader.update(|progress| progress.phase = Phase::Waiting),
             }

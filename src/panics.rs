@@ -57,12 +57,12 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     }
 }
 
-/// Opens a connection to somebody who has a name.
+/// What looking a name up gives.
 ///
 /// # Errors
-/// Those of `dialing`, and when no thread can be had to look the name up.
-pub async fn dialled<T>(dialing: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    contain(dialing).await.unwrap_or_else(|| Err(no_thread()))
+/// Those of `looking`, and when no thread can be had to look the name up.
+pub async fn looked_up<T>(looking: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    contain(looking).await.unwrap_or_else(|| Err(no_thread()))
 }
 
 fn no_thread() -> io::Error {

@@ -77,7 +77,7 @@ impl Draft {
 
     /// An answer that is remembered beside the cache, whoever asks for what.
     pub fn of_nobody(self) -> Answer {
-        self.answer(AccountId::from_bytes([0; 16]), "")
+        self.answer(AccountId::default(), "")
     }
 
     fn answer(self, account: AccountId, task: &str) -> Answer {

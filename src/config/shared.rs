@@ -13,7 +13,7 @@ use super::problem::{Wrong, wrong};
 use super::reader::Reader;
 use super::{CaFile, Key, secret, tls, values};
 
-/// How replicas share budgets.
+/// How replicas share budgets, answers and flights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shared {
     /// The most processes that ever run at once; each owns `budget.limit` ÷ this, rounded down.

@@ -1,5 +1,5 @@
-//! The poll that is as plain as can be: if it is a hit, it is answered without a wait, a lock that all share, a header map,
-//! or a copy of what it asks.
+//! The poll that is as plain as can be: if it is a hit, it is answered without a wait, a lock that is held for longer than a
+//! look-up, a header map, or a copy of what it asks.
 //!
 //! Most polls are. They take the same decisions as every poll, in the same order (`Gateway::poll`), but on what stands in
 //! the request. What is no hit goes on from there, with what has been found out by then, and without the rest of the

@@ -15,10 +15,9 @@ use super::accounts::Account;
 use super::admission::leave_behind;
 use super::asker::Asker;
 use super::attempt::Attempt;
-use super::{Answered, FlightKey, FlightTrace, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
+use super::{Answered, FlightTrace, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
 use crate::budget::{Entry, Permit};
 use crate::error::Error;
-use crate::flight::Leader;
 use crate::task::TaskId;
 use crate::upstream::{Probe, Ready};
 
@@ -45,12 +44,7 @@ impl Gateway {
         self.unavailable()
     }
 
-    /// Lands a flight of `account` that may go no further, unspent.
-    pub(super) fn give_up(&self, leader: Leader<FlightKey, Progress>, account: &Account) {
-        leader.land(self.given_up(account).stage());
-    }
-
-    /// How such a flight ends: the account is no longer what it was, or the breaker is open, or nobody is there to hear it.
+    /// How a flight of `account` ends that may go no further, unspent: the account is no longer what it was, or the breaker is open, or nobody is there to hear it.
     pub(super) fn given_up(&self, account: &Account) -> Landed {
         if account.superseded.is_cancelled() {
             Landed::Superseded

@@ -13,7 +13,7 @@ use super::Gateway;
 use super::accounts::Account;
 use super::tally::Polls;
 use crate::account::{Caller, Client};
-use crate::budget::{Budget, Shares};
+use crate::budget::Shares;
 use crate::outcome::Served;
 
 /// Of the unlisted accounts, so many are told of.
@@ -79,14 +79,12 @@ struct AccountStatus {
     queries: Vec<u32>,
     /// Flights that wait for a permit.
     waiting: usize,
-    /// `None`: it could not be told in time.
-    queue: Option<Queue>,
+    queue: Queue,
     live_tasks: usize,
     freshness_seconds: f64,
     polls: PollsStatus,
     polls_total: PollsStatus,
-    /// `None`: it could not be told in time.
-    spent: Option<Spent>,
+    spent: Spent,
 }
 
 #[derive(Debug, Serialize)]
@@ -117,7 +115,7 @@ struct Permits {
 /// A client, and what there is to say of it.
 #[derive(Debug, Serialize)]
 struct Named<T> {
-    /// A token's configured name, or a peer's address.
+    /// A token's configured name, the name in the client's certificate, or the peer's address.
     caller: String,
     has_token: bool,
     /// What the client calls itself, free text.
@@ -152,10 +150,7 @@ impl Gateway {
     pub fn status(&self) -> Status {
         let now = Instant::now();
         let breaker = self.upstream.breaker();
-        let (mut accounts, budgets, other_accounts) = self.accounts_status(now);
-        for (account, budget) in accounts.iter_mut().zip(budgets) {
-            account.tell(budget.shares());
-        }
+        let (accounts, other_accounts) = self.accounts_status(now);
         Status {
             version: env!("CARGO_PKG_VERSION"),
             uptime_seconds: self.accounts.uptime(now).as_secs_f64(),
@@ -183,12 +178,11 @@ impl Gateway {
         }
     }
 
-    /// The accounts to tell of, each with its budget, and the rest. No account is held when it is done, or it would count as
-    /// one in use.
-    fn accounts_status(&self, now: Instant) -> (Vec<AccountStatus>, Vec<Budget>, OtherAccounts) {
-        let tell = |account: &Account| (AccountStatus::new(account, now), account.budget.clone());
-        let mut listed = self.accounts.each_listed(tell);
-        listed.sort_by(|(account, _), (other, _)| account.name.cmp(&other.name));
+    /// The accounts to tell of, and the rest.
+    fn accounts_status(&self, now: Instant) -> (Vec<AccountStatus>, OtherAccounts) {
+        let tell = |account: &Account| AccountStatus::new(account, now);
+        let mut accounts = self.accounts.each_listed(tell);
+        accounts.sort_by(|account, other| account.name.cmp(&other.name));
         let (unlisted, rest) = self.accounts.with_unlisted(|unlisted| {
             let activity = |account: &Account| (account.budget.recent(now), account.budget.waiting());
             let mut ranked: Vec<_> = unlisted.map(|account| (activity(account), account)).collect();
@@ -211,8 +205,8 @@ impl Gateway {
             };
             (told, rest)
         });
-        let (accounts, budgets) = listed.into_iter().chain(unlisted).unzip();
-        (accounts, budgets, rest)
+        accounts.extend(unlisted);
+        (accounts, rest)
     }
 }
 
@@ -225,6 +219,12 @@ impl AccountStatus {
             Duration::ZERO
         };
         let (span, polls) = account.tally.lately(now);
+        let Shares {
+            clients,
+            places,
+            background,
+            spent,
+        } = budget.shares();
         Self {
             name: account
                 .number
@@ -235,28 +235,22 @@ impl AccountStatus {
             paused_seconds: paused.as_secs_f64(),
             queries: budget.history(now),
             waiting: budget.waiting(),
-            queue: None,
+            queue: Queue {
+                clients,
+                by_client: named(places, |flights| Places { flights }),
+                background,
+            },
             live_tasks: account.watch.live(now),
             freshness_seconds: account.lifetime(now).as_secs_f64(),
             polls: PollsStatus::new(span, polls),
             polls_total: PollsStatus::new(account.tally.age(now), account.tally.total()),
-            spent: None,
+            spent: Spent {
+                span_seconds: spent.span.as_secs_f64(),
+                by_client: named(spent.by_client, |permits| Permits { permits }),
+                background: spent.background,
+                rest: spent.rest,
+            },
         }
-    }
-
-    fn tell(&mut self, shares: Shares) {
-        let spent = shares.spent;
-        self.queue = Some(Queue {
-            clients: shares.clients,
-            by_client: named(shares.places, |flights| Places { flights }),
-            background: shares.background,
-        });
-        self.spent = Some(Spent {
-            span_seconds: spent.span.as_secs_f64(),
-            by_client: named(spent.by_client, |permits| Permits { permits }),
-            background: spent.background,
-            rest: spent.rest,
-        });
     }
 }
 
