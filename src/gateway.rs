@@ -555,7 +555,7 @@ impl Gateway {
                 Some(Landed::Kept(_) | Landed::InVain) => continue,
                 // It may have been the account as it was before this poll's, under the same name.
                 Some(Landed::Superseded) if !account.superseded.is_cancelled() => continue,
-                Some(Landed::Superseded) => Err(self.unavailable()),
+                Some(Landed::Superseded) => Err(self.unavailable(account)),
                 Some(Landed::Shed) => self.answer_without_place(poll, &client),
                 Some(Landed::Failed(error)) => self.stand_in(poll, error.detail()).ok_or(error),
                 // Another key's refusal says nothing about this one, and a token stands for all of its account's keys.

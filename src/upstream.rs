@@ -186,9 +186,11 @@ impl Upstream {
         &self.0.host
     }
 
-    /// Closes connections that have been idle for long, and those that upstream has closed.
+    /// Closes connections that have been idle for long, and those that upstream has closed; forgets an outage that nobody
+    /// has asked about for long.
     pub fn sweep(&self, now: Instant) {
         self.0.sweep(now);
+        self.0.breaker.sweep(now);
     }
 }
 

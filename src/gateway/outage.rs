@@ -41,7 +41,7 @@ impl Gateway {
         {
             tokio::spawn(Arc::clone(self).probe(probe, asker.clone(), task.clone()));
         }
-        self.unavailable()
+        self.unavailable(&asker.account)
     }
 
     /// How a flight of `account` ends that may go no further, unspent: the account is no longer what it was, or the breaker is open, or nobody is there to hear it.
@@ -49,15 +49,20 @@ impl Gateway {
         if account.superseded.is_cancelled() {
             Landed::Superseded
         } else {
-            Landed::Failed(self.unavailable())
+            Landed::Failed(self.unavailable(account))
         }
     }
 
     /// Why nobody flies while the breaker is open.
-    pub(super) fn unavailable(&self) -> Error {
-        Error::UpstreamUnavailable {
-            retry_after: self.upstream.breaker().until_probe(Instant::now()),
-        }
+    pub(super) fn unavailable(&self, account: &Account) -> Error {
+        let now = Instant::now();
+        // Whoever comes back within the account's pause could not ask, either.
+        let retry_after = self
+            .upstream
+            .breaker()
+            .until_probe(now)
+            .max(account.budget.paused_for(now));
+        Error::UpstreamUnavailable { retry_after }
     }
 
     /// Asks for a task in the background, to learn whether upstream is back. Without an answer that says so, dropping
@@ -127,7 +132,7 @@ impl Gateway {
             let detail = tokio::select! {
                 biased;
                 Ok(()) = progress.changed() => continue,
-                () = self.upstream.breaker().opened() => self.unavailable().detail(),
+                () = self.upstream.breaker().opened() => self.unavailable(&poll.asker.account).detail(),
                 () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => Error::UpstreamSlow.detail(),
             };
             if let Some(answered) = self.stand_in(poll, detail) {

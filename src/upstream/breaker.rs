@@ -61,8 +61,8 @@ impl Breaker {
         self.state().last_opened().is_none_or(|opened| opened <= since)
     }
 
-    /// The right to ask for `task` although it is open, if a probe is due at `now`: one, or another beside one that is silent, and none while anybody
-    /// waits for [`Self::next_probe`].
+    /// The right to ask for `task` although it is open, if a probe is due at `now`: one, or another beside one that is
+    /// silent, and none while anybody waits for [`Self::next_probe`].
     pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
         let number = self.state().probe(task, now)?;
         Some(self.begun(number))
@@ -144,6 +144,16 @@ impl Breaker {
             }
         }
         result
+    }
+
+    /// Closes it where nobody has asked for so long that nothing is known of upstream any more. To be called every few
+    /// seconds.
+    pub(super) fn sweep(&self, now: Instant) {
+        let mut state = self.state();
+        if state.forget(now) == Some(Change::Closed) {
+            self.show(false);
+            tracing::info!("nobody has asked for a minute: the breaker is closed, the next poll will tell");
+        }
     }
 
     fn look(&self) {

@@ -553,6 +553,96 @@ async fn tasks_that_hang_shut_nobody_else_out() {
     assert!(served > 30, "{served} of 60");
 }
 
+/// Polls `tasks` with `key` every 2 s, each without waiting for the last one, and says when which was served.
+fn poll_every_two_seconds(
+    gateway: &Arc<Paused>,
+    key: &'static str,
+    tasks: [&'static str; 3],
+) -> tokio::sync::mpsc::UnboundedReceiver<Instant> {
+    let (served, seen) = tokio::sync::mpsc::unbounded_channel();
+    for task in tasks {
+        let (gateway, served) = (Arc::clone(gateway), served.clone());
+        tokio::spawn(async move {
+            loop {
+                let (gateway, served) = (Arc::clone(&gateway), served.clone());
+                tokio::spawn(async move {
+                    if gateway.poll(key, task).await.status == 200 {
+                        let _ = served.send(Instant::now());
+                    }
+                });
+                sleep(seconds(2.0)).await;
+            }
+        });
+    }
+    seen
+}
+
+#[tokio::test(start_paused = true)]
+async fn tasks_that_hang_shut_nobody_out_for_whom_all_was_probed_in_an_outage() {
+    let behaviour = Behaviour {
+        varies: |task| seconds(if task.starts_with("hangs") { 100.0 } else { 0.0 }),
+        answer: |_, task| running(task),
+        outage: Some((seconds(AWAY)..seconds(40.0), Away::Status(503))),
+        ..Behaviour::default()
+    };
+    let start = Instant::now();
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.cache.max_stale = Duration::ZERO;
+        config.upstream.timeout = seconds(6.5);
+    }));
+    sleep(seconds(AWAY)).await;
+    let _hanging = poll_every_two_seconds(&gateway, "ak_hangs", ["hangs-1", "hangs-2", "hangs-3"]);
+    sleep(seconds(0.1)).await;
+    let mut served = poll_every_two_seconds(&gateway, KEY, ["a", "b", "c"]);
+    let first = served.recv().await.unwrap() - start;
+    assert!(first > seconds(40.0) && first < seconds(60.0), "{first:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_that_nobody_has_asked_about_for_a_minute_is_forgotten() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        outage: Some((seconds(AWAY)..seconds(20.0), Away::Status(503))),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    gateway.sweep();
+    sleep(seconds(AWAY)).await;
+    for task in ["a", "b", "c", "d", "e"] {
+        gateway.poll(KEY, task).await;
+    }
+    gateway.poll(KEY, "a").await.assert_is_our_error(503);
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    // It is looked for every 5 s.
+    sleep(seconds(67.0)).await;
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+    assert_eq!(gateway.poll(KEY, "a").await.status, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paused_account_is_told_of_its_pause_while_upstream_is_away() {
+    let behaviour = Behaviour {
+        answer: |_, _| {
+            let mut response = json(&serde_json::json!({ "code": 429, "message": "slow down", "data": null }));
+            response.headers_mut().insert("retry-after", "30".parse().unwrap());
+            response
+        },
+        outage: Some((seconds(15.0)..seconds(60.0), Away::Status(503))),
+        ..Behaviour::default()
+    };
+    let start = Instant::now();
+    let gateway = Paused::start(behaviour, |_| {});
+    assert_eq!(gateway.poll("ak_paused", "limited").await.json()["code"], 429);
+    sleep_until(start + seconds(15.0)).await;
+    for task in ["a", "b", "c", "d", "e"] {
+        gateway.poll(KEY, task).await;
+    }
+    let refused = gateway.poll("ak_paused", "a").await;
+    refused.assert_is_our_error(503);
+    let told: f64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((10.0..=20.0).contains(&told), "{told}");
+}
+
 /// An upstream that takes 1.5 s, and from 6 s after the start on says nothing then, until `back`.
 fn hangs_up_late(back: f64) -> Behaviour {
     Behaviour {

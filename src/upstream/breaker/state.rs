@@ -4,7 +4,8 @@
 //! when no connection came about for 2 s while somebody wanted one. The pause behind an attempt that failed is part of
 //! these; the one behind an attempt that was given up is not: nobody knows what would have become of it. Evidence is
 //! weighed by when it was *asked for*: a time-out that comes in after upstream has recovered tells of the outage, and an
-//! answer that was on its way when the breaker opened does not close it.
+//! answer that was on its way when the breaker opened does not close it. Nothing but an answer does, unless nobody has asked
+//! for a minute: then there is nobody to be kept from upstream, and nobody is told of an outage that may be over.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -24,6 +25,14 @@ pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(1500);
 
 /// So many probed tasks are remembered.
 const MOST_PROBED: usize = 64;
+
+/// A task lets those that were probed less often go first, an interval for each time, and so many at most: time enough for
+/// one that is polled every few seconds, in whatever rhythm with the others.
+const MOST_BEHIND: u32 = 4;
+
+/// So long after anybody asked last, nothing is known of upstream any more: whoever comes then finds out as if it had never
+/// been away.
+pub(super) const FORGOTTEN_AFTER: Duration = Duration::from_mins(1);
 
 /// The breaker became another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +75,12 @@ pub(super) struct State {
     probes: u64,
     /// When the next probe may start.
     next_probe: Option<Instant>,
-    /// The tasks that were probed since it opened, the last at the back.
-    probed: VecDeque<TaskId>,
-    /// Whether another was asked for since the last probe.
-    others_ask: bool,
+    /// The tasks that were probed since it opened, each with how often, the last at the back.
+    probed: VecDeque<(TaskId, u32)>,
+    /// How often that one was which was probed least, of those asked for since the last probe.
+    rarest: u32,
+    /// When anybody asked last.
+    asked: Option<Instant>,
     /// Those who have a connection and wait to probe with it.
     connected: usize,
 }
@@ -91,7 +102,8 @@ impl State {
             probes: 0,
             next_probe: None,
             probed: VecDeque::new(),
-            others_ask: false,
+            rarest: u32::MAX,
+            asked: None,
             connected: 0,
         }
     }
@@ -195,20 +207,19 @@ impl State {
     /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
     /// [`Self::probe_ended`], which takes the probe's number.
     pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
+        self.asked = Some(now);
         // Its connection may be as late as theirs was: each would give its right back, and nobody ever ask.
         if self.connected > 0 {
             return None;
         }
-        let was_probed = self.probed.contains(task);
-        self.others_ask |= !was_probed;
+        let times = self.times_probed(task);
+        self.rarest = self.rarest.min(times);
         // One that was probed may always fail, and so may several: others come first where there are any.
-        let turn = if was_probed && self.others_ask {
-            self.next_probe.map(|next| next + PROBE_INTERVAL)
-        } else {
-            self.next_probe
-        };
+        let behind = (times - self.rarest).min(MOST_BEHIND);
+        let turn = self.next_probe.map(|next| next + PROBE_INTERVAL * behind);
         // While one is silent that may be about a task which hangs, another task's may go.
-        let may_overtake = !was_probed && self.next_probe.is_some_and(|next| next + PROBE_INTERVAL <= now);
+        let is_rarer = self.probed.back().is_some_and(|(_, silent)| times < *silent);
+        let may_overtake = is_rarer && self.next_probe.is_some_and(|next| next + PROBE_INTERVAL <= now);
         self.start_probe(task, turn, may_overtake, now)
     }
 
@@ -239,12 +250,31 @@ impl State {
         self.phase = Phase::HalfOpen;
         self.probes += 1;
         self.next_probe = Some(now + PROBE_INTERVAL);
+        let times = self.times_probed(task).saturating_add(1);
+        self.probed.retain(|(probed, _)| probed != task);
         if self.probed.len() == MOST_PROBED {
             self.probed.pop_front();
         }
-        self.probed.push_back(task.clone());
-        self.others_ask = false;
+        self.probed.push_back((task.clone(), times));
+        self.rarest = u32::MAX;
         Some(self.probes)
+    }
+
+    fn times_probed(&self, task: &TaskId) -> u32 {
+        let probed = self.probed.iter().find(|(probed, _)| probed == task);
+        probed.map_or(0, |(_, times)| *times)
+    }
+
+    /// Closes it where nobody has asked for so long that it says nothing of upstream any more.
+    pub(super) fn forget(&mut self, now: Instant) -> Option<Change> {
+        let last = self.asked.max(self.opened).max(self.next_probe);
+        let is_news = last.is_some_and(|last| now.saturating_duration_since(last) < FORGOTTEN_AFTER);
+        if self.phase != Phase::Open || is_news {
+            return None;
+        }
+        self.phase = Phase::Closed;
+        self.reached(now);
+        Some(Change::Closed)
     }
 
     /// The probe is over. If its answer did not close the breaker, it is open again.
@@ -261,7 +291,7 @@ impl State {
         self.forget_failures();
         self.next_probe = Some(now + PROBE_INTERVAL);
         self.probed.clear();
-        self.others_ask = false;
+        self.rarest = u32::MAX;
         Change::Opened
     }
 
@@ -371,6 +401,57 @@ mod tests {
         assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL + MS).is_some());
         end_probe(&mut state);
         assert!(state.probe(&task("a"), now + 5 * PROBE_INTERVAL).is_some());
+    }
+
+    #[test]
+    fn tasks_that_hang_do_not_keep_it_open_whenever_the_others_are_polled() {
+        // Every 2 s each, a little apart, the hanging first; the others every 2 s, or 5 s, were probed as often before.
+        for (hanging, others, every) in [(2, 3, 2000), (3, 3, 5000), (1, 5, 5000)] {
+            let (mut state, start) = opened();
+            let mut tasks: Vec<_> = (0..hanging).map(|n| (task(&format!("hangs{n}")), 2000, true)).collect();
+            tasks.extend((0..others).map(|n| (task(&format!("ends{n}")), every, false)));
+            // An outage that ends after so many ms: nothing answers until then.
+            let outage = 40_000;
+            let mut under_way = Vec::new();
+            let answered = (1..600_000).find(|at| {
+                under_way.retain(|(ends, probe)| {
+                    if ends == at {
+                        state.probe_ended(*probe);
+                    }
+                    ends > at
+                });
+                (0..).zip(&tasks).any(|(n, (task, every, hangs))| {
+                    let is_polled = at % every == n;
+                    let probe = is_polled.then(|| state.probe(task, start + *at * MS)).flatten();
+                    under_way.extend(probe.map(|probe| (at + if *hangs { 4000 } else { 1 }, probe)));
+                    probe.is_some() && !hangs && *at >= outage
+                })
+            });
+            let closed_after = answered.map(|at| at - outage);
+            assert!(
+                closed_after.is_some_and(|ms| ms <= 20_000),
+                "{hanging}, {others}, {every}: {closed_after:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_nobody_asks_about_for_a_minute_is_forgotten() {
+        let (mut state, now) = opened();
+        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        assert_eq!(state.forget(now + 10 * FORGOTTEN_AFTER), None, "a probe is under way");
+        end_probe(&mut state);
+        let asked = now + FORGOTTEN_AFTER;
+        assert!(state.probe(&task("a"), asked).is_some());
+        end_probe(&mut state);
+        assert_eq!(state.forget(asked + FORGOTTEN_AFTER), None);
+        let idle = asked + PROBE_INTERVAL + FORGOTTEN_AFTER;
+        assert_eq!(state.forget(idle), Some(Change::Closed));
+        assert_eq!(state.forget(idle), None);
+        for name in ["a", "b", "c", "d"] {
+            assert_eq!(state.failed(&task(name), idle, idle), None);
+        }
+        assert_eq!(state.failed(&task("e"), idle, idle), Some(Change::Opened));
     }
 
     #[test]
