@@ -11,6 +11,12 @@ use thiserror::Error;
 
 use crate::task::TaskIdError;
 
+/// When a place may be free of those that others hold: most requests are answered by then.
+const PLACE_FREE: Duration = Duration::from_secs(1);
+
+/// When upstream may answer again.
+const UPSTREAM_BACK: Duration = Duration::from_secs(2);
+
 /// A reason to answer in the gateway's own words. Messages go to clients: they name the field and the fix, and never
 /// hold a key or what a client sent.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -127,170 +133,126 @@ pub enum Error {
 impl Error {
     /// The HTTP status, which is also the envelope's `code`.
     pub fn status(&self) -> StatusCode {
-        match self {
-            Self::MissingKey | Self::MalformedKey | Self::UnknownKey => StatusCode::UNAUTHORIZED,
-            Self::TokenMayNotPass => StatusCode::FORBIDDEN,
-            Self::TaskId(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::Malformed(_) | Self::PlainHttp => StatusCode::BAD_REQUEST,
-            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::NotFound => StatusCode::NOT_FOUND,
-            Self::TooManyAccounts | Self::QueueFull { .. } | Self::BudgetSpent { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::UpstreamUnavailable { .. }
-            | Self::NoConnection
-            | Self::NoRoom
-            | Self::Overloaded
-            | Self::TooManyConnections(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UpstreamSlow
-            | Self::UpstreamTimeout
-            | Self::UpstreamSilent
-            | Self::UploadStalled
-            | Self::RequestTimeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::UpstreamBroken | Self::UpstreamHeadTooLarge | Self::UpstreamTooLarge | Self::UpstreamEncoding => {
-                StatusCode::BAD_GATEWAY
-            }
-            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-        }
+        self.meaning().status
     }
 
     /// What Cache-Status and the log say: one token.
     pub fn detail(&self) -> &'static str {
-        match self {
-            Self::MissingKey => "missing_key",
-            Self::MalformedKey => "malformed_key",
-            Self::UnknownKey => "unknown_key",
-            Self::TokenMayNotPass => "passthrough",
-            Self::TooManyAccounts => "too_many_accounts",
-            Self::TaskId(_) => "task_id",
-            Self::MethodNotAllowed => "method",
-            Self::NotFound => "path",
-            Self::Malformed(_) => "malformed",
-            Self::HeadTooLarge => "head_too_large",
-            Self::BodyTooLarge => "body_too_large",
-            Self::Overloaded => "overloaded",
-            Self::TooManyConnections(_) => "connections",
-            Self::PlainHttp => "plain_http",
-            Self::HeaderTimeout => "header_timeout",
-            // The limit is the same.
-            Self::RequestTimeout | Self::UpstreamSilent => "request_timeout",
-            Self::QueueFull { .. } => "queue_full",
-            Self::BudgetSpent { .. } => "budget",
-            Self::UpstreamUnavailable { .. } => "upstream_unavailable",
-            Self::NoConnection => "no_connection",
-            Self::UpstreamSlow => "upstream_slow",
-            Self::UpstreamTimeout => "upstream_timeout",
-            Self::UploadStalled => "upload_stalled",
-            Self::UpstreamBroken => "upstream_broken",
-            Self::UpstreamHeadTooLarge => "upstream_head_too_large",
-            Self::UpstreamTooLarge => "upstream_too_large",
-            Self::UpstreamEncoding => "upstream_encoding",
-            Self::NoRoom => "no_room",
-            Self::Internal => "internal",
-        }
+        self.meaning().detail
     }
 
     /// The error token of RFC 9209 (Proxy-Status) that says why; `None` where the client's request was at fault.
     pub fn proxy_status(&self) -> Option<&'static str> {
-        match self {
-            Self::MissingKey
-            | Self::MalformedKey
-            | Self::UnknownKey
-            | Self::TokenMayNotPass
-            | Self::TaskId(_)
-            | Self::MethodNotAllowed
-            | Self::NotFound
-            | Self::Malformed(_)
-            | Self::HeadTooLarge
-            | Self::BodyTooLarge
-            | Self::PlainHttp
-            | Self::HeaderTimeout
-            | Self::RequestTimeout => None,
-            Self::TooManyAccounts
-            | Self::QueueFull { .. }
-            | Self::BudgetSpent { .. }
-            | Self::NoRoom
-            | Self::Overloaded
-            | Self::TooManyConnections(_) => Some("http_request_denied"),
-            Self::UpstreamUnavailable { .. } | Self::NoConnection => Some("destination_unavailable"),
-            Self::UpstreamSlow | Self::UpstreamTimeout | Self::UpstreamSilent | Self::UploadStalled => {
-                Some("http_response_timeout")
-            }
-            Self::UpstreamBroken => Some("http_response_incomplete"),
-            Self::UpstreamHeadTooLarge => Some("http_response_header_section_size"),
-            Self::UpstreamTooLarge => Some("http_response_body_size"),
-            Self::UpstreamEncoding => Some("http_response_content_coding"),
-            Self::Internal => Some("proxy_internal_error"),
-        }
+        self.meaning().proxy_status
     }
 
     /// When asking again is worth while; `None` where waiting does not help.
     pub fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::QueueFull { retry_after, .. }
-            | Self::BudgetSpent { retry_after, .. }
-            | Self::UpstreamUnavailable { retry_after } => Some(*retry_after),
-            Self::TooManyAccounts => Some(Duration::from_mins(1)),
-            Self::NoRoom | Self::Overloaded | Self::TooManyConnections(_) => Some(Duration::from_secs(1)),
-            Self::NoConnection
-            | Self::UpstreamSlow
-            | Self::UpstreamTimeout
-            | Self::UpstreamSilent
-            | Self::UploadStalled
-            | Self::UpstreamBroken => Some(Duration::from_secs(2)),
-            Self::MissingKey
-            | Self::MalformedKey
-            | Self::UnknownKey
-            | Self::TokenMayNotPass
-            | Self::TaskId(_)
-            | Self::MethodNotAllowed
-            | Self::NotFound
-            | Self::Malformed(_)
-            | Self::HeadTooLarge
-            | Self::BodyTooLarge
-            | Self::PlainHttp
-            | Self::HeaderTimeout
-            | Self::RequestTimeout
-            | Self::UpstreamHeadTooLarge
-            | Self::UpstreamTooLarge
-            | Self::UpstreamEncoding
-            | Self::Internal => None,
+        self.meaning().retry_after
+    }
+
+    fn meaning(&self) -> Meaning {
+        use Meaning as M;
+        use StatusCode as S;
+        match *self {
+            Self::MissingKey => M::theirs(S::UNAUTHORIZED, "missing_key"),
+            Self::MalformedKey => M::theirs(S::UNAUTHORIZED, "malformed_key"),
+            Self::UnknownKey => M::theirs(S::UNAUTHORIZED, "unknown_key"),
+            Self::TokenMayNotPass => M::theirs(S::FORBIDDEN, "passthrough"),
+            Self::TooManyAccounts => M::denied(S::TOO_MANY_REQUESTS, "too_many_accounts", Duration::from_mins(1)),
+            Self::TaskId(_) => M::theirs(S::UNPROCESSABLE_ENTITY, "task_id"),
+            Self::MethodNotAllowed => M::theirs(S::METHOD_NOT_ALLOWED, "method"),
+            Self::NotFound => M::theirs(S::NOT_FOUND, "path"),
+            Self::Malformed(_) => M::theirs(S::BAD_REQUEST, "malformed"),
+            Self::HeadTooLarge => M::theirs(S::REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large"),
+            Self::BodyTooLarge => M::theirs(S::PAYLOAD_TOO_LARGE, "body_too_large"),
+            Self::Overloaded => M::denied(S::SERVICE_UNAVAILABLE, "overloaded", PLACE_FREE),
+            Self::TooManyConnections(_) => M::denied(S::SERVICE_UNAVAILABLE, "connections", PLACE_FREE),
+            Self::PlainHttp => M::theirs(S::BAD_REQUEST, "plain_http"),
+            Self::HeaderTimeout => M::theirs(S::REQUEST_TIMEOUT, "header_timeout"),
+            Self::RequestTimeout => M::theirs(S::GATEWAY_TIMEOUT, "request_timeout"),
+            Self::QueueFull { retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, "queue_full", retry_after),
+            Self::BudgetSpent { retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, "budget", retry_after),
+            Self::UpstreamUnavailable { retry_after } => M::away("upstream_unavailable", retry_after),
+            Self::NoConnection => M::away("no_connection", UPSTREAM_BACK),
+            Self::UpstreamSlow => M::silent("upstream_slow"),
+            Self::UpstreamTimeout => M::silent("upstream_timeout"),
+            // The limit is the same as RequestTimeout's.
+            Self::UpstreamSilent => M::silent("request_timeout"),
+            Self::UploadStalled => M::silent("upload_stalled"),
+            Self::UpstreamBroken => M::unusable("upstream_broken", "http_response_incomplete", Some(UPSTREAM_BACK)),
+            Self::UpstreamHeadTooLarge => {
+                M::unusable("upstream_head_too_large", "http_response_header_section_size", None)
+            }
+            Self::UpstreamTooLarge => M::unusable("upstream_too_large", "http_response_body_size", None),
+            Self::UpstreamEncoding => M::unusable("upstream_encoding", "http_response_content_coding", None),
+            Self::NoRoom => M::denied(S::SERVICE_UNAVAILABLE, "no_room", PLACE_FREE),
+            Self::Internal => M {
+                status: S::INTERNAL_SERVER_ERROR,
+                detail: "internal",
+                proxy_status: Some("proxy_internal_error"),
+                retry_after: None,
+            },
+        }
+    }
+}
+
+/// What an [`Error`] means, to a client and to the log.
+struct Meaning {
+    status: StatusCode,
+    detail: &'static str,
+    proxy_status: Option<&'static str>,
+    retry_after: Option<Duration>,
+}
+
+impl Meaning {
+    /// The client's request is at fault, and would be again.
+    fn theirs(status: StatusCode, detail: &'static str) -> Self {
+        Self {
+            status,
+            detail,
+            proxy_status: None,
+            retry_after: None,
         }
     }
 
-    /// The account's budget, in queries a second, where that is why nobody was asked.
-    pub fn limit(&self) -> Option<NonZeroU32> {
-        match self {
-            Self::QueueFull { limit, .. } | Self::BudgetSpent { limit, .. } => Some(*limit),
-            Self::MissingKey
-            | Self::MalformedKey
-            | Self::UnknownKey
-            | Self::TokenMayNotPass
-            | Self::TooManyAccounts
-            | Self::TaskId(_)
-            | Self::MethodNotAllowed
-            | Self::NotFound
-            | Self::Malformed(_)
-            | Self::HeadTooLarge
-            | Self::BodyTooLarge
-            | Self::Overloaded
-            | Self::TooManyConnections(_)
-            | Self::PlainHttp
-            | Self::HeaderTimeout
-            | Self::RequestTimeout
-            | Self::UpstreamUnavailable { .. }
-            | Self::NoConnection
-            | Self::UpstreamSlow
-            | Self::UpstreamTimeout
-            | Self::UpstreamSilent
-            | Self::UploadStalled
-            | Self::UpstreamBroken
-            | Self::UpstreamHeadTooLarge
-            | Self::UpstreamTooLarge
-            | Self::UpstreamEncoding
-            | Self::NoRoom
-            | Self::Internal => None,
+    /// The gateway will not, for now.
+    fn denied(status: StatusCode, detail: &'static str, retry_after: Duration) -> Self {
+        Self {
+            status,
+            detail,
+            proxy_status: Some("http_request_denied"),
+            retry_after: Some(retry_after),
+        }
+    }
+
+    /// Upstream was not asked, since it cannot be.
+    fn away(detail: &'static str, retry_after: Duration) -> Self {
+        Self {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            detail,
+            proxy_status: Some("destination_unavailable"),
+            retry_after: Some(retry_after),
+        }
+    }
+
+    /// Upstream was asked, and has not answered.
+    fn silent(detail: &'static str) -> Self {
+        Self {
+            status: StatusCode::GATEWAY_TIMEOUT,
+            detail,
+            proxy_status: Some("http_response_timeout"),
+            retry_after: Some(UPSTREAM_BACK),
+        }
+    }
+
+    /// Upstream has answered, with what is of no use.
+    fn unusable(detail: &'static str, proxy_status: &'static str, retry_after: Option<Duration>) -> Self {
+        Self {
+            status: StatusCode::BAD_GATEWAY,
+            detail,
+            proxy_status: Some(proxy_status),
+            retry_after,
         }
     }
 }
