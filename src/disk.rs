@@ -439,7 +439,7 @@ impl Keeper {
             return done;
         }
         tracing::error!(
-            path = %self.shared.settings.path.display(), operation = step.label(),
+            path = %self.shared.settings.path.display(), operation = step.as_ref(),
             what = "the disk has stood still for a minute",
             fix = "see what the file is on; on Kubernetes its volume may be detached, and the pod has to move to where it is",
             "cache.disk: nothing is kept on disk until it goes on"
@@ -462,7 +462,7 @@ impl Keeper {
                 match blocking(move || file::set_aside(&damaged)).await.flatten() {
                     Ok(aside) => {
                         tracing::error!(
-                            path = %path.display(), operation = step.label(), what, moved_to = %aside.display(),
+                            path = %path.display(), operation = step.as_ref(), what, moved_to = %aside.display(),
                             "cache.disk: the file is corrupt; it is moved aside, and an empty one begun"
                         );
                         return true;
@@ -481,7 +481,7 @@ impl Keeper {
         };
         if self.said.as_deref() != Some(&what) {
             tracing::error!(
-                path = %path.display(), operation = step.label(), what, fix,
+                path = %path.display(), operation = step.as_ref(), what, fix,
                 "cache.disk: the file cannot be used; nothing is kept on disk until it can"
             );
             self.said = Some(what);

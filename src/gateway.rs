@@ -436,7 +436,7 @@ impl Gateway {
                     trace_id = %trace.id(),
                     account = &*account.label,
                     task = poll.task.as_str(),
-                    cache = served.label(),
+                    cache = served.as_ref(),
                     code,
                     took_s = took.as_secs_f64(),
                     "poll answered"
@@ -566,7 +566,7 @@ impl Gateway {
                     continue;
                 }
                 Some(Landed::Fetched(answer, _)) if answer.class().yields_to_snapshot() => {
-                    let detail = outcome(answer.class()).label();
+                    let detail = outcome(answer.class()).into();
                     Ok(self
                         .stand_in(poll, detail)
                         .unwrap_or_else(|| Answered::forwarded(answer, was_stale, collapsed)))
@@ -796,7 +796,7 @@ fn refuse(error: &Error, account: &str, request_id: &HeaderValue, trace: &Trace)
         request_id = request_id.to_str().unwrap_or_default(),
         trace_id = %trace.id(),
         account,
-        cache = Served::None.label(),
+        cache = Served::None.as_ref(),
         code = error.status().as_u16(),
         detail = error.detail(),
         "poll refused"

@@ -1,22 +1,25 @@
 //! What Prometheus sees: one struct with every family, no globals, handles resolved once per account.
 //!
 //! Names follow prometheus.io/docs/practices/naming. Labels come from closed sets only: configured account names and
-//! `other`, and the words of `outcome`. Every series exists at 0 from the start, so that a first error is an increase.
+//! `other`, and enums, whose variants' names they are: to rename one renames a series. Every series exists at 0 from the
+//! start, so that a first error is an increase.
 
 mod disk;
 mod elsewhere;
+mod families;
 mod shared;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
+use strum::{AsRefStr, VariantArray};
 
 use crate::outcome::{Outcome, Served};
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use elsewhere::Elsewhere;
+use families::{Families, opts};
 pub use shared::{AnswerMetrics, SharedCall, SharedFlight, SharedMetrics, SharedRead, SharedWrite};
 
 /// The label of every account, and every client, that configuration does not name.
@@ -37,7 +40,8 @@ const UPSTREAM_BUCKETS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2
 const WAIT_BUCKETS: &[f64] = &[0.005, 0.035, 0.07, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 7.0, 10.0, 30.0];
 
 /// Why a poll was turned away by the budget: answered 429.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Shed {
     /// `budget.max_queue` flights wait already.
     QueueFull,
@@ -47,20 +51,9 @@ pub enum Shed {
     Deadline,
 }
 
-impl Shed {
-    const ALL: [Self; 3] = [Self::QueueFull, Self::Admission, Self::Deadline];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::QueueFull => "queue_full",
-            Self::Admission => "admission",
-            Self::Deadline => "deadline",
-        }
-    }
-}
-
 /// Why an answer left the cache before its time, or at it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Eviction {
     /// The cache was full.
     Size,
@@ -70,20 +63,9 @@ pub enum Eviction {
     AccountShare,
 }
 
-impl Eviction {
-    const ALL: [Self; 3] = [Self::Size, Self::Expired, Self::AccountShare];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Size => "size",
-            Self::Expired => "expired",
-            Self::AccountShare => "account_share",
-        }
-    }
-}
-
 /// Why a client's TLS handshake came to nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum HandshakeFailure {
     /// `limits.header_timeout` passed first.
     Timeout,
@@ -99,31 +81,9 @@ pub enum HandshakeFailure {
     Closed,
 }
 
-impl HandshakeFailure {
-    const ALL: [Self; 6] = [
-        Self::Timeout,
-        Self::PlainHttp,
-        Self::ClientCertificate,
-        Self::RefusedByClient,
-        Self::Protocol,
-        Self::Closed,
-    ];
-
-    /// The metric label and log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Timeout => "timeout",
-            Self::PlainHttp => "plain_http",
-            Self::ClientCertificate => "client_certificate",
-            Self::RefusedByClient => "refused_by_client",
-            Self::Protocol => "protocol",
-            Self::Closed => "closed",
-        }
-    }
-}
-
 /// Why an ended span did not reach the collector.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum SpanDrop {
     /// Too many were waiting: the collector is slow, or away.
     QueueFull,
@@ -131,18 +91,6 @@ pub enum SpanDrop {
     Refused,
     /// The process ended first, or a panic lost them.
     Unsent,
-}
-
-impl SpanDrop {
-    const ALL: [Self; 3] = [Self::QueueFull, Self::Refused, Self::Unsent];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::QueueFull => "queue_full",
-            Self::Refused => "refused",
-            Self::Unsent => "unsent",
-        }
-    }
 }
 
 /// The class of an HTTP-like code, as a label.
@@ -242,282 +190,158 @@ impl Metrics {
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
-        let build_info = register(
-            &registry,
-            IntGaugeVec::new(opts("build_info", "The version that runs; always 1."), &["version"])?,
-        )?;
+        let make = Families(&registry);
+        let build_info: IntGaugeVec = make.gauges("build_info", "The version that runs; always 1.", &["version"])?;
         build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        let request_duration = register(
-            &registry,
-            HistogramVec::new(
-                histogram(
-                    "request_duration_seconds",
-                    "From a poll's arrival to its answer.",
-                    REQUEST_BUCKETS,
-                ),
-                &["cache"],
-            )?,
+        let request_duration = make.histograms(
+            "request_duration_seconds",
+            "From a poll's arrival to its answer.",
+            REQUEST_BUCKETS,
+            &["cache"],
         )?;
-        let passthrough = register(
-            &registry,
-            IntCounterVec::new(
-                opts(
-                    "passthrough_requests_total",
-                    "Requests for other paths than TaskInfo, streamed through or refused, by the answer's class; 499: left before it.",
-                ),
-                &["code"],
-            )?,
+        let passthrough = make.counters(
+            "passthrough_requests_total",
+            "Requests for other paths than TaskInfo, streamed through or refused, by the answer's class; 499: left before it.",
+            &["code"],
         )?;
         let metrics = Self {
-            requests: register(
-                &registry,
-                IntCounterVec::new(
-                    opts("requests_total", "Polls answered, by how and with what."),
-                    &["account", "client", "cache", "code"],
-                )?,
+            requests: make.counters(
+                "requests_total",
+                "Polls answered, by how and with what.",
+                &["account", "client", "cache", "code"],
             )?,
-            request_duration: Served::ALL
+            request_duration: Served::VARIANTS
                 .iter()
-                .map(|served| request_duration.with_label_values(&[served.label()]))
+                .map(|served| request_duration.with_label_values(&[served]))
                 .collect(),
-            upstream_requests: register(
-                &registry,
-                IntCounterVec::new(
-                    opts(
-                        "upstream_requests_total",
-                        "Attempts made upstream, each paid from the budget, by what came of them.",
-                    ),
-                    &["account", "outcome"],
-                )?,
+            upstream_requests: make.counters(
+                "upstream_requests_total",
+                "Attempts made upstream, each paid from the budget, by what came of them.",
+                &["account", "outcome"],
             )?,
-            upstream_request_duration: register(
-                &registry,
-                Histogram::with_opts(histogram(
-                    "upstream_request_duration_seconds",
-                    "One attempt, from its permit to the last byte.",
-                    UPSTREAM_BUCKETS,
-                ))?,
+            upstream_request_duration: make.histogram(
+                "upstream_request_duration_seconds",
+                "One attempt, from its permit to the last byte.",
+                UPSTREAM_BUCKETS,
             )?,
-            upstream_connect_failures: register(
-                &registry,
-                IntCounter::with_opts(opts(
-                    "upstream_connect_failures_total",
-                    "Connections to upstream that could not be opened: name, TCP, TLS, or too slow.",
-                ))?,
+            upstream_connect_failures: make.counter(
+                "upstream_connect_failures_total",
+                "Connections to upstream that could not be opened: name, TCP, TLS, or too slow.",
             )?,
-            upstream_calls_saved: register(
-                &registry,
-                IntCounterVec::new(
-                    opts(
-                        "upstream_calls_saved_total",
-                        "Polls that opened no flight of their own, by why.",
-                    ),
-                    &["account", "how"],
-                )?,
+            upstream_calls_saved: make.counters(
+                "upstream_calls_saved_total",
+                "Polls that opened no flight of their own, by why.",
+                &["account", "how"],
             )?,
-            budget_wait: register(
-                &registry,
-                HistogramVec::new(
-                    histogram(
-                        "budget_wait_seconds",
-                        "How long flights waited for a permit.",
-                        WAIT_BUCKETS,
-                    ),
-                    &["account", "lane"],
-                )?,
+            budget_wait: make.histograms(
+                "budget_wait_seconds",
+                "How long flights waited for a permit.",
+                WAIT_BUCKETS,
+                &["account", "lane"],
             )?,
-            budget_queue_length: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts("budget_queue_length", "Flights that wait for a permit."),
-                    &["account", "lane"],
-                )?,
+            budget_queue_length: make.gauges(
+                "budget_queue_length",
+                "Flights that wait for a permit.",
+                &["account", "lane"],
             )?,
-            budget_rate: register(
-                &registry,
-                prometheus::GaugeVec::new(
-                    opts(
-                        "budget_rate",
-                        "Permits a second that the account's pace allows; the lowest where accounts share a label.",
-                    ),
-                    &["account"],
-                )?,
+            budget_rate: make.gauges(
+                "budget_rate",
+                "Permits a second that the account's pace allows; the lowest where accounts share a label.",
+                &["account"],
             )?,
-            budget_shed: register(
-                &registry,
-                IntCounterVec::new(
-                    opts("budget_shed_total", "Polls turned away by the budget, by why."),
-                    &["account", "reason"],
-                )?,
+            budget_shed: make.counters(
+                "budget_shed_total",
+                "Polls turned away by the budget, by why.",
+                &["account", "reason"],
             )?,
-            upstream_paused: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts("upstream_paused", "Accounts paused by an upstream 429."),
-                    &["account"],
-                )?,
+            upstream_paused: make.gauges(
+                "upstream_paused",
+                "Accounts paused by an upstream 429.",
+                &["account"],
             )?,
-            upstream_keys_refused: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts(
-                        "upstream_keys_refused",
-                        "Keys that upstream refused when it was last asked.",
-                    ),
-                    &["account"],
-                )?,
+            upstream_keys_refused: make.gauges(
+                "upstream_keys_refused",
+                "Keys that upstream refused when it was last asked.",
+                &["account"],
             )?,
-            upstream_credits_missing: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts(
-                        "upstream_credits_missing",
-                        "Accounts for which upstream's last word was missing credits (402).",
-                    ),
-                    &["account"],
-                )?,
+            upstream_credits_missing: make.gauges(
+                "upstream_credits_missing",
+                "Accounts for which upstream's last word was missing credits (402).",
+                &["account"],
             )?,
-            upstream_breaker_open: register(
-                &registry,
-                IntGauge::with_opts(opts(
-                    "upstream_breaker_open",
-                    "1 while upstream is taken to be unavailable and only probed, else 0.",
-                ))?,
+            upstream_breaker_open: make.gauge(
+                "upstream_breaker_open",
+                "1 while upstream is taken to be unavailable and only probed, else 0.",
             )?,
-            live_tasks: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts("live_tasks", "Tasks that go on and that somebody has lately asked for."),
-                    &["account"],
-                )?,
+            live_tasks: make.gauges(
+                "live_tasks",
+                "Tasks that go on and that somebody has lately asked for.",
+                &["account"],
             )?,
-            freshness: register(
-                &registry,
-                prometheus::GaugeVec::new(
-                    opts(
-                        "freshness_seconds",
-                        "How long a live task's answer is fresh; the longest where accounts share a label.",
-                    ),
-                    &["account"],
-                )?,
+            freshness: make.gauges(
+                "freshness_seconds",
+                "How long a live task's answer is fresh; the longest where accounts share a label.",
+                &["account"],
             )?,
-            cache_entries: register(&registry, IntGauge::with_opts(opts("cache_entries", "Answers kept."))?)?,
-            cache_bytes: register(
-                &registry,
-                IntGauge::with_opts(opts("cache_bytes", "What the kept answers weigh."))?,
+            cache_entries: make.gauge("cache_entries", "Answers kept.")?,
+            cache_bytes: make.gauge("cache_bytes", "What the kept answers weigh.")?,
+            cache_evictions: make.counters_by::<Eviction>(
+                "cache_evictions_total",
+                "Answers that left the cache, by why.",
+                "cause",
             )?,
-            cache_evictions: register(
-                &registry,
-                IntCounterVec::new(
-                    opts("cache_evictions_total", "Answers that left the cache, by why."),
-                    &["cause"],
-                )?,
-            )?,
-            disk: DiskMetrics::new(&registry)?,
+            disk: DiskMetrics::new(&make)?,
             passthrough_requests: CODE_CLASSES
                 .iter()
                 .map(|class| passthrough.with_label_values(&[class]))
                 .collect(),
             passthrough_abandoned: passthrough.with_label_values(&[ABANDONED]),
-            config_reload_success: register(
-                &registry,
-                IntGauge::with_opts(opts(
-                    "config_reload_success",
-                    "0 while the configuration last read is wrong, and the one before is in force; else 1, also while fields of it wait \
-                     for a restart.",
-                ))?,
+            config_reload_success: make.gauge(
+                "config_reload_success",
+                "0 while the configuration last read is wrong, and the one before is in force; else 1, also while fields of it wait \
+                 for a restart.",
             )?,
-            config_reload_timestamp: register(
-                &registry,
-                prometheus::Gauge::with_opts(opts(
-                    "config_reload_timestamp_seconds",
-                    "When a configuration was last taken over, in seconds since 1970.",
-                ))?,
+            config_reload_timestamp: make.gauge(
+                "config_reload_timestamp_seconds",
+                "When a configuration was last taken over, in seconds since 1970.",
             )?,
-            refused: register(
-                &registry,
-                IntCounterVec::new(
-                    opts(
-                        "refused_total",
-                        "Requests and connections that went no further, by why.",
-                    ),
-                    &["reason"],
-                )?,
+            refused: make.counters(
+                "refused_total",
+                "Requests and connections that went no further, by why.",
+                &["reason"],
             )?,
-            requests_in_flight: register(
-                &registry,
-                IntGauge::with_opts(opts("requests_in_flight", "Requests that are being answered."))?,
+            requests_in_flight: make.gauge("requests_in_flight", "Requests that are being answered.")?,
+            panics: make.counter("panics_total", "Panics, by a bug or for want of a thread.")?,
+            connections: make.gauge("connections", "Client connections open.")?,
+            connections_limit: make.gauge(
+                "connections_limit",
+                "Client connections that are let in: limits.connections, or fewer for want of file descriptors.",
             )?,
-            panics: register(
-                &registry,
-                IntCounter::with_opts(opts("panics_total", "Panics, by a bug or for want of a thread."))?,
+            upstream_connections: make.gauge("upstream_connections", "Upstream connections open.")?,
+            tls_handshake_failures: make.counters_by::<HandshakeFailure>(
+                "tls_handshake_failures_total",
+                "Clients' TLS handshakes that came to nothing, by why.",
+                "reason",
             )?,
-            connections: register(
-                &registry,
-                IntGauge::with_opts(opts("connections", "Client connections open."))?,
+            tls_reload_success: make.gauge(
+                "tls_reload_success",
+                "0 while what the files of tls hold was refused and the certificate before is served, else 1.",
             )?,
-            connections_limit: register(
-                &registry,
-                IntGauge::with_opts(opts(
-                    "connections_limit",
-                    "Client connections that are let in: limits.connections, or fewer for want of file descriptors.",
-                ))?,
+            spans_exported: make.counter("spans_exported_total", "Spans that the collector took.")?,
+            spans_dropped: make.counters_by::<SpanDrop>(
+                "spans_dropped_total",
+                "Spans that did not reach the collector, by why.",
+                "reason",
             )?,
-            upstream_connections: register(
-                &registry,
-                IntGauge::with_opts(opts("upstream_connections", "Upstream connections open."))?,
-            )?,
-            tls_handshake_failures: register(
-                &registry,
-                IntCounterVec::new(
-                    opts(
-                        "tls_handshake_failures_total",
-                        "Clients' TLS handshakes that came to nothing, by why.",
-                    ),
-                    &["reason"],
-                )?,
-            )?,
-            tls_reload_success: register(
-                &registry,
-                IntGauge::with_opts(opts(
-                    "tls_reload_success",
-                    "0 while what the files of tls hold was refused and the certificate before is served, else 1.",
-                ))?,
-            )?,
-            spans_exported: register(
-                &registry,
-                IntCounter::with_opts(opts("spans_exported_total", "Spans that the collector took."))?,
-            )?,
-            spans_dropped: register(
-                &registry,
-                IntCounterVec::new(
-                    opts("spans_dropped_total", "Spans that did not reach the collector, by why."),
-                    &["reason"],
-                )?,
-            )?,
-            tls_certificate_expiry: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts(
-                        "tls_certificate_expiry_timestamp_seconds",
-                        "When the certificate that clients are shown, or one of its intermediates, expires.",
-                    ),
-                    &[],
-                )?,
+            tls_certificate_expiry: make.gauges(
+                "tls_certificate_expiry_timestamp_seconds",
+                "When the certificate that clients are shown, or one of its intermediates, expires.",
+                &[],
             )?,
             registry,
         };
-        for cause in Eviction::ALL {
-            metrics.cache_evictions.with_label_values(&[cause.label()]);
-        }
         for reason in REFUSALS {
             metrics.refused.with_label_values(&[reason]);
-        }
-        for reason in HandshakeFailure::ALL {
-            metrics.tls_handshake_failures.with_label_values(&[reason.label()]);
-        }
-        for reason in SpanDrop::ALL {
-            metrics.spans_dropped(reason);
         }
         metrics.tls_reload_success.set(1);
         Ok(metrics)
@@ -531,12 +355,12 @@ impl Metrics {
 
     /// The counter of spans that did not reach the collector.
     pub fn spans_dropped(&self, why: SpanDrop) -> IntCounter {
-        self.spans_dropped.with_label_values(&[why.label()])
+        self.spans_dropped.with_label_values(&[why])
     }
 
     /// Counts a client's handshake that came to nothing.
     pub fn handshake_failed(&self, why: HandshakeFailure) {
-        self.tls_handshake_failures.with_label_values(&[why.label()]).inc();
+        self.tls_handshake_failures.with_label_values(&[why]).inc();
     }
 
     /// A certificate that expires then is served from now on.
@@ -557,7 +381,7 @@ impl Metrics {
         max_replicas: u32,
         standings: impl IntoIterator<Item = &'static str>,
     ) -> prometheus::Result<SharedMetrics> {
-        SharedMetrics::new(&self.registry, max_replicas, standings)
+        SharedMetrics::new(&Families(&self.registry), max_replicas, standings)
     }
 
     /// The handles of a process that shares answers and flights: families that others do not have.
@@ -565,23 +389,27 @@ impl Metrics {
     /// # Errors
     /// When it was asked for before.
     pub fn answers(&self) -> prometheus::Result<AnswerMetrics> {
-        AnswerMetrics::new(&self.registry)
+        AnswerMetrics::new(&Families(&self.registry))
     }
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.
     pub fn account(&self, account: &str) -> AccountMetrics {
         AccountMetrics {
             request_duration: self.request_duration.clone(),
-            upstream_requests: Outcome::ALL
+            upstream_requests: Outcome::VARIANTS
                 .iter()
-                .map(|outcome| self.upstream_requests.with_label_values(&[account, outcome.label()]))
+                .map(|outcome| self.upstream_requests.with_label_values(&[account, outcome.as_ref()]))
                 .collect(),
             upstream_request_duration: self.upstream_request_duration.clone(),
-            saved: Served::SAVING.map(|served| self.upstream_calls_saved.with_label_values(&[account, served.label()])),
+            saved: Served::SAVING
+                .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.as_ref()])),
             budget_wait: LANES.map(|lane| self.budget_wait.with_label_values(&[account, lane])),
             queue_length: LANES.map(|lane| self.budget_queue_length.with_label_values(&[account, lane])),
             rate: self.budget_rate.with_label_values(&[account]),
-            shed: Shed::ALL.map(|reason| self.budget_shed.with_label_values(&[account, reason.label()])),
+            shed: Shed::VARIANTS
+                .iter()
+                .map(|reason| self.budget_shed.with_label_values(&[account, reason.as_ref()]))
+                .collect(),
             paused: self.upstream_paused.with_label_values(&[account]),
             keys_refused: self.upstream_keys_refused.with_label_values(&[account]),
             credits_missing: self.upstream_credits_missing.with_label_values(&[account]),
@@ -603,16 +431,16 @@ impl Metrics {
     pub fn client(&self, account: &str, client: &str) -> ClientRequests {
         let of = |served: &Served| {
             CODE_CLASSES.map(|class| {
-                let labels = [account, client, served.label(), class];
+                let labels = [account, client, served.as_ref(), class];
                 self.requests.with_label_values(&labels)
             })
         };
-        ClientRequests(Served::ALL.iter().map(of).collect())
+        ClientRequests(Served::VARIANTS.iter().map(of).collect())
     }
 
     /// Counts an answer that left the cache.
     pub fn evicted(&self, cause: Eviction) {
-        self.cache_evictions.with_label_values(&[cause.label()]).inc();
+        self.cache_evictions.with_label_values(&[cause]).inc();
     }
 
     /// Counts a request or a connection that went no further; `reason` is a word of the code, never the client's.
@@ -688,7 +516,7 @@ pub struct AccountMetrics {
     /// Flights that wait for a permit: in the foreground, in the background.
     pub queue_length: [IntGauge; 2],
     rate: prometheus::Gauge,
-    shed: [IntCounter; Shed::ALL.len()],
+    shed: Vec<IntCounter>,
     /// Accounts under this label that an upstream 429 has paused.
     pub paused: IntGauge,
     /// Keys under this label that upstream refuses.
@@ -734,17 +562,4 @@ impl AccountMetrics {
     pub fn shed(&self, reason: Shed) {
         self.shed[reason as usize].inc();
     }
-}
-
-fn register<C: prometheus::core::Collector + Clone + 'static>(registry: &Registry, family: C) -> prometheus::Result<C> {
-    registry.register(Box::new(family.clone()))?;
-    Ok(family)
-}
-
-fn opts(name: &str, help: &str) -> Opts {
-    Opts::new(format!("crun_gateway_{name}"), help)
-}
-
-fn histogram(name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
-    HistogramOpts::new(format!("crun_gateway_{name}"), help).buckets(buckets.to_vec())
 }

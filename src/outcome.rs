@@ -1,9 +1,12 @@
 //! The words for how things ended: what an answer of upstream's meant, and how a poll was answered.
 //!
-//! Pure. One enum serves metric label, log field and header alike.
+//! Pure. One enum serves metric label, log field and header alike: the word is the variant's name.
+
+use strum::{AsRefStr, IntoStaticStr, VariantArray};
 
 /// What upstream's answer to one attempt meant, after its body was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsRefStr, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Outcome {
     /// The task is pending or running (or a success whose media are not there yet).
     Live,
@@ -23,36 +26,9 @@ pub enum Outcome {
     Unrecognised,
 }
 
-impl Outcome {
-    /// Every outcome, so that each counter exists at 0 from the start.
-    pub const ALL: [Self; 8] = [
-        Self::Live,
-        Self::Terminal,
-        Self::NotFound,
-        Self::RateLimited,
-        Self::Refused,
-        Self::Unavailable,
-        Self::Failed,
-        Self::Unrecognised,
-    ];
-
-    /// The metric label and log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Live => "live",
-            Self::Terminal => "terminal",
-            Self::NotFound => "not_found",
-            Self::RateLimited => "rate_limited",
-            Self::Refused => "refused",
-            Self::Unavailable => "unavailable",
-            Self::Failed => "failed",
-            Self::Unrecognised => "unrecognised",
-        }
-    }
-}
-
 /// How a poll was answered: the `cache` label of the request metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsRefStr, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Served {
     /// From the cache, within its freshness lifetime.
     Hit,
@@ -69,18 +45,4 @@ pub enum Served {
 impl Served {
     /// Those that save a call upstream, where the poll has opened no flight all the same.
     pub const SAVING: [Self; 3] = [Self::Hit, Self::Stale, Self::Collapsed];
-
-    /// Every way, so that each counter exists at 0 from the start.
-    pub const ALL: [Self; 5] = [Self::Hit, Self::Stale, Self::Miss, Self::Collapsed, Self::None];
-
-    /// The metric label and log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Hit => "hit",
-            Self::Stale => "stale",
-            Self::Miss => "miss",
-            Self::Collapsed => "collapsed",
-            Self::None => "none",
-        }
-    }
 }

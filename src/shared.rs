@@ -40,6 +40,7 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use strum::VariantArray as _;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
@@ -105,9 +106,9 @@ impl Shared {
             max_replicas: shared.max_replicas,
             slice,
             third,
-            metrics: metrics.shared(shared.max_replicas.get(), Standing::ALL.map(Standing::label))?,
+            metrics: metrics.shared(shared.max_replicas.get(), Standing::VARIANTS.iter().map(Into::into))?,
         });
-        inner.metrics.show(Standing::Waiting.label(), 0);
+        inner.metrics.show(Standing::Waiting.as_ref(), 0);
         let mut link = Link::new(store, terms)?;
         let taking_part = Arc::clone(&inner);
         let drive = async move || drive(&taking_part, &mut link).await;
@@ -320,7 +321,7 @@ impl Said {
             let process = inner.process();
             (process.standing(now), process.alive())
         };
-        inner.metrics.show(standing.label(), alive);
+        inner.metrics.show(standing.as_ref(), alive);
         inner.spends.send_if_modified(|spends| {
             let before = std::mem::replace(spends, standing.spends());
             before != *spends

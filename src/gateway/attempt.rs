@@ -59,7 +59,7 @@ impl Gateway {
                 let outcome = outcome(answer.class());
                 account.metrics.attempted(outcome, took);
                 query.answered(&answer, outcome);
-                log_attempt(account, task, &attempt, outcome.label(), Some(&answer), took);
+                log_attempt(account, task, &attempt, outcome.as_ref(), Some(&answer), took);
                 if outcome == Outcome::RateLimited {
                     pause(account, &answer);
                 }

@@ -169,7 +169,7 @@ impl Gateway {
                 bytes: self.metrics.cache_bytes.get(),
             },
             shared: self.shared.as_ref().map(|shared| SharedStatus {
-                standing: shared.standing(now).label(),
+                standing: shared.standing(now).into(),
                 leases: shared.alive(),
                 max_replicas: shared.max_replicas(),
             }),

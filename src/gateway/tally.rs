@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use strum::VariantArray as _;
 use tokio::time::Instant;
 
 use crate::outcome::Served;
@@ -13,8 +14,8 @@ use crate::outcome::Served;
 const SPAN: Duration = Duration::from_mins(3);
 
 /// The ways of [`Served`], and last those that have flown and were answered without it.
-const COUNTS: usize = Served::ALL.len() + 1;
-const FLOWN: usize = Served::ALL.len();
+const COUNTS: usize = Served::VARIANTS.len() + 1;
+const FLOWN: usize = Served::VARIANTS.len();
 
 /// Polls by how they were answered.
 #[derive(Clone, Copy, Debug, Default)]
@@ -121,7 +122,7 @@ mod tests {
     #[test]
     fn who_has_flown_saved_nothing_however_it_was_answered() {
         let tally = Tally::new(Instant::now());
-        for served in Served::ALL {
+        for &served in Served::VARIANTS {
             for has_flown in [true, false] {
                 tally.count(served, has_flown);
             }

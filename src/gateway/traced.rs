@@ -138,7 +138,7 @@ impl Trace {
     /// How a poll was answered.
     pub(super) fn answered(&self, account: &str, served: Served, code: u16) {
         self.span.say(ACCOUNT, account);
-        self.span.say(CACHE, served.label());
+        self.span.say(CACHE, <&str>::from(served));
         self.span.say(CODE, code);
     }
 
@@ -294,12 +294,12 @@ impl Query {
     pub(super) fn answered(&self, answer: &Answer, outcome: Outcome) {
         said(&self.span, answer.status());
         self.span.say(CODE, answer.code());
-        self.span.say(OUTCOME, outcome.label());
+        self.span.say(OUTCOME, <&str>::from(outcome));
     }
 
     pub(super) fn failed(&self, error: &Error, outcome: Outcome) {
         failed(&self.span, error);
-        self.span.say(OUTCOME, outcome.label());
+        self.span.say(OUTCOME, <&str>::from(outcome));
     }
 }
 

@@ -1,11 +1,13 @@
 //! What Prometheus sees of the answers kept on disk. Every series is there at 0 where none are.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
+use strum::{AsRefStr, VariantArray};
 
-use super::{opts, register};
+use super::families::Families;
 
 /// What became of an answer that the disk was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum DiskRead {
     /// It can be served.
     Hit,
@@ -15,20 +17,9 @@ pub enum DiskRead {
     Slow,
 }
 
-impl DiskRead {
-    const ALL: [Self; 3] = [Self::Hit, Self::Miss, Self::Slow];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Hit => "hit",
-            Self::Miss => "miss",
-            Self::Slow => "slow",
-        }
-    }
-}
-
 /// What was being done when the disk failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum DiskStep {
     /// The file was being opened, or set aside.
     Open,
@@ -36,19 +27,6 @@ pub enum DiskStep {
     Read,
     /// Answers were being written.
     Write,
-}
-
-impl DiskStep {
-    const ALL: [Self; 3] = [Self::Open, Self::Read, Self::Write];
-
-    /// The metric label and log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Open => "open",
-            Self::Read => "read",
-            Self::Write => "write",
-        }
-    }
 }
 
 /// The families.
@@ -73,53 +51,44 @@ pub struct DiskMetrics {
 }
 
 impl DiskMetrics {
-    pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
-        let gauge = |name, help| register(registry, IntGauge::with_opts(opts(name, help))?);
-        let counter = |name, help| register(registry, IntCounter::with_opts(opts(name, help))?);
-        let evictions = IntCounterVec::new(
-            opts("disk_evictions_total", "Answers that left the disk, by why."),
+    pub(super) fn new(make: &Families<'_>) -> prometheus::Result<Self> {
+        let evictions = make.counters(
+            "disk_evictions_total",
+            "Answers that left the disk, by why.",
             &["cause"],
         )?;
-        let evictions = register(registry, evictions)?;
-        let reads = IntCounterVec::new(
-            opts("disk_reads_total", "Answers that the disk was asked for, by what came."),
-            &["result"],
-        )?;
-        let errors = IntCounterVec::new(
-            opts("disk_errors_total", "Failures of the disk, by what was being done."),
-            &["operation"],
-        )?;
-        let metrics = Self {
-            up: gauge("disk_up", "1 while answers are kept on disk, else 0.")?,
-            entries: gauge("disk_entries", "Answers kept on disk.")?,
-            bytes: gauge("disk_bytes", "What the answers on disk take there.")?,
-            reads: register(registry, reads)?,
-            writes: counter("disk_writes_total", "Answers written to disk.")?,
-            dropped: counter(
+        Ok(Self {
+            up: make.gauge("disk_up", "1 while answers are kept on disk, else 0.")?,
+            entries: make.gauge("disk_entries", "Answers kept on disk.")?,
+            bytes: make.gauge("disk_bytes", "What the answers on disk take there.")?,
+            reads: make.counters_by::<DiskRead>(
+                "disk_reads_total",
+                "Answers that the disk was asked for, by what came.",
+                "result",
+            )?,
+            writes: make.counter("disk_writes_total", "Answers written to disk.")?,
+            dropped: make.counter(
                 "disk_dropped_total",
                 "Answers not written to disk: it was too slow, or away.",
             )?,
             evicted: evictions.with_label_values(&["size"]),
             expired: evictions.with_label_values(&["age"]),
-            errors: register(registry, errors)?,
-        };
-        for result in DiskRead::ALL {
-            metrics.reads.with_label_values(&[result.label()]);
-        }
-        for step in DiskStep::ALL {
-            metrics.errors.with_label_values(&[step.label()]);
-        }
-        Ok(metrics)
+            errors: make.counters_by::<DiskStep>(
+                "disk_errors_total",
+                "Failures of the disk, by what was being done.",
+                "operation",
+            )?,
+        })
     }
 
     /// Counts an answer that was asked for.
     pub fn read(&self, result: DiskRead) {
-        self.reads.with_label_values(&[result.label()]).inc();
+        self.reads.with_label_values(&[result]).inc();
     }
 
     /// Counts a failure.
     pub fn failed(&self, step: DiskStep) {
-        self.errors.with_label_values(&[step.label()]).inc();
+        self.errors.with_label_values(&[step]).inc();
     }
 
     /// Shows what is kept.

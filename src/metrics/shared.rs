@@ -3,15 +3,17 @@
 
 use std::time::Duration;
 
-use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use strum::{AsRefStr, VariantArray};
 
-use super::{histogram, opts, register};
+use super::families::Families;
 
 /// A reply within a third of `budget.margin`, 10 ms unless configured, is one in time.
 const REPLY_BUCKETS: &[f64] = &[0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.2];
 
 /// What came of a call to the shared store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum SharedCall {
     /// A reply in time.
     InTime,
@@ -19,18 +21,6 @@ pub enum SharedCall {
     Late,
     /// None, or an error.
     NoReply,
-}
-
-impl SharedCall {
-    const ALL: [Self; 3] = [Self::InTime, Self::Late, Self::NoReply];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::InTime => "in_time",
-            Self::Late => "late",
-            Self::NoReply => "no_reply",
-        }
-    }
 }
 
 /// The handles of a process that shares its budgets.
@@ -45,60 +35,40 @@ pub struct SharedMetrics {
 
 impl SharedMetrics {
     pub(super) fn new(
-        registry: &Registry,
+        make: &Families<'_>,
         max_replicas: u32,
         standings: impl IntoIterator<Item = &'static str>,
     ) -> prometheus::Result<Self> {
-        let most = register(
-            registry,
-            IntGauge::with_opts(opts(
-                "shared_max_replicas",
-                "The most replicas that may run at once, as configured.",
-            ))?,
+        let most: IntGauge = make.gauge(
+            "shared_max_replicas",
+            "The most replicas that may run at once, as configured.",
         )?;
         most.set(max_replicas.into());
-        let standing = register(
-            registry,
-            IntGaugeVec::new(
-                opts(
-                    "shared_standing",
-                    "1 for how this replica takes part in the shared budget, 0 for the others.",
-                ),
-                &["standing"],
-            )?,
+        let standing: IntGaugeVec = make.gauges(
+            "shared_standing",
+            "1 for how this replica takes part in the shared budget, 0 for the others.",
+            &["standing"],
         )?;
-        let metrics = Self {
-            leases: register(
-                registry,
-                IntGauge::with_opts(opts(
-                    "shared_leases",
-                    "Replicas that lend their part of the budget to the shared store, as it said last; 0 without its word.",
-                ))?,
+        Ok(Self {
+            leases: make.gauge(
+                "shared_leases",
+                "Replicas that lend their part of the budget to the shared store, as it said last; 0 without its word.",
             )?,
             standings: standings
                 .into_iter()
                 .map(|label| (label, standing.with_label_values(&[label])))
                 .collect(),
-            calls: register(
-                registry,
-                IntCounterVec::new(
-                    opts("shared_calls_total", "Calls to the shared store, by what came of them."),
-                    &["result"],
-                )?,
+            calls: make.counters_by::<SharedCall>(
+                "shared_calls_total",
+                "Calls to the shared store, by what came of them.",
+                "result",
             )?,
-            call_duration: register(
-                registry,
-                Histogram::with_opts(histogram(
-                    "shared_call_duration_seconds",
-                    "How long replies of the shared store took.",
-                    REPLY_BUCKETS,
-                ))?,
+            call_duration: make.histogram(
+                "shared_call_duration_seconds",
+                "How long replies of the shared store took.",
+                REPLY_BUCKETS,
             )?,
-        };
-        for call in SharedCall::ALL {
-            metrics.calls.with_label_values(&[call.label()]);
-        }
-        Ok(metrics)
+        })
     }
 
     /// Where the process stands, by its label, and how many lend.
@@ -111,7 +81,7 @@ impl SharedMetrics {
 
     /// Counts a call.
     pub fn called(&self, result: SharedCall, took: Option<Duration>) {
-        self.calls.with_label_values(&[result.label()]).inc();
+        self.calls.with_label_values(&[result]).inc();
         if let Some(took) = took {
             self.call_duration.observe(took.as_secs_f64());
         }
@@ -122,7 +92,8 @@ impl SharedMetrics {
 const READ_BUCKETS: &[f64] = &[0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.1, 0.2];
 
 /// What became of an answer that the shared store was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum SharedRead {
     /// It can be served.
     Hit,
@@ -136,22 +107,9 @@ pub enum SharedRead {
     Away,
 }
 
-impl SharedRead {
-    const ALL: [Self; 5] = [Self::Hit, Self::Stale, Self::Miss, Self::Doubtful, Self::Away];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Hit => "hit",
-            Self::Stale => "stale",
-            Self::Miss => "miss",
-            Self::Doubtful => "doubtful",
-            Self::Away => "away",
-        }
-    }
-}
-
 /// What became of an answer for the shared store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum SharedWrite {
     /// It is there.
     Stored,
@@ -165,22 +123,9 @@ pub enum SharedWrite {
     Dropped,
 }
 
-impl SharedWrite {
-    const ALL: [Self; 5] = [Self::Stored, Self::Older, Self::Full, Self::TooLarge, Self::Dropped];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Stored => "stored",
-            Self::Older => "older",
-            Self::Full => "full",
-            Self::TooLarge => "too_large",
-            Self::Dropped => "dropped",
-        }
-    }
-}
-
 /// Who asks upstream for what the store has not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum SharedFlight {
     /// This replica, for all.
     Ours,
@@ -188,18 +133,6 @@ pub enum SharedFlight {
     Theirs,
     /// This replica, for itself: the store was away, or what one had fetched for all could not be shared.
     Alone,
-}
-
-impl SharedFlight {
-    const ALL: [Self; 3] = [Self::Ours, Self::Theirs, Self::Alone];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Ours => "ours",
-            Self::Theirs => "theirs",
-            Self::Alone => "alone",
-        }
-    }
 }
 
 /// The handles of a process that shares answers and flights.
@@ -214,57 +147,37 @@ pub struct AnswerMetrics {
 }
 
 impl AnswerMetrics {
-    pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
-        let by = |name, help, label| register(registry, IntCounterVec::new(opts(name, help), &[label])?);
-        let metrics = Self {
-            up: register(
-                registry,
-                IntGauge::with_opts(opts(
-                    "shared_cache_up",
-                    "1 while answers and flights are shared with other replicas, else 0.",
-                ))?,
+    pub(super) fn new(make: &Families<'_>) -> prometheus::Result<Self> {
+        Ok(Self {
+            up: make.gauge(
+                "shared_cache_up",
+                "1 while answers and flights are shared with other replicas, else 0.",
             )?,
-            reads: by(
+            reads: make.counters_by::<SharedRead>(
                 "shared_cache_reads_total",
                 "Answers that the shared store was asked for, by what came.",
                 "result",
             )?,
-            read_duration: register(
-                registry,
-                Histogram::with_opts(histogram(
-                    "shared_cache_read_duration_seconds",
-                    "How long replies of the shared store to such questions took.",
-                    READ_BUCKETS,
-                ))?,
+            read_duration: make.histogram(
+                "shared_cache_read_duration_seconds",
+                "How long replies of the shared store to such questions took.",
+                READ_BUCKETS,
             )?,
-            writes: by(
+            writes: make.counters_by::<SharedWrite>(
                 "shared_cache_writes_total",
                 "Answers for the shared store, by what became of them.",
                 "result",
             )?,
-            evictions: register(
-                registry,
-                IntCounter::with_opts(opts(
-                    "shared_cache_evictions_total",
-                    "Answers that left the shared store to make room for this replica's.",
-                ))?,
+            evictions: make.counter(
+                "shared_cache_evictions_total",
+                "Answers that left the shared store to make room for this replica's.",
             )?,
-            flights: by(
+            flights: make.counters_by::<SharedFlight>(
                 "shared_flights_total",
                 "Answers that the shared store had not, by who asked upstream for them.",
                 "whose",
             )?,
-        };
-        for read in SharedRead::ALL {
-            metrics.reads.with_label_values(&[read.label()]);
-        }
-        for write in SharedWrite::ALL {
-            metrics.writes.with_label_values(&[write.label()]);
-        }
-        for flight in SharedFlight::ALL {
-            metrics.flights.with_label_values(&[flight.label()]);
-        }
-        Ok(metrics)
+        })
     }
 
     /// Whether answers and flights are shared.
@@ -274,7 +187,7 @@ impl AnswerMetrics {
 
     /// Counts an answer that was asked for.
     pub fn read(&self, result: SharedRead) {
-        self.reads.with_label_values(&[result.label()]).inc();
+        self.reads.with_label_values(&[result]).inc();
     }
 
     /// How long a reply took.
@@ -284,7 +197,7 @@ impl AnswerMetrics {
 
     /// Counts an answer that was to be kept.
     pub fn wrote(&self, result: SharedWrite) {
-        self.writes.with_label_values(&[result.label()]).inc();
+        self.writes.with_label_values(&[result]).inc();
     }
 
     /// Counts answers that made room.
@@ -294,6 +207,6 @@ impl AnswerMetrics {
 
     /// Counts a flight.
     pub fn flies(&self, whose: SharedFlight) {
-        self.flights.with_label_values(&[whose.label()]).inc();
+        self.flights.with_label_values(&[whose]).inc();
     }
 }

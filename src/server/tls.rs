@@ -146,7 +146,7 @@ impl Tls {
             Err(failed) => failed,
         };
         self.metrics.handshake_failed(why);
-        tracing::debug!(why = why.label(), %error, "TLS handshake failed");
+        tracing::debug!(why = why.as_ref(), %error, "TLS handshake failed");
         if let Some(mut stream) = stream {
             // Whether it listens is its own business.
             let _ = timeout(GRACE, async {

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use strum::{AsRefStr, IntoStaticStr, VariantArray};
 use tokio::time::Instant;
 
 use super::script::Call;
@@ -33,7 +34,8 @@ struct Seen {
 }
 
 /// Where a process stands with its slice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Standing {
     /// It spends nothing: it has just started, or something was doubtful.
     Waiting,
@@ -46,24 +48,11 @@ pub enum Standing {
 }
 
 impl Standing {
-    /// Each of them.
-    pub const ALL: [Self; 4] = [Self::Waiting, Self::Lending, Self::CutOff, Self::Alone];
-
     /// Whether there are permits to be had, the store's or the slice's.
     pub(super) fn spends(self) -> bool {
         match self {
             Self::Lending | Self::Alone => true,
             Self::Waiting | Self::CutOff => false,
-        }
-    }
-
-    /// Metric label and log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Waiting => "waiting",
-            Self::Lending => "lending",
-            Self::CutOff => "cut_off",
-            Self::Alone => "alone",
         }
     }
 }
