@@ -9,6 +9,7 @@ use std::time::Duration;
 use http::StatusCode;
 use thiserror::Error;
 
+use crate::outcome::EdgeRefusal;
 use crate::task::TaskIdError;
 
 /// When a place may be free of those that others hold: most requests are answered by then.
@@ -138,7 +139,18 @@ impl Error {
 
     /// What Cache-Status and the log say: one token.
     pub fn detail(&self) -> &'static str {
-        self.meaning().detail
+        match self.meaning().detail {
+            Detail::Edge(refusal) => refusal.into(),
+            Detail::Other(detail) => detail,
+        }
+    }
+
+    /// What it counts as where a request is refused at the edge, if it is of that kind.
+    pub fn edge_refusal(&self) -> Option<EdgeRefusal> {
+        match self.meaning().detail {
+            Detail::Edge(refusal) => Some(refusal),
+            Detail::Other(_) => None,
+        }
     }
 
     /// The error token of RFC 9209 (Proxy-Status) that says why; `None` where the client's request was at fault.
@@ -152,6 +164,7 @@ impl Error {
     }
 
     fn meaning(&self) -> Meaning {
+        use EdgeRefusal as E;
         use Meaning as M;
         use StatusCode as S;
         match *self {
@@ -159,18 +172,18 @@ impl Error {
             Self::MalformedKey => M::theirs(S::UNAUTHORIZED, "malformed_key"),
             Self::UnknownKey => M::theirs(S::UNAUTHORIZED, "unknown_key"),
             Self::TokenMayNotPass => M::theirs(S::FORBIDDEN, "passthrough"),
-            Self::TooManyAccounts => M::denied(S::TOO_MANY_REQUESTS, "too_many_accounts", Duration::from_mins(1)),
+            Self::TooManyAccounts => M::denied(S::TOO_MANY_REQUESTS, E::TooManyAccounts, Duration::from_mins(1)),
             Self::TaskId(_) => M::theirs(S::UNPROCESSABLE_ENTITY, "task_id"),
             Self::MethodNotAllowed => M::theirs(S::METHOD_NOT_ALLOWED, "method"),
             Self::NotFound => M::theirs(S::NOT_FOUND, "path"),
-            Self::Malformed(_) => M::theirs(S::BAD_REQUEST, "malformed"),
-            Self::HeadTooLarge => M::theirs(S::REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large"),
-            Self::BodyTooLarge => M::theirs(S::PAYLOAD_TOO_LARGE, "body_too_large"),
-            Self::Overloaded => M::denied(S::SERVICE_UNAVAILABLE, "overloaded", PLACE_FREE),
-            Self::TooManyConnections(_) => M::denied(S::SERVICE_UNAVAILABLE, "connections", PLACE_FREE),
+            Self::Malformed(_) => M::theirs(S::BAD_REQUEST, E::Malformed),
+            Self::HeadTooLarge => M::theirs(S::REQUEST_HEADER_FIELDS_TOO_LARGE, E::HeadTooLarge),
+            Self::BodyTooLarge => M::theirs(S::PAYLOAD_TOO_LARGE, E::BodyTooLarge),
+            Self::Overloaded => M::denied(S::SERVICE_UNAVAILABLE, E::Overloaded, PLACE_FREE),
+            Self::TooManyConnections(_) => M::denied(S::SERVICE_UNAVAILABLE, E::Connections, PLACE_FREE),
             Self::PlainHttp => M::theirs(S::BAD_REQUEST, "plain_http"),
-            Self::HeaderTimeout => M::theirs(S::REQUEST_TIMEOUT, "header_timeout"),
-            Self::RequestTimeout => M::theirs(S::GATEWAY_TIMEOUT, "request_timeout"),
+            Self::HeaderTimeout => M::theirs(S::REQUEST_TIMEOUT, E::HeaderTimeout),
+            Self::RequestTimeout => M::theirs(S::GATEWAY_TIMEOUT, E::RequestTimeout),
             Self::QueueFull { retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, "queue_full", retry_after),
             Self::BudgetSpent { retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, "budget", retry_after),
             Self::UpstreamUnavailable { retry_after } => M::away("upstream_unavailable", retry_after),
@@ -178,7 +191,7 @@ impl Error {
             Self::UpstreamSlow => M::silent("upstream_slow"),
             Self::UpstreamTimeout => M::silent("upstream_timeout"),
             // The limit is the same as RequestTimeout's.
-            Self::UpstreamSilent => M::silent("request_timeout"),
+            Self::UpstreamSilent => M::silent(E::RequestTimeout),
             Self::UploadStalled => M::silent("upload_stalled"),
             Self::UpstreamBroken => M::unusable("upstream_broken", "http_response_incomplete", Some(UPSTREAM_BACK)),
             Self::UpstreamHeadTooLarge => {
@@ -189,7 +202,7 @@ impl Error {
             Self::NoRoom => M::denied(S::SERVICE_UNAVAILABLE, "no_room", PLACE_FREE),
             Self::Internal => M {
                 status: S::INTERNAL_SERVER_ERROR,
-                detail: "internal",
+                detail: E::Internal.into(),
                 proxy_status: Some("proxy_internal_error"),
                 retry_after: None,
             },
@@ -197,30 +210,49 @@ impl Error {
     }
 }
 
+/// Its one token.
+enum Detail {
+    /// Counted, too.
+    Edge(EdgeRefusal),
+    Other(&'static str),
+}
+
+impl From<EdgeRefusal> for Detail {
+    fn from(refusal: EdgeRefusal) -> Self {
+        Self::Edge(refusal)
+    }
+}
+
+impl From<&'static str> for Detail {
+    fn from(detail: &'static str) -> Self {
+        Self::Other(detail)
+    }
+}
+
 /// What an [`Error`] means, to a client and to the log.
 struct Meaning {
     status: StatusCode,
-    detail: &'static str,
+    detail: Detail,
     proxy_status: Option<&'static str>,
     retry_after: Option<Duration>,
 }
 
 impl Meaning {
     /// The client's request is at fault, and would be again.
-    fn theirs(status: StatusCode, detail: &'static str) -> Self {
+    fn theirs(status: StatusCode, detail: impl Into<Detail>) -> Self {
         Self {
             status,
-            detail,
+            detail: detail.into(),
             proxy_status: None,
             retry_after: None,
         }
     }
 
     /// The gateway will not, for now.
-    fn denied(status: StatusCode, detail: &'static str, retry_after: Duration) -> Self {
+    fn denied(status: StatusCode, detail: impl Into<Detail>, retry_after: Duration) -> Self {
         Self {
             status,
-            detail,
+            detail: detail.into(),
             proxy_status: Some("http_request_denied"),
             retry_after: Some(retry_after),
         }
@@ -230,17 +262,17 @@ impl Meaning {
     fn away(detail: &'static str, retry_after: Duration) -> Self {
         Self {
             status: StatusCode::SERVICE_UNAVAILABLE,
-            detail,
+            detail: detail.into(),
             proxy_status: Some("destination_unavailable"),
             retry_after: Some(retry_after),
         }
     }
 
     /// Upstream was asked, and has not answered.
-    fn silent(detail: &'static str) -> Self {
+    fn silent(detail: impl Into<Detail>) -> Self {
         Self {
             status: StatusCode::GATEWAY_TIMEOUT,
-            detail,
+            detail: detail.into(),
             proxy_status: Some("http_response_timeout"),
             retry_after: Some(UPSTREAM_BACK),
         }
@@ -250,7 +282,7 @@ impl Meaning {
     fn unusable(detail: &'static str, proxy_status: &'static str, retry_after: Option<Duration>) -> Self {
         Self {
             status: StatusCode::BAD_GATEWAY,
-            detail,
+            detail: detail.into(),
             proxy_status: Some(proxy_status),
             retry_after,
         }

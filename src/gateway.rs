@@ -209,8 +209,15 @@ impl Gateway {
         self.refuse_named(error, response::request_id(headers), Trace::of(headers).id())
     }
 
+    /// Counts a request that goes no further because of `error`, if that is one of the edge's.
+    fn count_refusal(&self, error: &Error) {
+        if let Some(reason) = error.edge_refusal() {
+            self.metrics.refused(reason);
+        }
+    }
+
     fn refuse_named(&self, error: &Error, request_id: HeaderValue, trace: TraceId) -> Response<Body> {
-        self.metrics.refused(error.detail());
+        self.count_refusal(error);
         tracing::debug!(
             request_id = request_id.to_str().unwrap_or_default(),
             trace_id = %trace,
@@ -403,9 +410,7 @@ impl Gateway {
         let mut poll = match terms.and_then(|terms| self.take_up(terms, seen, caller, arrived, trace)) {
             Ok(poll) => poll,
             Err(error) => {
-                if error == Error::TooManyAccounts {
-                    self.metrics.refused(error.detail());
-                }
+                self.count_refusal(&error);
                 let (metrics, requests) = &self.strangers;
                 metrics.answered(requests, Served::None, error.status().as_u16(), arrived.elapsed());
                 return Reply::from(refuse(&error, OTHER, request_id, trace));

@@ -16,7 +16,7 @@ use prometheus::{
 };
 use strum::{AsRefStr, VariantArray};
 
-use crate::outcome::{Outcome, Served};
+use crate::outcome::{EdgeRefusal, Outcome, Served};
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use elsewhere::Elsewhere;
 use families::{Families, opts};
@@ -109,20 +109,6 @@ const CODE_CLASSES: [&str; 5] = ["2xx", "3xx", "4xx", "5xx", "other"];
 /// The code of those who left before the answer, a class of its own: no client was told it, and no other 4xx may have been
 /// carried out. nginx's word.
 const ABANDONED: &str = "499";
-
-/// Why the edge goes no further with a request or a connection.
-const REFUSALS: [&str; 10] = [
-    "malformed",
-    "head_too_large",
-    "body_too_large",
-    "overloaded",
-    "header_timeout",
-    "request_timeout",
-    "answer_cut",
-    "connections",
-    "accept",
-    "too_many_accounts",
-];
 
 /// Every family.
 #[derive(Debug)]
@@ -305,10 +291,10 @@ impl Metrics {
                 "config_reload_timestamp_seconds",
                 "When a configuration was last taken over, in seconds since 1970.",
             )?,
-            refused: make.counters(
+            refused: make.counters_by::<EdgeRefusal>(
                 "refused_total",
                 "Requests and connections that went no further, by why.",
-                &["reason"],
+                "reason",
             )?,
             requests_in_flight: make.gauge("requests_in_flight", "Requests that are being answered.")?,
             panics: make.counter("panics_total", "Panics, by a bug or for want of a thread.")?,
@@ -340,9 +326,6 @@ impl Metrics {
             )?,
             registry,
         };
-        for reason in REFUSALS {
-            metrics.refused.with_label_values(&[reason]);
-        }
         metrics.tls_reload_success.set(1);
         Ok(metrics)
     }
@@ -443,8 +426,8 @@ impl Metrics {
         self.cache_evictions.with_label_values(&[cause]).inc();
     }
 
-    /// Counts a request or a connection that went no further; `reason` is a word of the code, never the client's.
-    pub fn refused(&self, reason: &'static str) {
+    /// Counts a request or a connection that went no further.
+    pub fn refused(&self, reason: EdgeRefusal) {
         self.refused.with_label_values(&[reason]).inc();
     }
 

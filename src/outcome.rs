@@ -46,3 +46,31 @@ impl Served {
     /// Those that save a call upstream, where the poll has opened no flight all the same.
     pub const SAVING: [Self; 3] = [Self::Hit, Self::Stale, Self::Collapsed];
 }
+
+/// Why the edge goes no further with a request or a connection: what is said of it, and the `reason` of the metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum EdgeRefusal {
+    /// No HTTP/1.1 request, or one that two servers could read differently.
+    Malformed,
+    /// More than `limits.header_bytes` or `limits.headers`.
+    HeadTooLarge,
+    /// More than `limits.request_body`.
+    BodyTooLarge,
+    /// As many requests are being answered as `limits.requests` allows.
+    Overloaded,
+    /// `limits.header_timeout` passed first.
+    HeaderTimeout,
+    /// `limits.request_timeout` passed before the answer.
+    RequestTimeout,
+    /// `limits.request_timeout` passed before the answer's end.
+    AnswerCut,
+    /// As many connections are open as may be, in all or of this address.
+    Connections,
+    /// There was no file descriptor to accept a connection with.
+    Accept,
+    /// More unlisted keys at once than `max_accounts`.
+    TooManyAccounts,
+    /// A bug of the gateway's.
+    Internal,
+}

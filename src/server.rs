@@ -31,6 +31,7 @@ use tokio_util::task::TaskTracker;
 use crate::error::Error;
 use crate::gateway::{Gateway, refusal};
 use crate::metrics::Metrics;
+use crate::outcome::EdgeRefusal;
 use crate::panics;
 pub use connection::serve_connection;
 pub use tls::{LOOK_INTERVAL, Tls, serve_tls_connection};
@@ -122,7 +123,7 @@ impl Server {
                 }
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    self.metrics.refused("accept");
+                    self.metrics.refused(EdgeRefusal::Accept);
                     // Once for as long as it lasts.
                     if !is_failing {
                         tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
@@ -154,7 +155,7 @@ impl Server {
         let place = match self.place(peer) {
             Ok(place) => place,
             Err(limit) => {
-                self.metrics.refused("connections");
+                self.metrics.refused(EdgeRefusal::Connections);
                 if let Ok(turning_away) = Arc::clone(&self.turning_away).try_acquire_owned() {
                     let (tls, draining, places) =
                         (self.tls.clone(), self.draining.clone(), Arc::clone(&self.turning_away));

@@ -67,7 +67,7 @@ impl Gateway {
         };
         // Upstream's end of it, or ours, is but what came of that.
         let result = broken().map_or(result, |error| {
-            self.metrics.refused(error.detail());
+            self.count_refusal(&error);
             Err(error)
         });
         let response = match result {

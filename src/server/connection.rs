@@ -37,6 +37,7 @@ use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
 use crate::gateway::{Body, Data, Gateway, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply, RequestBody};
+use crate::outcome::EdgeRefusal;
 
 /// How long a client may take to close, after our FIN, or to go on with what it is sending.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
@@ -279,7 +280,7 @@ impl Served {
         let request_id = self.phase.request_id();
         let request_id = request_id.as_ref().and_then(|id| id.to_str().ok());
         tracing::info!(request_id, "answer cut: not at its end within limits.request_timeout");
-        self.gateway.metrics().refused("answer_cut");
+        self.gateway.metrics().refused(EdgeRefusal::AnswerCut);
     }
 }
 

@@ -210,6 +210,7 @@ async fn the_admin_port_lists_its_endpoints_and_counters_exist_from_the_start() 
         "crun_gateway_budget_shed_total{account=\"other\",reason=\"queue_full\"} 0",
         "crun_gateway_cache_evictions_total{cause=\"size\"} 0",
         "crun_gateway_passthrough_requests_total{code=\"2xx\"} 0",
+        "crun_gateway_refused_total{reason=\"internal\"} 0",
         "crun_gateway_panics_total 0",
         "crun_gateway_upstream_paused{account=\"other\"} 0",
     ] {
