@@ -30,6 +30,7 @@ use tokio::time::Instant;
 
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
+use crate::outcome::Shed;
 use crate::panics::supervise;
 use crate::shared::Lane;
 use crate::task::TaskId;
@@ -110,10 +111,6 @@ pub struct Shares {
     /// Who got permits.
     pub spent: Spent,
 }
-
-/// The queue is as long as it may be, and this flight had to give way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shed;
 
 /// How a flight enters the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -361,7 +358,7 @@ impl Standing {
     /// Cancel safe: dropping the future leaves the queue.
     ///
     /// # Errors
-    /// [`Shed`] when `max_queue` flights wait and this one has to give way: the youngest place of the client with most
+    /// [`Shed::QueueFull`] when `max_queue` flights wait and this one has to give way: the youngest place of the client with most
     /// places, of equals the one served last. Also when the dispatcher panics.
     pub async fn enter(&self, entry: Entry) -> Result<Turn, Shed> {
         let (call, called) = oneshot::channel();
@@ -376,7 +373,7 @@ impl Standing {
             is_again: entry == Entry::Again,
             call,
         });
-        called.await.map_err(|_| Shed)?;
+        called.await.map_err(|_| Shed::QueueFull)?;
         Ok(turn)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::StatusCode;
 use thiserror::Error;
 
-use crate::outcome::EdgeRefusal;
+use crate::outcome::{EdgeRefusal, Shed};
 use crate::task::TaskIdError;
 
 /// When a place may be free of those that others hold: most requests are answered by then.
@@ -71,23 +71,15 @@ pub enum Error {
     /// A request has taken longer than `limits.request_timeout`, and its client is not at its end.
     #[error("the request took longer than limits.request_timeout")]
     RequestTimeout,
-    /// Nobody may wait any more.
-    #[error("too many tasks wait for this account's budget (budget.max_queue)")]
-    QueueFull {
+    /// The budget turns the poll away.
+    #[error("{why}")]
+    Shed {
+        /// Why.
+        why: Shed,
         /// The account's budget, in queries a second.
         limit: NonZeroU32,
         /// When a place in the queue is free.
         retry_after: Duration,
-    },
-    /// The turn cannot come within `budget.max_wait`, or did not.
-    #[error("this account's budget is spent: no turn within budget.max_wait")]
-    BudgetSpent {
-        /// The account's budget, in queries a second.
-        limit: NonZeroU32,
-        /// When a place in the queue is free.
-        retry_after: Duration,
-        /// It was known that the turn would come too late, so nobody waited for it in vain.
-        foreseen: bool,
     },
     /// The breaker is open: upstream was unavailable lately.
     #[error("upstream is unavailable: it is probed until it answers again")]
@@ -184,8 +176,7 @@ impl Error {
             Self::PlainHttp => M::theirs(S::BAD_REQUEST, "plain_http"),
             Self::HeaderTimeout => M::theirs(S::REQUEST_TIMEOUT, E::HeaderTimeout),
             Self::RequestTimeout => M::theirs(S::GATEWAY_TIMEOUT, E::RequestTimeout),
-            Self::QueueFull { retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, "queue_full", retry_after),
-            Self::BudgetSpent { retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, "budget", retry_after),
+            Self::Shed { why, retry_after, .. } => M::denied(S::TOO_MANY_REQUESTS, why.detail(), retry_after),
             Self::UpstreamUnavailable { retry_after } => M::away("upstream_unavailable", retry_after),
             Self::NoConnection => M::away("no_connection", UPSTREAM_BACK),
             Self::UpstreamSlow => M::silent("upstream_slow"),

@@ -449,8 +449,9 @@ impl Gateway {
                 Reply::new(answer, cache, now, account.lifetime(now))
             }
             Err(error) => {
-                if let Some(reason) = admission::shed(&error) {
-                    account.metrics.shed(reason);
+                // Once a poll, so that each counts whoever shared its flight, and one that has a snapshot not at all.
+                if let Error::Shed { why, .. } = error {
+                    account.metrics.shed(why);
                 }
                 let (requests, code) = (poll.asker.requests(caller), error.status().as_u16());
                 account.answered(&requests, Served::None, poll.has_flown, code, arrived.elapsed());

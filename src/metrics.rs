@@ -16,7 +16,7 @@ use prometheus::{
 };
 use strum::{AsRefStr, VariantArray};
 
-use crate::outcome::{EdgeRefusal, Outcome, Served};
+use crate::outcome::{EdgeRefusal, Outcome, Served, Shed};
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use elsewhere::Elsewhere;
 use families::{Families, opts};
@@ -38,18 +38,6 @@ const UPSTREAM_BUCKETS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2
 
 /// One emission interval is 0.07 s; 2 s is where the saturation alert looks.
 const WAIT_BUCKETS: &[f64] = &[0.005, 0.035, 0.07, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 7.0, 10.0, 30.0];
-
-/// Why a poll was turned away by the budget: answered 429.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
-#[strum(serialize_all = "snake_case")]
-pub enum Shed {
-    /// `budget.max_queue` flights wait already.
-    QueueFull,
-    /// It was known that its turn would not come in time.
-    Admission,
-    /// `budget.max_wait` passed first.
-    Deadline,
-}
 
 /// Why an answer left the cache before its time, or at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]

@@ -3,6 +3,7 @@
 //! Pure. One enum serves metric label, log field and header alike: the word is the variant's name.
 
 use strum::{AsRefStr, IntoStaticStr, VariantArray};
+use thiserror::Error;
 
 /// What upstream's answer to one attempt meant, after its body was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsRefStr, IntoStaticStr, VariantArray)]
@@ -45,6 +46,31 @@ pub enum Served {
 impl Served {
     /// Those that save a call upstream, where the poll has opened no flight all the same.
     pub const SAVING: [Self; 3] = [Self::Hit, Self::Stale, Self::Collapsed];
+}
+
+/// Why the budget turns a poll away: answered 429.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum Shed {
+    /// `budget.max_queue` flights wait already.
+    #[error("too many tasks wait for this account's budget (budget.max_queue)")]
+    QueueFull,
+    /// It was known that its turn would not come in time, so nobody waited for it in vain.
+    #[error("this account's budget is spent: no turn within budget.max_wait")]
+    Admission,
+    /// `budget.max_wait` passed first.
+    #[error("this account's budget is spent: no turn within budget.max_wait")]
+    Deadline,
+}
+
+impl Shed {
+    /// What Cache-Status and the log say: to a client it is one whether its turn was known to come too late, or did.
+    pub fn detail(self) -> &'static str {
+        match self {
+            Self::QueueFull => "queue_full",
+            Self::Admission | Self::Deadline => "budget",
+        }
+    }
 }
 
 /// Why the edge goes no further with a request or a connection: what is said of it, and the `reason` of the metric.

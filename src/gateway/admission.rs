@@ -14,7 +14,7 @@ use super::accounts::Account;
 use super::{Answered, Gateway, Phase, Poll, Progress};
 use crate::account::Client;
 use crate::error::Error;
-use crate::metrics::Shed;
+use crate::outcome::Shed;
 
 /// What upstream is thought to take before its first answer, if that is a small part of `budget.max_wait`: of the first rush
 /// after a start whoever has the last turns would else wait for an answer that comes too late.
@@ -52,8 +52,9 @@ impl Gateway {
             (progress.phase, progress.last_error.clone(), progress.was_stale)
         };
         let phase = late_by.map_or(phase, |_| Phase::Waiting);
+        let why = late_by.map_or(Shed::Deadline, |_| Shed::Admission);
         let detail = match phase {
-            Phase::Waiting => "budget",
+            Phase::Waiting => why.detail(),
             Phase::Connecting(_) => Error::NoConnection.detail(),
             // Whether upstream was asked here or by another replica.
             Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow.detail(),
@@ -66,45 +67,29 @@ impl Gateway {
             return Ok(Answered::forwarded(answer, was_stale, collapsed));
         }
         Err(match phase {
-            Phase::Waiting => self.budget_spent(poll, client, late_by),
+            Phase::Waiting => self.shed(poll, client, why, late_by),
             Phase::Connecting(_) => Error::NoConnection,
             Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow,
         })
     }
 
-    fn budget_spent(&self, poll: &Poll<'_>, client: &Client, late_by: Option<Duration>) -> Error {
-        let account = &poll.asker.account;
-        let foreseen = late_by.is_some();
-        let now = Instant::now();
-        let late_by = late_by.unwrap_or_else(|| account.budget.paused_for(now));
-        Error::BudgetSpent {
-            limit: self.config.load().budget.limit,
-            retry_after: (account.budget).retry_after(client, poll.asker.weight(), &poll.task, late_by, now),
-            foreseen,
-        }
-    }
-
     /// Answers a poll whose flight gave way in a full queue.
     pub(super) fn answer_without_place(&self, poll: &Poll<'_>, client: &Client) -> Result<Answered, Error> {
-        if let Some(snapshot) = self.stand_in(poll, "queue_full") {
-            return Ok(snapshot);
-        }
-        let (now, budget) = (Instant::now(), &poll.asker.account.budget);
-        let paused_for = budget.paused_for(now);
-        Err(Error::QueueFull {
-            limit: self.config.load().budget.limit,
-            retry_after: budget.retry_after(client, poll.asker.weight(), &poll.task, paused_for, now),
-        })
+        let why = Shed::QueueFull;
+        self.stand_in(poll, why.detail())
+            .ok_or_else(|| self.shed(poll, client, why, None))
     }
-}
 
-/// Why a poll is turned away that is answered with `error`, if the budget did it. Asked once a poll, so that each counts once
-/// whoever shared its flight, and one that has a snapshot not at all.
-pub(super) fn shed(error: &Error) -> Option<Shed> {
-    if let Error::BudgetSpent { foreseen, .. } = error {
-        return Some(if *foreseen { Shed::Admission } else { Shed::Deadline });
+    /// Why a poll is turned away, and until when: its turn would come `late_by` too late, if that is known.
+    fn shed(&self, poll: &Poll<'_>, client: &Client, why: Shed, late_by: Option<Duration>) -> Error {
+        let (now, budget) = (Instant::now(), &poll.asker.account.budget);
+        let late_by = late_by.unwrap_or_else(|| budget.paused_for(now));
+        Error::Shed {
+            why,
+            limit: self.config.load().budget.limit,
+            retry_after: budget.retry_after(client, poll.asker.weight(), &poll.task, late_by, now),
+        }
     }
-    matches!(error, Error::QueueFull { .. }).then_some(Shed::QueueFull)
 }
 
 /// Leaves a flight of which a poll has been answered with a snapshot: somebody waits for it in the background, on nobody's

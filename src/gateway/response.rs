@@ -327,7 +327,7 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     }
     if let Some(wait) = error.retry_after().map(whole_seconds) {
         headers.insert(RETRY_AFTER, HeaderValue::from(wait));
-        if let Error::QueueFull { limit, .. } | Error::BudgetSpent { limit, .. } = error {
+        if let Error::Shed { limit, .. } = error {
             for (name, value) in [
                 (RATE_LIMIT_POLICY, format!("\"account\";q={limit};w=1")),
                 (RATE_LIMIT, format!("\"account\";r=0;t={wait}")),

@@ -255,7 +255,7 @@ async fn a_panic_of_the_dispatcher_ends_the_wait_of_those_who_wait_and_nothing_e
     assert_eq!((budget.waiting(), metrics.queue_length[0].get()), (0, 0));
     let sent_away = waiting.join_all().await.into_iter().filter(Result::is_err).count();
     assert!(sent_away >= 10, "{sent_away}");
-    assert_eq!(opened_before.enter(Entry::InTurn).await.map(drop), Err(Shed));
+    assert_eq!(opened_before.enter(Entry::InTurn).await.map(drop), Err(Shed::QueueFull));
     assert!(called.permit(&Open).await.is_none());
     // The pace goes on where it was.
     let mut next: Vec<_> = flights(&budget, 20).join_all().await;
