@@ -158,16 +158,7 @@ impl Desk {
 
     /// Says something, and does what follows from it.
     pub(super) fn tell(&self, message: Message) {
-        let mut dispatcher = lock(&self.dispatcher);
-        let slept_for = dispatcher.next;
-        let is_of_pace = matches!(message, Message::BackedOff | Message::Configured { .. });
-        dispatcher.contain(|dispatcher| {
-            dispatcher.take(message);
-            if is_of_pace || !dispatcher.is_idle() {
-                dispatcher.next = dispatcher.go_on(Instant::now(), false);
-            }
-        });
-        if dispatcher.next.is_missed_by(slept_for) {
+        if lock(&self.dispatcher).hear(message, Instant::now()) {
             self.roused.notify_one();
         }
     }
@@ -197,8 +188,7 @@ impl Desk {
                     // A pause may not be over yet.
                     return dispatcher.metrics.paused.sub(i64::from(dispatcher.is_paused));
                 }
-                dispatcher.contain(|dispatcher| dispatcher.next = dispatcher.look(Instant::now()));
-                dispatcher.next
+                dispatcher.look(Instant::now())
             };
             tokio::select! {
                 biased;
@@ -299,10 +289,10 @@ impl Dispatcher {
 
     /// Does `work`. A panic ends the wait of everybody who waits, and nothing else: what was spent counts on, and whoever
     /// comes next is served.
-    fn contain(&mut self, work: impl FnOnce(&mut Self)) {
+    fn contain(&mut self, now: Instant, work: impl FnOnce(&mut Self)) {
         if contain_now(|| work(self)).is_none() {
             self.forget_all();
-            self.next = self.look(Instant::now());
+            self.next = self.go_on(now, true);
         }
     }
 
@@ -316,13 +306,28 @@ impl Dispatcher {
         self.ready = 0;
     }
 
-    /// Does what is due at `now`.
-    pub(super) fn look(&mut self, now: Instant) -> Wake {
-        self.go_on(now, true)
+    /// Takes a message, and does what follows from it at `now`. Gives whether the task has to look again, or it would sleep
+    /// too long.
+    pub(super) fn hear(&mut self, message: Message, now: Instant) -> bool {
+        let slept_for = self.next;
+        let is_of_pace = matches!(message, Message::BackedOff | Message::Configured { .. });
+        self.contain(now, |dispatcher| {
+            dispatcher.take(message, now);
+            if is_of_pace || !dispatcher.is_idle() {
+                dispatcher.next = dispatcher.go_on(now, false);
+            }
+        });
+        self.next.is_missed_by(slept_for)
     }
 
-    /// The same. Only the task calls more flights forward because connections open slowly: where it is the process that is
-    /// slow, so is the task.
+    /// Does what is due at `now`, for the task; gives what that sleeps for.
+    pub(super) fn look(&mut self, now: Instant) -> Wake {
+        self.contain(now, |dispatcher| dispatcher.next = dispatcher.go_on(now, true));
+        self.next
+    }
+
+    /// Does what is due at `now`. Only the task calls more flights forward because connections open slowly: where it is the
+    /// process that is slow, so is the task.
     fn go_on(&mut self, now: Instant, is_task: bool) -> Wake {
         if let Some(heard) = self.lane.as_deref().and_then(Lane::backed) {
             lock(&self.backoff).take_over(heard, now);
@@ -334,7 +339,7 @@ impl Dispatcher {
         wake
     }
 
-    pub(super) fn take(&mut self, message: Message) {
+    fn take(&mut self, message: Message, now: Instant) {
         match message {
             Message::Open { flight, snapshot } => self.queue.open(flight, snapshot),
             Message::Join {
@@ -362,7 +367,7 @@ impl Dispatcher {
                 call,
             } if self.called.is_empty() && self.max_queue > 0 && self.queue.passes(flight) => {
                 self.admission.enter(flight);
-                self.call(flight, call, Instant::now());
+                self.call(flight, call, now);
             }
             Message::Enter { flight, is_again, call } => {
                 self.admission.enter(flight);

@@ -179,8 +179,7 @@ fn a_connection_that_comes_late_does_not_move_the_schedule() {
         writes: Duration::ZERO,
     };
     let late = ms(3);
-    // Called `late` after the start.
-    let shift = |n: u32| (hold() + interval(15) * n + ms(2)).saturating_sub(late);
+    let shift = |n: u32| hold() + interval(15) * n + ms(2);
     let mut plans = rush(15, 0, late);
     plans.flights = (0..14)
         .map(|n| connects(shift(n)))
@@ -233,6 +232,30 @@ fn a_permit_dropped_unused_makes_room_at_once() {
     plans.flights[1].gives_up = GivesUp::Unused(ms(600));
     let history = play(&plans);
     assert_eq!(history.granted[2], history.granted[1] + ms(600));
+}
+
+/// The task was not woken for it, and has to be for the next.
+#[test]
+fn a_permit_granted_on_arrival_counts_from_its_write() {
+    let mut plans = rush(1, 2, Duration::ZERO);
+    let first = hold() + SECOND;
+    plans.flights[0].arrives = first;
+    plans.flights[0].writes = ms(500);
+    plans.flights[1].arrives = ms(100);
+    let history = play(&plans);
+    assert_eq!(history.granted, [first, first + ms(500) + ms(1010)]);
+}
+
+#[test]
+fn where_the_process_is_slow_nobody_is_called_forward_as_if_connections_were() {
+    let mut plans = rush(15, 20, SECOND);
+    for flight in &mut plans.flights {
+        flight.connects = Some(SECOND * 3);
+    }
+    // Late enough for several more, were it not that the task has not come to look either.
+    plans.flights[19].arrives = ms(500);
+    let called = play(&plans).called;
+    assert_eq!(called[..3], [ms(0), ms(0), SECOND]);
 }
 
 /// The world counts wake-ups, and refuses timers that are over already.

@@ -1,5 +1,5 @@
 //! A world around a bare dispatcher, in simulated time: flights arrive, connect, write and give up when they like, and
-//! the dispatcher wakes up late. Deterministic; what it tells afterwards is when each thing really happened.
+//! the dispatcher's task wakes up late. Deterministic; what it tells afterwards is when each thing really happened.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -52,13 +52,14 @@ pub(super) struct Plans {
     pub(super) flights: Vec<Plan>,
     /// When, and for how long.
     pub(super) pauses: Vec<(Duration, Duration)>,
-    /// How late each wake-up of the dispatcher is; over and over.
+    /// How late each wake-up of the dispatcher's task is; over and over.
     pub(super) lateness: Vec<Duration>,
 }
 
 /// What happened, on the world's clock.
 #[derive(Debug, Default)]
 pub(super) struct History {
+    pub(super) called: Vec<Duration>,
     pub(super) granted: Vec<Duration>,
     pub(super) written: Vec<Duration>,
     /// When a flight with a connection waited, the account was not paused and the start hold was over.
@@ -71,7 +72,7 @@ pub(super) struct History {
 enum Event {
     Enter(usize),
     Ready(usize),
-    GiveUp(usize),
+    Leave(usize),
     Write(usize),
     Pause(Duration),
     Limit(u32),
@@ -94,10 +95,8 @@ struct World<'a> {
     flights: Vec<Flight>,
     events: BinaryHeap<Reverse<(Duration, usize, Event)>>,
     scheduled: usize,
-    /// What the dispatcher has not read yet, and when it will.
-    inbox: Vec<Message>,
-    reads: Option<Duration>,
-    /// When its timer and the ring's news reach it.
+    /// When its task is roused, and when its timer and the ring's news reach it.
+    roused: Option<Duration>,
     timer: Option<Duration>,
     listens: bool,
     has_news: bool,
@@ -144,8 +143,7 @@ pub(super) fn play(plans: &Plans) -> History {
         flights: plans.flights.iter().map(|_| Flight::default()).collect(),
         events: BinaryHeap::new(),
         scheduled: 0,
-        inbox: Vec::new(),
-        reads: None,
+        roused: None,
         timer: None,
         listens: false,
         has_news: false,
@@ -186,7 +184,7 @@ impl World<'_> {
 
     fn run(&mut self) {
         loop {
-            let wake = [self.reads, self.timer, self.news].into_iter().flatten().min();
+            let wake = [self.roused, self.timer, self.news].into_iter().flatten().min();
             let event = self.events.peek().map(|Reverse((at, ..))| *at);
             match (event, wake) {
                 (Some(at), wake) if wake.is_none_or(|wake| at <= wake) => {
@@ -225,7 +223,7 @@ impl World<'_> {
                 self.tell(now, join, flight);
                 self.tell(now, |flight| Message::Enter { flight, is_again, call }, flight);
                 if let GivesUp::AfterEntry(after) = self.plans.flights[flight].gives_up {
-                    self.schedule(now + after, Event::GiveUp(flight));
+                    self.schedule(now + after, Event::Leave(flight));
                 }
             }
             Event::Ready(flight) if !self.flights[flight].is_over => {
@@ -236,16 +234,16 @@ impl World<'_> {
                 self.waits(now, 1);
                 self.tell(now, |flight| Message::Ready { flight, since, grant }, flight);
                 if let GivesUp::AfterReady(after) = self.plans.flights[flight].gives_up {
-                    self.schedule(now + after, Event::GiveUp(flight));
+                    self.schedule(now + after, Event::Leave(flight));
                 }
             }
-            Event::GiveUp(flight) if !self.flights[flight].is_over => {
+            Event::Leave(flight) if !self.flights[flight].is_over => {
                 if self.flights[flight].has_connection {
                     self.waits(now, -1);
                 }
                 self.leave(now, flight);
             }
-            Event::Ready(_) | Event::GiveUp(_) => {}
+            Event::Ready(_) | Event::Leave(_) => {}
             Event::Write(flight) => {
                 let stamp = self.flights[flight].stamp.take().unwrap();
                 if matches!(self.plans.flights[flight].gives_up, GivesUp::Unused(_)) {
@@ -287,13 +285,14 @@ impl World<'_> {
     }
 
     fn tell(&mut self, now: Duration, message: impl FnOnce(u64) -> Message, flight: usize) {
-        self.inbox.push(message(flight as u64));
-        if self.reads.is_none() {
-            self.reads = Some(now + self.late());
+        let must_look = self.dispatcher.hear(message(flight as u64), self.start + now);
+        if must_look && self.roused.is_none() {
+            self.roused = Some(now + self.late());
         }
+        self.notice_all(now);
     }
 
-    /// The ring's news, which are kept for a dispatcher that does not listen yet.
+    /// The ring's news, which are kept for a task that does not listen yet.
     fn hear(&mut self, now: Duration) {
         if self.listens && self.has_news && self.news.is_none() {
             self.news = Some(now + self.late());
@@ -304,10 +303,7 @@ impl World<'_> {
         if self.news.take_if(|news| *news <= now).is_some() {
             self.has_news = false;
         }
-        self.reads = None;
-        for message in self.inbox.drain(..) {
-            self.dispatcher.take(message);
-        }
+        self.roused = None;
         let wake = self.dispatcher.look(self.start + now);
         self.timer = wake.at.map(|at| {
             assert!(at > self.start + now, "a timer that is over already");
@@ -316,6 +312,10 @@ impl World<'_> {
         self.listens = wake.when_changed;
         self.news = None;
         self.hear(now);
+        self.notice_all(now);
+    }
+
+    fn notice_all(&mut self, now: Duration) {
         for flight in 0..self.flights.len() {
             self.notice(now, flight);
         }
@@ -327,12 +327,13 @@ impl World<'_> {
         let told = &mut self.flights[flight];
         if told.called.as_mut().is_some_and(|called| called.try_recv().is_ok()) {
             told.called = None;
+            self.history.called.push(now);
             match plan.connects {
                 Some(after) => self.schedule(now + after, Event::Ready(flight)),
-                None => self.schedule(now + Duration::from_secs(3), Event::GiveUp(flight)),
+                None => self.schedule(now + Duration::from_secs(3), Event::Leave(flight)),
             }
             if let GivesUp::AfterCall(after) = plan.gives_up {
-                self.schedule(now + after, Event::GiveUp(flight));
+                self.schedule(now + after, Event::Leave(flight));
             }
             return;
         }
@@ -341,8 +342,8 @@ impl World<'_> {
             assert!(now >= self.paused_until, "granted during a pause or the start hold");
             told.stamp = Some(stamp);
             self.history.granted.push(now);
-            self.waits(now, -1);
-            self.leave(now, flight);
+            // Only when all have noticed what they were told just now.
+            self.schedule(now, Event::Leave(flight));
             let used = match plan.gives_up {
                 GivesUp::Unused(after) => after,
                 GivesUp::Never | GivesUp::AfterEntry(_) | GivesUp::AfterCall(_) | GivesUp::AfterReady(_) => plan.writes,
