@@ -86,40 +86,20 @@ impl Framing {
         let (mut at, mut heads) = (0, 0);
         // Where the request began whose body is followed, if it began in these bytes.
         let mut began = None;
-        loop {
+        let refused = loop {
             let rest = &bytes[at..];
             match &mut self.state {
+                State::Head(_) if rest.is_empty() => break None,
+                // Whether they belong to the other protocol or to this one, nobody can say.
+                State::Head(_) if self.offered => {
+                    let error = Error::Malformed("more bytes while an Upgrade is not yet answered");
+                    break Some(Refused { error, in_body: false });
+                }
                 State::Head(scan) => {
-                    if rest.is_empty() {
-                        return Followed {
-                            through: at,
-                            heads,
-                            refused: None,
-                        };
-                    }
-                    let checked = if self.offered {
-                        // Whether they belong to the other protocol or to this one, nobody can say.
-                        Err(Error::Malformed("more bytes while an Upgrade is not yet answered"))
-                    } else {
-                        head::check(rest, scan, &self.most)
-                    };
-                    let head = match checked {
+                    let head = match head::check(rest, scan, &self.most) {
                         Ok(Some(head)) => head,
-                        Ok(None) => {
-                            return Followed {
-                                through: at,
-                                heads,
-                                refused: None,
-                            };
-                        }
-                        Err(error) => {
-                            let refused = Some(Refused { error, in_body: false });
-                            return Followed {
-                                through: at,
-                                heads,
-                                refused,
-                            };
-                        }
+                        Ok(None) => break None,
+                        Err(error) => break Some(Refused { error, in_body: false }),
                     };
                     began = Some(at);
                     at += head.length;
@@ -136,11 +116,7 @@ impl Framing {
                     *left -= here as u64;
                     at += here;
                     if *left > 0 {
-                        return Followed {
-                            through: at,
-                            heads,
-                            refused: None,
-                        };
+                        break None;
                     }
                     self.state = State::Head(Scan::default());
                 }
@@ -148,27 +124,26 @@ impl Framing {
                     Ok(own) => {
                         at += own;
                         if !chunks.has_ended() {
-                            return Followed {
-                                through: at,
-                                heads,
-                                refused: None,
-                            };
+                            break None;
                         }
                         self.state = State::Head(Scan::default());
                     }
-                    // Nobody has seen its head yet: nobody shall.
                     Err(error) => {
-                        let (through, in_body) = began.map_or((at, true), |began| (began, false));
-                        let heads = heads - usize::from(!in_body);
-                        let refused = Some(Refused { error, in_body });
-                        return Followed {
-                            through,
-                            heads,
-                            refused,
-                        };
+                        // Nobody has seen its head yet: nobody shall.
+                        if let Some(began) = began {
+                            at = began;
+                            heads -= 1;
+                        }
+                        let in_body = began.is_none();
+                        break Some(Refused { error, in_body });
                     }
                 },
             }
+        };
+        Followed {
+            through: at,
+            heads,
+            refused,
         }
     }
 }
