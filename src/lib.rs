@@ -1,19 +1,17 @@
 //! crun-gateway: one account's 15 `TaskInfo` queries a second serve a whole company.
 //!
-//! The map, from the edge inwards; a module names only modules of a lower row (`tests/architecture.rs`):
+//! The map, from the edge inwards; a module names only modules of a lower row (`tests/architecture.rs` reads it here):
 //!
 //! ```text
-//! simulator                                the simulated upstream and the demo fleet
-//! server  admin  reload  log               edges: accept, TLS, drain · metrics, health, status page · a changed configuration · the log
-//! gateway                                  the life of a request: knows all the parts
-//! cache  disk  flight  upstream            the parts: know nothing of each other
-//! watch  otlp
-//! budget                                   who may ask upstream, and when
-//! shared                                   one budget for many replicas: the store's connection and script
-//! stored                                   what is kept of an answer
-//! config  error  metrics  dial             checked config · one enum · one struct · how we connect
-//! task  account  outcome  trace            words: pure, no I/O
-//! panics                                   what a panic ends, and what goes on
+//! simulator                                    the simulated upstream and the demo fleet
+//! server  admin  reload  log                   edges: accept, TLS, drain · metrics, health, status page · a changed configuration · the log
+//! gateway                                      the life of a request: knows all the parts
+//! cache  disk  flight  upstream  watch  otlp   the parts: know nothing of each other
+//! budget                                       who may ask upstream, and when
+//! stored  shared                               what is kept of an answer · what replicas share: a budget and answers, in a store
+//! config  error  metrics  dial                 checked config · one enum · one struct · how we connect
+//! task  account  outcome  trace                words: pure, no I/O
+//! panics                                       what a panic ends, and what goes on
 //! ```
 
 pub mod account;
