@@ -6,6 +6,7 @@
 //! called only when their grace is over. What a request means is `gateway`'s business.
 
 mod chunks;
+mod closing;
 mod connection;
 pub mod descriptors;
 mod framing;
@@ -35,6 +36,9 @@ use crate::outcome::EdgeRefusal;
 use crate::panics;
 pub use connection::serve_connection;
 pub use tls::{LOOK_INTERVAL, Tls, serve_tls_connection};
+
+/// How long a client may take to close, after our FIN, or to go on with what it is sending.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// How long, at a stop, the listener stays open and an idle connection may still ask.
 pub const GRACE: Duration = Duration::from_secs(2);
@@ -249,7 +253,7 @@ where
 {
     let answer = refusal(&Error::TooManyConnections(limit));
     timeout(GRACE, stream.write_all(&answer)).await??;
-    connection::close(&mut stream, may_go_on).await
+    closing::close(&mut stream, may_go_on).await
 }
 
 /// Whether an accept failed because of the one connection, which is gone, and not of us.

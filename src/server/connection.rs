@@ -5,16 +5,14 @@
 //! connections that ask nothing or wait, and every poll may be a hit again.
 //!
 //! hyper's own header time-out also counts idle time, so the two are told apart here: an I/O wrapper sees a request's first
-//! byte, the service its head's end, the response body's drop its end. And a connection ends with a FIN and its reads
-//! drained, since bytes that lie unread when a socket closes reset it, and the client loses the answer.
+//! byte, the service its head's end, the response body's drop its end. How it ends is `closing`'s
+//! business.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
-use std::io;
-use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{CONNECTION, EXPECT};
@@ -24,29 +22,21 @@ use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep, timeout, timeout_at};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::closing::Watched;
 use super::framing::Refused;
 use super::guard::{Came, Guard, Refusal};
 use super::head::{Most, USUAL_HEADERS};
 use super::phases::{Busy, Phase, Phases, poll_alarm};
-use super::{GRACE, sleep_until_some};
+use super::{GRACE, LINGER, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
 use crate::gateway::{Body, Data, Gateway, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply, RequestBody};
 use crate::outcome::EdgeRefusal;
-
-/// How long a client may take to close, after our FIN, or to go on with what it is sending.
-pub(super) const LINGER: Duration = Duration::from_secs(2);
-
-/// How long it may go on: many look for an answer only when they have sent all, and a reset would take it away.
-const MOST_LINGER: Duration = Duration::from_secs(30);
-
-/// How much of it is read at once.
-const DISCARDED: usize = 16 << 10;
 
 /// How long the body of a request that is answered without it may take to come: mostly it is on its way.
 const UNREAD_WAIT: Duration = Duration::from_millis(200);
@@ -371,24 +361,6 @@ async fn answer_to(served: &Served, request: Box<Request<RequestBody>>) -> (Resp
     (response, Some(in_flight))
 }
 
-/// Sends a FIN and reads until the client's, for as long as [`LINGER`]; from one that goes on sending, for as long as
-/// `may_go_on` says so, and [`MOST_LINGER`].
-pub(super) async fn close<S>(stream: &mut S, may_go_on: impl Fn() -> bool) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    timeout(LINGER, stream.shutdown()).await??;
-    let most = Instant::now() + MOST_LINGER;
-    let mut until = Instant::now() + LINGER;
-    let mut discarded = [0; 1024];
-    while timeout_at(until, stream.read(&mut discarded)).await?? > 0 {
-        if may_go_on() {
-            until = (Instant::now() + LINGER).min(most);
-        }
-    }
-    Ok(())
-}
-
 /// A response's body; with what hyper has taken of it goes the request's time.
 struct Tracked {
     body: Body,
@@ -422,105 +394,5 @@ impl HttpBody for Tracked {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
-    }
-}
-
-/// The client's stream: it ends in peace.
-struct Watched<S> {
-    stream: S,
-    phase: Phases,
-    draining: CancellationToken,
-    has_held_back_end: bool,
-    ending: Ending,
-}
-
-impl<S> Watched<S> {
-    fn new(stream: S, phase: Phases, draining: CancellationToken) -> Self {
-        Self {
-            stream,
-            phase,
-            draining,
-            has_held_back_end: false,
-            ending: Ending::Open,
-        }
-    }
-}
-
-enum Ending {
-    Open,
-    /// Our FIN is sent; the client's is awaited, for so long, and in the end until then.
-    Lingering(Pin<Box<Sleep>>, Instant),
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        let is_end = buffer.filled().len() == before;
-        if is_end && self.phase.is_busy() && !self.has_held_back_end {
-            // To hyper the client's end is the end of its request, too. One that has but said all it has to say gets the
-            // answer that is there at once; for any other answer it looks like one that has left.
-            self.has_held_back_end = true;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.phase.settled(false);
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.phase.settled(false);
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
-        // hyper flushes only what it has written whole.
-        self.phase.settled(matches!(self.ending, Ending::Open));
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        this.phase.settled(false);
-        loop {
-            match &mut this.ending {
-                Ending::Open => {
-                    ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
-                    this.phase.set(Phase::Closing);
-                    let until = Instant::now() + MOST_LINGER;
-                    this.ending = Ending::Lingering(Box::pin(sleep(LINGER)), until);
-                }
-                Ending::Lingering(over, until) => {
-                    if over.as_mut().poll(cx).is_ready() {
-                        return Poll::Ready(Ok(()));
-                    }
-                    let mut discarded = [MaybeUninit::uninit(); DISCARDED];
-                    let mut buffer = ReadBuf::uninit(&mut discarded);
-                    ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer))?;
-                    if buffer.filled().is_empty() {
-                        return Poll::Ready(Ok(()));
-                    }
-                    // A stop waits for nobody's upload, and a head that does not end is none.
-                    if !this.draining.is_cancelled() && !this.phase.is_out_of_time() {
-                        over.as_mut().reset((Instant::now() + LINGER).min(*until));
-                    }
-                }
-            }
-        }
     }
 }

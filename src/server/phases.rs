@@ -12,7 +12,7 @@ use std::time::Duration;
 use http::HeaderValue;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::connection::LINGER;
+use super::LINGER;
 use crate::config::Limits;
 use crate::gateway::InFlight;
 

@@ -25,7 +25,8 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
 use super::GRACE;
-use super::connection::{close, serve_connection};
+use super::closing::close;
+use super::connection::serve_connection;
 use crate::account::Caller;
 use crate::config::{self, Demand, Identity, Limits, Problem, Problems, Watched};
 use crate::error::Error;
