@@ -1,12 +1,15 @@
 //! Why a poll got no answer of upstream's: one variant a reason, and what each means as methods.
 //!
 //! A 4xx or 5xx *from* upstream is an answer, not an error. Turning an error into a response is `gateway::response`'s
-//! business, in one function; it is logged once, there.
+//! business.
 
+use std::fmt;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::StatusCode;
+use serde::Serialize;
 use thiserror::Error;
 
 use crate::outcome::{EdgeRefusal, Shed};
@@ -278,4 +281,21 @@ impl Meaning {
             retry_after,
         }
     }
+}
+/// A message of the gateway's own in upstream's envelope, which every answer of upstream's has in common.
+pub fn envelope(code: u16, message: &impl fmt::Display) -> Bytes {
+    #[derive(Serialize)]
+    struct Envelope {
+        code: u16,
+        message: String,
+        /// Always null.
+        data: (),
+    }
+    let envelope = Envelope {
+        code,
+        message: format!("crun-gateway: {message}"),
+        data: (),
+    };
+    // Numbers and text always serialise.
+    serde_json::to_vec(&envelope).unwrap_or_default().into()
 }

@@ -796,7 +796,7 @@ fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The one place where an error of a poll becomes a response and is logged.
+/// What a poll gets for an error; logged.
 fn refuse(error: &Error, account: &str, request_id: &HeaderValue, trace: &Trace) -> Response<Body> {
     tracing::debug!(
         request_id = request_id.to_str().unwrap_or_default(),

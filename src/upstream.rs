@@ -38,7 +38,7 @@ use crate::budget::Permit;
 use crate::config;
 use crate::dial::{self, Handshake};
 pub use crate::dial::{Dial, Dialing, Stream, tcp};
-use crate::error::Error;
+use crate::error::{Error, envelope};
 use crate::metrics::Metrics;
 use crate::task::{self, TaskId};
 use crate::trace::TRACEPARENT;
@@ -411,10 +411,10 @@ fn headless(error: &hyper::Error, wire: &Wire) -> Error {
 /// What clients get for an error's body that is not to be had: upstream's envelope.
 fn in_place_of_body(status: StatusCode, error: &Error) -> Bytes {
     let code = status.as_u16();
-    let envelope = format!(
-        r#"{{"code":{code},"message":"crun-gateway: upstream answered {code}, and nothing more is known of it: {error}","data":null}}"#
-    );
-    Bytes::from(envelope)
+    envelope(
+        code,
+        &format_args!("upstream answered {code}, and nothing more is known of it: {error}"),
+    )
 }
 
 /// Nobody asked for another protocol: an Upgrade goes no further than to us. And of two lengths one is a lie, told to make

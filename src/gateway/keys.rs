@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::HeaderValue;
 use prometheus::IntGauge;
 use tokio::time::Instant;
 
 use crate::account::ApiKey;
+use crate::error::envelope;
 use crate::stored::{Answer, Keeping, Seal};
 
 /// How long a refusal is remembered. Clients poll every 2 to 5 s, so a key that is accepted again, or an account that has
@@ -241,10 +241,7 @@ fn remembered(answer: &Answer, keep: Duration) -> Answer {
     draft.keeping = Some(Keeping::briefly(keep));
     if draft.body.len() > LARGEST_BODY {
         let code = answer.code();
-        let envelope = format!(
-            r#"{{"code":{code},"message":"crun-gateway: upstream answered code {code} a moment ago","data":null}}"#
-        );
-        draft.body = Bytes::from(envelope);
+        draft.body = envelope(code, &format_args!("upstream answered code {code} a moment ago"));
         draft.content_type = Some(HeaderValue::from_static("application/json"));
     }
     draft.of_nobody()
@@ -252,6 +249,7 @@ fn remembered(answer: &Answer, keep: Duration) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use http::StatusCode;
 
     use super::*;

@@ -7,13 +7,12 @@ use bytes::{Buf, Bytes};
 use http::header::{AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, VIA};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use hyper::ext::ReasonPhrase;
-use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::body::{Body, Data};
 use super::unix_now;
-use crate::error::Error;
+use crate::error::{Error, envelope};
 use crate::stored::{Answer, Freshness};
 use crate::upstream::{Streamed, connection_options};
 
@@ -290,27 +289,12 @@ fn with_date<T>(unix: Duration, show: impl FnOnce(&str) -> T) -> T {
     })
 }
 
-/// What every answer of upstream's has in common, in its order.
-#[derive(Serialize)]
-struct Envelope {
-    code: u16,
-    message: String,
-    /// Always null.
-    data: (),
-}
-
 /// An error as the client gets it: `{"code","message","data":null}` with `code` = the HTTP status, and the gateway named
 /// in the message.
 pub(super) fn error(error: &Error) -> Response<Body> {
     let code = error.status();
-    let envelope = Envelope {
-        code: code.as_u16(),
-        message: format!("crun-gateway: {error}"),
-        data: (),
-    };
-    // Numbers and text always serialise.
-    let body = serde_json::to_vec(&envelope).unwrap_or_default();
-    let mut response = Response::new(Body::Whole(Some(Data::Bytes(body.into()))));
+    let body = envelope(code.as_u16(), &error);
+    let mut response = Response::new(Body::Whole(Some(Data::Bytes(body))));
     *response.status_mut() = code;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
