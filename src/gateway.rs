@@ -19,6 +19,7 @@
 //! what the gateway tells of itself `gateway::status`'s.
 
 mod abandoned;
+mod account;
 mod accounts;
 mod admission;
 mod answered;
@@ -72,7 +73,8 @@ use crate::task::{Class, TaskId};
 use crate::trace::{TraceContext, TraceId};
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use abandoned::Unanswered;
-use accounts::{Account, Accounts};
+use account::Account;
+use accounts::Accounts;
 use answered::Answered;
 use asker::Asker;
 use attempt::{Attempt, outcome};

@@ -15,101 +15,22 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use http::HeaderValue;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
+use super::account::Account;
 use super::asker::Asker;
-use super::keys::{Key, Refusal};
 use super::others::Others;
-use super::tally::Tally;
 use crate::account::{AccountId, AccountIds, ApiKey, KeyText};
 use crate::budget::Budget;
 use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
-use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
-use crate::outcome::Served;
+use crate::metrics::{Metrics, OTHER};
 use crate::shared::Shared;
-use crate::stored::{Answer, Owner};
-use crate::task::TaskId;
-use crate::upstream::{Pool, Upstream};
-use crate::watch::Watch;
+use crate::upstream::Upstream;
 use known::Known;
 use maker::{Maker, Rules};
 
 /// How long an unlisted account is remembered after its last poll: much longer than a second's queries count.
 const IDLE: Duration = Duration::from_mins(1);
-
-/// An account, from here on without its keys.
-#[derive(Debug)]
-pub(super) struct Account {
-    pub(super) id: AccountId,
-    /// The same for what outlives the process.
-    pub(super) owner: Owner,
-    /// The configured name, or `other`: metric label and log field.
-    pub(super) label: Arc<str>,
-    pub(super) budget: Budget,
-    pub(super) pool: Pool,
-    pub(super) watch: Arc<Watch>,
-    pub(super) metrics: AccountMetrics,
-    /// Of the unlisted ones that ever formed, which one it is: all that may be told of its name.
-    pub(super) number: Option<u64>,
-    pub(super) tally: Arc<Tally>,
-    /// The counters of clients that are not configured.
-    pub(super) others: Arc<Others>,
-    /// Upstream's 402.
-    pub(super) credits: Arc<Refusal>,
-    /// Its keys, in their order: what client tokens stand for.
-    pub(super) keys: Vec<Arc<Key>>,
-    /// Cancelled: one of its keys has come under another budget. What is not sent yet has to be asked for anew.
-    pub(super) superseded: CancellationToken,
-    /// Milliseconds from the directory's start to the last poll, or to the last sweep that found it in use.
-    asked_ms: AtomicU64,
-}
-
-impl Account {
-    /// A key's place among the account's, from 1: all of it that a log may say. 0 when it is listed no longer.
-    pub(super) fn place(&self, key: &Key) -> usize {
-        let place = self.keys.iter().position(|own| own.number == key.number);
-        place.map_or(0, |place| place + 1)
-    }
-
-    /// Upstream said `answer` of a task, which was known to have ended or not: whether it goes on, as of `at`.
-    pub(super) fn told(&self, task: &TaskId, answer: &Answer, had_ended: bool, at: Instant) {
-        if answer.has_ended() {
-            self.watch.ended(task);
-        } else if answer.is_live() && !had_ended {
-            // A late `running` says nothing about a task that is known to have ended.
-            self.watch.goes_on(task, at);
-        }
-    }
-
-    /// The freshness lifetime of its live answers at `now`.
-    pub(super) fn lifetime(&self, now: Instant) -> Duration {
-        self.watch.lifetime(self.budget.rate(now), now)
-    }
-
-    /// Counts a poll of `client` that was answered `served` with `code`, `after` its arrival, and whether it `has_flown`.
-    pub(super) fn answered(
-        &self,
-        client: &ClientRequests,
-        served: Served,
-        has_flown: bool,
-        code: u16,
-        after: Duration,
-    ) {
-        self.tally.count(served, has_flown);
-        self.metrics.answered(client, served, code, after);
-        if !has_flown {
-            self.metrics.saved(served);
-        }
-    }
-
-    /// Who presents an unlisted key, whose account this is.
-    fn its_own(self: Arc<Self>) -> Result<Asker, Error> {
-        let key = self.keys.first().cloned().ok_or(Error::Internal)?;
-        let (account, token) = (self, None);
-        Ok(Asker { account, key, token })
-    }
-}
 
 /// What configuration says, as it is looked up: swapped whole.
 #[derive(Debug)]
@@ -294,7 +215,7 @@ impl Accounts {
         }
         let known = self.known_unlisted(key)?;
         known.asked_ms.store(self.ms(now), Ordering::Relaxed);
-        known.its_own().ok().as_ref().map(answer)
+        of_its_own(known).ok().as_ref().map(answer)
     }
 
     fn known_unlisted(&self, key: &dyn KeyText) -> Option<Arc<Account>> {
@@ -308,7 +229,7 @@ impl Accounts {
             && self.forwards_unknown()
         {
             account.asked_ms.store(asked_ms, Ordering::Relaxed);
-            return account.its_own();
+            return of_its_own(account);
         }
         let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
         // Before this lock another poll may have formed it, or a changed configuration may list it.
@@ -320,7 +241,7 @@ impl Accounts {
             return Err(Error::UnknownKey);
         }
         if let Some(account) = unlisted.get(key) {
-            return Arc::clone(account).its_own();
+            return of_its_own(Arc::clone(account));
         }
         if unlisted.len() >= directory.rules.max_unlisted {
             return Err(Error::TooManyAccounts);
@@ -329,7 +250,7 @@ impl Accounts {
         let budget = budget.unwrap_or_else(|| self.make.unlisted_budget(key, &directory.rules));
         let account = Arc::new(self.make.unlisted(key, budget, &directory.rules, asked_ms));
         unlisted.insert(key.clone(), Arc::clone(&account));
-        account.its_own()
+        of_its_own(account)
     }
 
     /// Who presents `key`, if configuration lists it.
@@ -490,6 +411,13 @@ impl Gained {
             spent: spent.clone(),
         })
     }
+}
+
+/// Who presents an unlisted key, whose account this is.
+fn of_its_own(account: Arc<Account>) -> Result<Asker, Error> {
+    let key = account.keys.first().cloned().ok_or(Error::Internal)?;
+    let token = None;
+    Ok(Asker { account, key, token })
 }
 
 #[cfg(test)]

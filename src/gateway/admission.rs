@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::accounts::Account;
+use super::account::Account;
 use super::{Answered, Gateway, Phase, Poll, Progress};
 use crate::account::Client;
 use crate::error::Error;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 use tokio::time::Instant;
 
-use super::accounts::Account;
+use super::account::Account;
 use super::keys::Key;
 use crate::account::{Caller, Client};
 use crate::metrics::ClientRequests;

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::accounts::Account;
+use super::account::Account;
 use super::clearance::learn;
 use super::keys::Key;
 use super::traced::FlightTrace;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::accounts::Account;
+use super::account::Account;
 use super::asker::Asker;
 use super::attempt::retry_after;
 use super::keys::Key;

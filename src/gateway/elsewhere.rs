@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::accounts::Account;
+use super::account::Account;
 use super::keys::Key;
 use super::{FlightKey, Gateway, Phase, Poll, Progress};
 use crate::budget::Turn;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use super::accounts::Account;
+use super::account::Account;
 use super::admission::leave_behind;
 use super::asker::Asker;
 use super::attempt::Attempt;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::accounts::Account;
+use super::account::Account;
 use super::keys::Key;
 use super::{Gateway, Poll, unix_now};
 use crate::error::Error;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use super::Gateway;
-use super::accounts::Account;
+use super::account::Account;
 use super::tally::Polls;
 use crate::account::{Caller, Client};
 use crate::budget::Shares;

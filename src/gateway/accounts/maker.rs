@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::super::account::Account;
 use super::super::asker::{Asker, Token};
 use super::super::keys::{Key, Refusal};
 use super::super::others::Others;
 use super::super::tally::Tally;
-use super::Account;
 use super::known::Known;
 use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
