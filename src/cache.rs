@@ -184,7 +184,7 @@ impl Cache {
         self.put_after(account, task, now, |_| answer.clone())
     }
 
-    /// The same with the answer that `make` makes, given the state that is kept so far.
+    /// Keeps, as [`Self::put`] does, the answer that `make` makes, given the state that is kept so far.
     pub fn put_after(
         &self,
         account: AccountId,

@@ -23,7 +23,7 @@ pub fn contain<T, W: Future<Output = T>>(work: W) -> impl Future<Output = Option
     AssertUnwindSafe(work).catch_unwind().map(Result::ok)
 }
 
-/// The same for work that does not wait.
+/// Does `work`, which does not wait; a panic in it gives `None`.
 pub fn contain_now<T>(work: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(work)).ok()
 }

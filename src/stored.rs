@@ -163,7 +163,7 @@ impl Keeping {
         Self::since(reading, settling_since, now, unix_now, cache)
     }
 
-    /// The same, where a success without media was first seen at `settling_since`.
+    /// How long an answer may be kept, where a success without media was first seen at `settling_since`.
     fn since(
         reading: &Reading,
         settling_since: Option<Instant>,
@@ -251,7 +251,7 @@ impl Answer {
         }
     }
 
-    /// The same where the cache has not kept it. Elsewhere it still may be: on disk, by other replicas.
+    /// The answer where the cache has not kept it. Elsewhere it still may be: on disk, by other replicas.
     #[must_use]
     pub fn left_out(self) -> Self {
         let beside = Beside {
@@ -264,7 +264,7 @@ impl Answer {
         Self { beside, ..self }
     }
 
-    /// The same once more, to be kept otherwise; its room is not.
+    /// A copy to be kept otherwise; without the room that it holds.
     pub fn draft(&self) -> Draft {
         let reading = Reading {
             class: self.class(),
@@ -292,7 +292,7 @@ impl Answer {
         self.block.content_type()
     }
 
-    /// The same as it is given again at `now`: of a Retry-After in seconds what is left, at least 1.
+    /// The answer as it is given again at `now`: of a Retry-After in seconds what is left, at least 1.
     #[must_use]
     pub fn repeated(self, now: Instant) -> Self {
         let wait = self.retry_after().and_then(seconds);

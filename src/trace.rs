@@ -76,7 +76,7 @@ impl TraceContext {
         Self::among(headers.get_all(TRACEPARENT).iter().map(HeaderValue::as_bytes))
     }
 
-    /// The same, of what stands in each `traceparent` of a request.
+    /// The one that a request names, of what stands in each of its `traceparent`s.
     pub fn among<'v>(mut named: impl Iterator<Item = &'v [u8]>) -> Option<Self> {
         let (Some(first), None) = (named.next(), named.next()) else {
             return None;

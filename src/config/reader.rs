@@ -197,7 +197,7 @@ impl<'a> Reader<'a> {
         self.refuse(name, Wrong { what, fix });
     }
 
-    /// The same, from what a check found.
+    /// Notes what a check found wrong with `name` here.
     pub(super) fn refuse(&mut self, name: &str, wrong: Wrong) {
         self.problem_at(self.path(name), wrong);
     }

@@ -85,7 +85,7 @@ fn secret<'a>(
     reader.within(path, Some(item), read)
 }
 
-/// The same as [`key`], for one that stands nowhere else.
+/// Reads a [`key`] that stands nowhere else.
 fn unique(reader: &mut Reader<'_>) -> Option<Key> {
     let read = key(reader)?;
     if let Some(other) = reader.keys.get(&read.key) {

@@ -153,7 +153,7 @@ pub(super) fn url(value: &Value) -> Result<Uri, Wrong> {
     web_url(value, "https://api.crun.ai")
 }
 
-/// The same, of a collector.
+/// A collector's URL: `http://` or `https://`, a host and perhaps a port.
 pub(super) fn endpoint(value: &Value) -> Result<Uri, Wrong> {
     web_url(value, "http://otel-collector:4318")
 }

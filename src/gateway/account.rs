@@ -23,7 +23,7 @@ use crate::watch::Watch;
 #[derive(Debug)]
 pub(super) struct Account {
     pub(super) id: AccountId,
-    /// The same for what outlives the process.
+    /// What stands for it where answers outlive the process.
     pub(super) owner: Owner,
     /// The configured name, or `other`: metric label and log field.
     pub(super) label: Arc<str>,

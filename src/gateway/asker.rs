@@ -75,7 +75,7 @@ impl Asker {
         self.token.is_some()
     }
 
-    /// The same asker with another of its keys.
+    /// This asker with another of its keys.
     pub(super) fn with(&self, key: &Arc<Key>) -> Self {
         Self {
             key: Arc::clone(key),

@@ -59,7 +59,7 @@ impl Gateway {
         answer
     }
 
-    /// The same, for a poll for which memory has nothing fresh, and nobody may fly.
+    /// What other replicas have, for a poll for which memory has nothing fresh, and nobody may fly.
     pub(super) async fn look_grounded(&self, poll: &Poll<'_>, live: Duration) -> Option<Answer> {
         let account = &poll.asker.account;
         self.elsewhere.as_ref()?;

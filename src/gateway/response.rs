@@ -148,7 +148,7 @@ impl Reply {
         }))
     }
 
-    /// The same with the `x-request-id` that it is called by.
+    /// Gives it the `x-request-id` that it is called by.
     pub(super) fn called(mut self, id: HeaderValue) -> Self {
         match &mut self.0 {
             Kind::FromUpstream(answered) => answered.request_id = Some(id),
@@ -173,7 +173,7 @@ impl Reply {
         }
     }
 
-    /// The same for hyper.
+    /// The reply as hyper sends it.
     pub fn into_response(self) -> Response<Body> {
         let answered = match self.0 {
             Kind::FromUpstream(answered) => answered,
@@ -249,7 +249,7 @@ fn write_status(head: &mut Vec<u8>, status: StatusCode) {
     }
 }
 
-/// The same of a hit's [`Reply`], on a connection that stays open, without making one.
+/// Writes the head of a hit's [`Reply`], on a connection that stays open, without making one.
 /// `sent` is the `x-request-id` that came with the request.
 pub(super) fn write_hit(head: &mut Vec<u8>, answer: &Answer, freshness: Freshness, sent: Option<&[u8]>) {
     let unix = unix_now();
@@ -328,7 +328,7 @@ pub(super) fn error(error: &Error) -> Response<Body> {
     response
 }
 
-/// The same as it goes out on a connection of which no request is read, and which closes; logged.
+/// An error as it goes out on a connection of which no request is read, and which closes; logged.
 pub fn refusal(error: &Error) -> Vec<u8> {
     let request_id = request_id_of(None);
     tracing::debug!(
@@ -392,7 +392,7 @@ pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
     request_id_of(headers.get(REQUEST_ID).map(HeaderValue::as_bytes))
 }
 
-/// The same, where `sent` stands in it.
+/// The `x-request-id` where the request's says `sent`: that, if it is well-formed, else a new one.
 pub(super) fn request_id_of(sent: Option<&[u8]>) -> HeaderValue {
     with_request_id(sent, unix_now(), |id| {
         HeaderValue::from_bytes(id).unwrap_or_else(|_| HeaderValue::from_static("none"))

@@ -16,7 +16,7 @@ pub struct Span(Option<Box<Open>>);
 struct Open {
     exporter: Exporter,
     began: Instant,
-    /// The same for the rest of the world.
+    /// When it began, by the wall clock.
     began_unix: Duration,
     context: TraceContext,
     parent: Option<SpanId>,

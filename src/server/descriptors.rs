@@ -58,7 +58,8 @@ impl Shortfall {
         })
     }
 
-    /// The same where `upstream` connections are allowed whatever `limits` say, as long as the process runs.
+    /// How many clients' connections there is room for where `upstream` connections are allowed whatever `limits` say, as
+    /// long as the process runs.
     pub fn of_clients(limits: &Limits, upstream: usize, available: u64) -> Option<Self> {
         let wanted = (limits.connections + upstream) as u64;
         (wanted > room(available)).then(|| Self::beside(limits, upstream, available))

@@ -109,7 +109,7 @@ impl<S> Guard<S> {
         followed.through
     }
 
-    /// The same for what is held, to which something was added.
+    /// Checks what is held, to which something was added.
     fn check_held(&mut self) {
         self.is_unchecked = false;
         let held = mem::take(&mut self.held);

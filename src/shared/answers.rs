@@ -146,7 +146,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// The same, as of `now`.
+    /// The clock as of `now`.
     fn on(self, now: Instant) -> Self {
         Self {
             at: now,

@@ -137,7 +137,7 @@ impl Block {
         Self(Arc::from_header_and_slice(head, &bytes))
     }
 
-    /// The same with its body packed; `None` if that saves nothing worth speaking of.
+    /// A copy with its body packed; `None` if that saves nothing worth speaking of.
     pub fn packed(&self) -> Option<Self> {
         if self.is_packed() {
             return None;

@@ -49,7 +49,7 @@ impl Owner {
         Self(key.derive(b"crun-gateway account by key"))
     }
 
-    /// The same account where `context` is the same: what is sealed for it opens nowhere else.
+    /// The account within `context`: what is sealed for it opens nowhere else.
     #[must_use]
     pub fn within(&self, context: &[u8]) -> Self {
         Self(sha256(&[b"crun-gateway account within", &self.0, context]))

@@ -68,7 +68,7 @@ impl Breaker {
         Some(self.begun(number))
     }
 
-    /// The same for somebody who has a connection, as soon as one is due; `None` once it is closed.
+    /// The right to probe for somebody who has a connection, as soon as one is due; `None` once the breaker is closed.
     ///
     /// Cancel safe.
     pub async fn next_probe(self: &Arc<Self>, task: &TaskId) -> Option<Probe> {

@@ -75,7 +75,7 @@ pub(super) struct Driver {
     /// Until it is over. Then it is dropped, or whoever waits for the next request to go would never be told.
     http: Option<Http>,
     nudge: Arc<Nudge>,
-    /// The same.
+    /// That nudge, as the driver is polled with it.
     waker: Waker,
 }
 

@@ -95,7 +95,7 @@ impl Maker {
         Budget::new(rules.pace, rules.max_queue, lane, self.metrics.account(name))
     }
 
-    /// The same of an account that an unlisted key forms.
+    /// The budget of an account that an unlisted key forms.
     pub(super) fn unlisted_budget(&self, key: &ApiKey, rules: &Rules) -> Budget {
         let lane = |shared: &Shared| shared.lane(&format!("key:{}", key.digest()));
         let lane = self.shared.as_ref().map(lane);
