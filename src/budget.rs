@@ -36,7 +36,7 @@ use crate::shared::Lane;
 use crate::task::TaskId;
 use admission::PollId;
 use backoff::Backoff;
-use dispatcher::{Desk, Dispatcher, Grant, Message};
+use dispatcher::{Desk, Dispatcher, Grant};
 use fair_queue::Flight;
 pub use history::SECONDS as HISTORY_SECONDS;
 use promised::Promised;
@@ -164,7 +164,7 @@ impl Budget {
     /// stay within the limit that holds when a permit is granted.
     pub fn configure(&self, pace: Pace, max_queue: usize) {
         lock(&self.0.backoff).set_pace(pace);
-        self.0.tell(Message::Configured { max_queue });
+        self.0.tell(|dispatcher| dispatcher.configure(max_queue));
     }
 
     /// Whether both are handles of one budget.
@@ -181,7 +181,7 @@ impl Budget {
     pub fn standing(&self, snapshot: Option<Instant>) -> Standing {
         let shared = Arc::clone(&self.0);
         let flight = shared.next_flight.fetch_add(1, Ordering::Relaxed);
-        shared.tell(Message::Open { flight, snapshot });
+        shared.tell(|dispatcher| dispatcher.open(flight, snapshot));
         Standing(Arc::new(Held {
             shared,
             flight,
@@ -192,7 +192,7 @@ impl Budget {
     /// Upstream answered 429 to a query that was `asked` then, and said for how long: nothing is granted until then, and
     /// the pace is cut for a while. Gives how long the pause is; a pause is only ever extended.
     pub fn rate_limited(&self, retry_after: Option<Duration>, asked: Instant, now: Instant) -> Duration {
-        self.back_off(|backoff| backoff.rate_limited(retry_after, asked, now))
+        self.back_off(now, |backoff| backoff.rate_limited(retry_after, asked, now))
     }
 
     /// Takes over what upstream's 429s did to another budget: a key that spent that one spends this one from now on.
@@ -200,11 +200,11 @@ impl Budget {
         let Some(backed) = lock(&other.0.backoff).backed() else {
             return;
         };
-        self.back_off(|backoff| backoff.take_over(backed, now));
+        self.back_off(now, |backoff| backoff.take_over(backed, now));
     }
 
     /// Changes the backoff, and tells whoever goes by it.
-    fn back_off<T>(&self, change: impl FnOnce(&mut Backoff) -> T) -> T {
+    fn back_off<T>(&self, now: Instant, change: impl FnOnce(&mut Backoff) -> T) -> T {
         let (before, changed, backed) = {
             let mut backoff = lock(&self.0.backoff);
             let before = backoff.backed();
@@ -214,7 +214,7 @@ impl Budget {
         if let (Some(lane), Some(backed)) = (&self.0.lane, backed.filter(|_| backed != before)) {
             lane.back_off(backed);
         }
-        self.0.tell(Message::BackedOff);
+        self.0.tell(|dispatcher| dispatcher.backed_off(now));
         changed
     }
 
@@ -293,8 +293,8 @@ impl Budget {
 }
 
 impl Shared {
-    fn tell(&self, message: Message) {
-        self.desk.tell(message);
+    fn tell(&self, what: impl FnOnce(&mut Dispatcher)) {
+        self.desk.tell(what);
     }
 }
 
@@ -317,7 +317,7 @@ struct Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.shared.tell(Message::Close { flight: self.flight });
+        self.shared.tell(|dispatcher| dispatcher.close(self.flight));
     }
 }
 
@@ -328,14 +328,7 @@ impl Standing {
         let shared = &self.0.shared;
         let poll = (deadline, shared.next_poll.fetch_add(1, Ordering::Relaxed));
         let (late, is_late) = oneshot::channel();
-        shared.tell(Message::Join {
-            flight: self.0.flight,
-            client: client.clone(),
-            weight,
-            poll,
-            takes,
-            late,
-        });
+        shared.tell(|dispatcher| dispatcher.join(self.0.flight, &client, weight, poll, takes, late));
         Waiting {
             standing: self.clone(),
             client,
@@ -348,7 +341,7 @@ impl Standing {
     pub fn keep(&self) -> bool {
         let is_first = !self.0.is_kept.swap(true, Ordering::Relaxed);
         if is_first {
-            self.0.shared.tell(Message::Keep { flight: self.0.flight });
+            self.0.shared.tell(|dispatcher| dispatcher.keep(self.0.flight));
         }
         is_first
     }
@@ -362,17 +355,14 @@ impl Standing {
     /// places, of equals the one served last. Also when the dispatcher panics.
     pub async fn enter(&self, entry: Entry) -> Result<Turn, Shed> {
         let (call, called) = oneshot::channel();
-        let flight = self.0.flight;
+        let (flight, is_again, entered) = (self.0.flight, entry == Entry::Again, Instant::now());
         let turn = Turn {
             standing: self.clone(),
-            entered: Instant::now(),
+            entered,
             is_used: false,
         };
-        self.0.shared.tell(Message::Enter {
-            flight,
-            is_again: entry == Entry::Again,
-            call,
-        });
+        let shared = &self.0.shared;
+        shared.tell(|dispatcher| dispatcher.enter(flight, is_again, call, entered));
         called.await.map_err(|_| Shed::QueueFull)?;
         Ok(turn)
     }
@@ -404,11 +394,8 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         let held = &self.standing.0;
-        held.shared.tell(Message::Leave {
-            flight: held.flight,
-            client: self.client.clone(),
-            poll: self.poll,
-        });
+        held.shared
+            .tell(|dispatcher| dispatcher.leave(held.flight, &self.client, self.poll));
     }
 }
 
@@ -425,7 +412,7 @@ impl Drop for Turn {
     fn drop(&mut self) {
         let held = &self.standing.0;
         if !self.is_used {
-            held.shared.tell(Message::Withdraw { flight: held.flight });
+            held.shared.tell(|dispatcher| dispatcher.withdraw(held.flight));
         }
     }
 }
@@ -439,11 +426,9 @@ impl Turn {
         async move {
             let (grant, granted) = oneshot::channel();
             let held = &self.standing.0;
-            held.shared.tell(Message::Ready {
-                flight: held.flight,
-                since: Instant::now(),
-                grant,
-            });
+            let since = Instant::now();
+            held.shared
+                .tell(|dispatcher| dispatcher.connected(held.flight, since, grant));
             let Grant { stamp, is_background } = granted.await.ok()?;
             self.is_used = true;
             held.shared.metrics.budget_wait[usize::from(is_background)].observe(self.entered.elapsed().as_secs_f64());

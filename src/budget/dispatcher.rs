@@ -42,52 +42,6 @@ const LATEST_WAKE_UP: Duration = Duration::from_millis(3);
 /// while connections take a second to open. Few, since whoever is called forward is past every later rule of fairness.
 const READY_AHEAD: usize = 2;
 
-/// What flights tell the dispatcher.
-#[derive(Debug)]
-pub(super) enum Message {
-    /// A flight may come to wait.
-    Open { flight: Flight, snapshot: Option<Instant> },
-    /// A client's poll waits for it, which upstream `takes` so long for, and is told when its turn would come `late`.
-    Join {
-        flight: Flight,
-        client: Client,
-        weight: u32,
-        poll: PollId,
-        takes: Duration,
-        late: oneshot::Sender<Duration>,
-    },
-    /// A client's poll waits no longer.
-    Leave {
-        flight: Flight,
-        client: Client,
-        poll: PollId,
-    },
-    /// Its answer is wanted though nobody may wait for it.
-    Keep { flight: Flight },
-    /// It waits for its turn, from now on.
-    Enter {
-        flight: Flight,
-        is_again: bool,
-        call: oneshot::Sender<()>,
-    },
-    /// Called forward, it has its connection, `since`.
-    Ready {
-        flight: Flight,
-        since: Instant,
-        grant: oneshot::Sender<Grant>,
-    },
-    /// It gave its turn up.
-    Withdraw { flight: Flight },
-    /// It is over.
-    Close { flight: Flight },
-    /// The backoff has changed.
-    BackedOff,
-    /// The pace has, and this is the longest queue.
-    Configured { max_queue: usize },
-    #[cfg(test)]
-    Panic,
-}
-
 /// A permit, and in whose turn.
 #[derive(Debug)]
 pub(super) struct Grant {
@@ -104,7 +58,7 @@ struct Called {
     grant: Option<oneshot::Sender<Grant>>,
 }
 
-/// What the dispatcher waits for, beside messages: by default for nothing, since nobody could use a permit.
+/// What the dispatcher waits for, beside what it is told: by default for nothing, since nobody could use a permit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wake {
     pub(super) at: Option<Instant>,
@@ -157,8 +111,8 @@ impl Desk {
     }
 
     /// Says something, and does what follows from it.
-    pub(super) fn tell(&self, message: Message) {
-        if lock(&self.dispatcher).hear(message, Instant::now()) {
+    pub(super) fn tell(&self, what: impl FnOnce(&mut Dispatcher)) {
+        if lock(&self.dispatcher).hear(what, Instant::now()) {
             self.roused.notify_one();
         }
     }
@@ -306,14 +260,13 @@ impl Dispatcher {
         self.ready = 0;
     }
 
-    /// Takes a message, and does what follows from it at `now`. Gives whether the task has to look again, or it would sleep
-    /// too long.
-    pub(super) fn hear(&mut self, message: Message, now: Instant) -> bool {
+    /// Is told something, and does what follows from it at `now`. Gives whether the task has to look again, or it would
+    /// sleep too long.
+    pub(super) fn hear(&mut self, what: impl FnOnce(&mut Self), now: Instant) -> bool {
         let slept_for = self.next;
-        let is_of_pace = matches!(message, Message::BackedOff | Message::Configured { .. });
         self.contain(now, |dispatcher| {
-            dispatcher.take(message, now);
-            if is_of_pace || !dispatcher.is_idle() {
+            what(dispatcher);
+            if !dispatcher.is_idle() {
                 dispatcher.next = dispatcher.go_on(now, false);
             }
         });
@@ -339,75 +292,88 @@ impl Dispatcher {
         wake
     }
 
-    fn take(&mut self, message: Message, now: Instant) {
-        match message {
-            Message::Open { flight, snapshot } => self.queue.open(flight, snapshot),
-            Message::Join {
-                flight,
-                client,
-                weight,
-                poll,
-                takes,
-                late,
-            } => {
-                self.queue.join(flight, &client, weight);
-                self.admission.join(flight, poll, takes, late);
-            }
-            Message::Leave { flight, client, poll } => {
-                self.queue.leave(flight, &client);
-                self.admission.leave(flight, poll);
-            }
-            Message::Keep { flight } => self.queue.keep(flight),
+    /// A flight may come to wait.
+    pub(super) fn open(&mut self, flight: Flight, snapshot: Option<Instant>) {
+        self.queue.open(flight, snapshot);
+    }
+
+    /// A client's poll waits for it, which upstream `takes` so long for, and is told when its turn would come `late`.
+    pub(super) fn join(
+        &mut self,
+        flight: Flight,
+        client: &Client,
+        weight: u32,
+        poll: PollId,
+        takes: Duration,
+        late: oneshot::Sender<Duration>,
+    ) {
+        self.queue.join(flight, client, weight);
+        self.admission.join(flight, poll, takes, late);
+    }
+
+    /// A client's poll waits no longer.
+    pub(super) fn leave(&mut self, flight: Flight, client: &Client, poll: PollId) {
+        self.queue.leave(flight, client);
+        self.admission.leave(flight, poll);
+    }
+
+    /// Its answer is wanted though nobody may wait for it.
+    pub(super) fn keep(&mut self, flight: Flight) {
+        self.queue.keep(flight);
+    }
+
+    /// It waits for its turn, from `now` on.
+    pub(super) fn enter(&mut self, flight: Flight, is_again: bool, call: oneshot::Sender<()>, now: Instant) {
+        if !self.queue.has(flight) {
             // Opened before all were sent away.
-            Message::Enter { flight, .. } if !self.queue.has(flight) => {}
-            // Mostly nobody stands before it, and all that a queue does for one alone is not done.
-            Message::Enter {
-                flight,
-                is_again: false,
-                call,
-            } if self.called.is_empty() && self.max_queue > 0 && self.queue.passes(flight) => {
-                self.admission.enter(flight);
-                self.call(flight, call, now);
-            }
-            Message::Enter { flight, is_again, call } => {
-                self.admission.enter(flight);
-                self.calls.insert(flight, call);
-                self.queue.enter(flight, is_again);
-                while !is_again && self.waiting() > self.max_queue {
-                    match self.queue.shed() {
-                        // Its leader learns from the call that never comes.
-                        Shedding::Flight(shed) => drop(self.calls.remove(&shed)),
-                        Shedding::Place => {}
-                        Shedding::Nothing => break,
-                    }
-                }
-            }
-            Message::Ready { flight, since, grant } => {
-                let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
-                if let Some(called) = call {
-                    called.grant = Some(grant);
-                    if self.ready == 0 {
-                        self.ready_since = since;
-                    }
-                    self.ready += 1;
-                }
-            }
-            Message::Withdraw { flight } => {
-                self.calls.remove(&flight);
-                self.queue.withdraw(flight);
-                self.forget(flight);
-            }
-            Message::Close { flight } => {
-                self.calls.remove(&flight);
-                self.queue.close(flight);
-                self.admission.close(flight);
-                self.forget(flight);
-            }
-            Message::BackedOff => {}
-            Message::Configured { max_queue } => self.configure(max_queue),
-            #[cfg(test)]
-            Message::Panic => panic!("on purpose"),
+            return;
         }
+        self.admission.enter(flight);
+        // Mostly nobody stands before it, and all that a queue does for one alone is not done.
+        if !is_again && self.called.is_empty() && self.max_queue > 0 && self.queue.passes(flight) {
+            return self.call(flight, call, now);
+        }
+        self.calls.insert(flight, call);
+        self.queue.enter(flight, is_again);
+        while !is_again && self.waiting() > self.max_queue {
+            match self.queue.shed() {
+                // Its leader learns from the call that never comes.
+                Shedding::Flight(shed) => drop(self.calls.remove(&shed)),
+                Shedding::Place => {}
+                Shedding::Nothing => break,
+            }
+        }
+    }
+
+    /// Called forward, it has its connection, `since`.
+    pub(super) fn connected(&mut self, flight: Flight, since: Instant, grant: oneshot::Sender<Grant>) {
+        let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
+        if let Some(called) = call {
+            called.grant = Some(grant);
+            if self.ready == 0 {
+                self.ready_since = since;
+            }
+            self.ready += 1;
+        }
+    }
+
+    /// It gives its turn up.
+    pub(super) fn withdraw(&mut self, flight: Flight) {
+        self.calls.remove(&flight);
+        self.queue.withdraw(flight);
+        self.forget(flight);
+    }
+
+    /// It is over.
+    pub(super) fn close(&mut self, flight: Flight) {
+        self.withdraw(flight);
+        self.queue.close(flight);
+        self.admission.close(flight);
+    }
+
+    /// The backoff has changed.
+    pub(super) fn backed_off(&mut self, now: Instant) {
+        self.watch_pause(now);
     }
 
     fn shares(&mut self, now: Instant) -> Shares {
@@ -424,9 +390,11 @@ impl Dispatcher {
         }
     }
 
-    /// Whether nobody waits and everybody who looks at it knows: then nothing follows from a flight's coming and going.
+    /// Whether nobody waits, nothing is paused and everybody who looks at it knows: then nothing follows from a flight's
+    /// coming and going.
     fn is_idle(&self) -> bool {
-        self.waiting() == 0 && self.shown == (0, 0) && self.next == Wake::default() && self.wanted == Demand::default()
+        let is_known = self.shown == (0, 0) && self.next == Wake::default() && self.wanted == Demand::default();
+        self.waiting() == 0 && !self.is_paused && is_known
     }
 
     /// Flights that wait for a permit.
@@ -661,7 +629,7 @@ impl Dispatcher {
     }
 
     /// Takes a changed pace over. A new quota starts with the last permit spent, or changing it would grant one more.
-    fn configure(&mut self, max_queue: usize) {
+    pub(super) fn configure(&mut self, max_queue: usize) {
         self.max_queue = max_queue;
         let (pace, rate) = {
             let backoff = lock(&self.backoff);

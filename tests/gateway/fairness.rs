@@ -90,12 +90,17 @@ async fn a_greedy_client_cannot_starve_another_on_real_sockets() {
     while gateway.metric(length).await < 900.0 || upstream.queries().await == 0 {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let started = Instant::now();
+    let before = upstream.queries().await;
     let mut modest = JoinSet::new();
     for task in 0..5 {
         modest.spawn(named("modest", format!("ended.m{task}")));
     }
-    assert_served_soon(modest, started).await;
+    for reply in modest.join_all().await {
+        assert_eq!(reply.status, 200);
+    }
+    // In time it is 10 of them; the machine may take its own.
+    let queries = upstream.queries().await - before;
+    assert!(queries <= 60, "{queries} of 900 that waited");
     assert_eq!(upstream.stats().await["violations"], 0);
 }
 

@@ -125,6 +125,17 @@ async fn the_gauges_that_accounts_share_lose_what_one_that_goes_added_and_no_mor
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pause_is_shown_though_nobody_waits_and_no_longer_than_it_lasts() {
+    let metrics = metrics();
+    let budget = budget(15, metrics.clone());
+    settle().await;
+    budget.rate_limited(Some(SECOND), Instant::now(), Instant::now());
+    assert_eq!(metrics.paused.get(), 1);
+    sleep(SECOND + ms(1)).await;
+    assert_eq!(metrics.paused.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_million_a_second_is_a_limit_like_any_other() {
     let start = Instant::now();
     let budget = budget(1_000_000, metrics());
@@ -250,7 +261,7 @@ async fn a_panic_of_the_dispatcher_ends_the_wait_of_those_who_wait_and_nothing_e
     }
     // None of those called forward says that it has a connection, so that the others wait for good.
     let called = waiting.join_next().await.unwrap().unwrap().unwrap();
-    budget.0.tell(Message::Panic);
+    budget.0.tell(|_| panic!("on purpose"));
     settle().await;
     assert_eq!((budget.waiting(), metrics.queue_length[0].get()), (0, 0));
     let sent_away = waiting.join_all().await.into_iter().filter(Result::is_err).count();

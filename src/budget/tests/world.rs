@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::super::backoff::Backoff;
-use super::super::dispatcher::{Dispatcher, Grant, Message};
+use super::super::dispatcher::{Dispatcher, Grant};
 use super::super::ring::Stamp;
 use super::super::{Pace, lock};
 use crate::account::{Caller, Client};
@@ -21,6 +21,8 @@ use crate::metrics::Metrics;
 const RECOVERY: Duration = Duration::from_secs(30);
 
 pub(super) const MARGIN: Duration = Duration::from_millis(30);
+
+const MAX_QUEUE: usize = 1_000_000;
 
 /// What a flight is going to do.
 #[derive(Clone, Debug)]
@@ -134,7 +136,7 @@ pub(super) fn play(plans: &Plans) -> History {
     };
     let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
     let metrics = Metrics::new().unwrap().account("world");
-    let dispatcher = Dispatcher::new(1_000_000, Arc::clone(&backoff), Arc::default(), None, metrics);
+    let dispatcher = Dispatcher::new(MAX_QUEUE, Arc::clone(&backoff), Arc::default(), None, metrics);
     let mut world = World {
         plans,
         start,
@@ -207,21 +209,16 @@ impl World<'_> {
             Event::Enter(flight) => {
                 let (call, called) = oneshot::channel();
                 self.flights[flight].called = Some(called);
-                let (client, weight, snapshot, is_again) = (client(), 1, None, false);
-                self.tell(now, |flight| Message::Open { flight, snapshot }, flight);
                 // Nobody listens, so nobody leaves when told that the turn comes late.
                 let (late, _) = oneshot::channel();
-                let poll = (self.start + now + Duration::from_secs(1), 0);
-                let join = |flight| Message::Join {
-                    flight,
-                    client,
-                    weight,
-                    poll,
-                    takes: Duration::ZERO,
-                    late,
-                };
-                self.tell(now, join, flight);
-                self.tell(now, |flight| Message::Enter { flight, is_again, call }, flight);
+                let (id, at) = (flight as u64, self.start + now);
+                let poll = (at + Duration::from_secs(1), 0);
+                self.tell(now, |dispatcher| dispatcher.open(id, None));
+                let world = client();
+                self.tell(now, |dispatcher| {
+                    dispatcher.join(id, &world, 1, poll, Duration::ZERO, late);
+                });
+                self.tell(now, |dispatcher| dispatcher.enter(id, false, call, at));
                 if let GivesUp::AfterEntry(after) = self.plans.flights[flight].gives_up {
                     self.schedule(now + after, Event::Leave(flight));
                 }
@@ -232,7 +229,7 @@ impl World<'_> {
                 self.flights[flight].granted = Some(granted);
                 self.flights[flight].has_connection = true;
                 self.waits(now, 1);
-                self.tell(now, |flight| Message::Ready { flight, since, grant }, flight);
+                self.tell(now, |dispatcher| dispatcher.connected(flight as u64, since, grant));
                 if let GivesUp::AfterReady(after) = self.plans.flights[flight].gives_up {
                     self.schedule(now + after, Event::Leave(flight));
                 }
@@ -261,8 +258,7 @@ impl World<'_> {
                     ..lock(&self.backoff).pace()
                 };
                 lock(&self.backoff).set_pace(pace);
-                let max_queue = 1_000_000;
-                self.tell(now, |_| Message::Configured { max_queue }, 0);
+                self.tell(now, |dispatcher| dispatcher.configure(MAX_QUEUE));
             }
             Event::Pause(length) => {
                 self.wants_no_more(now);
@@ -270,8 +266,9 @@ impl World<'_> {
                 // And slowed for as long as the rate takes to recover.
                 self.slowed_until = self.paused_until + RECOVERY;
                 self.wanted_since = self.slowed_until;
-                lock(&self.backoff).rate_limited(Some(length), self.start + now, self.start + now);
-                self.tell(now, |_| Message::BackedOff, 0);
+                let at = self.start + now;
+                lock(&self.backoff).rate_limited(Some(length), at, at);
+                self.tell(now, |dispatcher| dispatcher.backed_off(at));
             }
         }
     }
@@ -281,11 +278,11 @@ impl World<'_> {
         gone.is_over = true;
         gone.called = None;
         gone.granted = None;
-        self.tell(now, |flight| Message::Close { flight }, flight);
+        self.tell(now, |dispatcher| dispatcher.close(flight as u64));
     }
 
-    fn tell(&mut self, now: Duration, message: impl FnOnce(u64) -> Message, flight: usize) {
-        let must_look = self.dispatcher.hear(message(flight as u64), self.start + now);
+    fn tell(&mut self, now: Duration, what: impl FnOnce(&mut Dispatcher)) {
+        let must_look = self.dispatcher.hear(what, self.start + now);
         if must_look && self.roused.is_none() {
             self.roused = Some(now + self.late());
         }
