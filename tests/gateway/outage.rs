@@ -778,11 +778,11 @@ async fn on_real_sockets_upstream_is_gone_for_a_minute() {
         }
         sleep(seconds(0.2)).await;
     }
-    // Exactly is what paused time shows. Here a machine that other tests share may hold up any one poll, but not one in a
-    // hundred: that would be a gateway that waits for something.
+    // Exactly is what paused time shows. Here a machine that other tests share may hold up any one poll. Whatever a gateway
+    // might wait for takes longer than this: a probe's connection 400 ms, a slow attempt 1 s.
     took.sort();
     let slowest = took[took.len() * 99 / 100];
-    assert!(slowest < Duration::from_millis(50), "of {}: {slowest:?}", took.len());
+    assert!(slowest < Duration::from_millis(250), "of {}: {slowest:?}", took.len());
     // One probe every 1.5 s, as long as somebody polls every 0.2 s; and nothing else.
     let most = 1.0 + hangs_up_since.elapsed().as_secs_f64() / 1.5;
     let probes = hangs_up.unwrap().leave().await as f64;
