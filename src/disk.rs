@@ -37,7 +37,8 @@ const QUEUE_BYTES: usize = 16 << 20;
 /// How long an answer waits for others that go into the same commit: a commit is some writes and a wait for the disk.
 const LINGER: Duration = Duration::from_millis(200);
 
-/// Reads at once.
+/// Answers that are read and opened at once. Each stands in memory up to three times: as a page of redb's, which may be twice
+/// its size, and as a copy.
 const READERS: usize = 4;
 
 /// How often it is looked for answers that are too old.
@@ -209,7 +210,7 @@ impl Disk {
         &self,
         place: u128,
         patience: Duration,
-        open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
+        open: impl FnOnce(Vec<u8>) -> Option<T> + Send + 'static,
     ) -> Option<T> {
         let shared = &self.shared;
         let given_up = Instant::now() + patience;
@@ -244,7 +245,7 @@ impl Shared {
         self: Arc<Self>,
         place: u128,
         given_up: Instant,
-        open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
+        open: impl FnOnce(Vec<u8>) -> Option<T> + Send + 'static,
     ) -> Option<Option<T>> {
         let read = Arc::clone(&self).read_in_turn(place, given_up, open).await;
         self.stands_still.store(false, Ordering::Relaxed);
@@ -255,7 +256,7 @@ impl Shared {
         self: Arc<Self>,
         place: u128,
         given_up: Instant,
-        open: impl FnOnce(&[u8]) -> Option<T> + Send + 'static,
+        open: impl FnOnce(Vec<u8>) -> Option<T> + Send + 'static,
     ) -> Option<Option<T>> {
         // Before the file: whoever waits for a turn does not keep one open that is to be closed.
         let turn = Arc::clone(&self.readers).acquire_owned().await.ok()?;
@@ -269,10 +270,10 @@ impl Shared {
             return None;
         }
         let read = blocking(move || {
-            let read = file.read(place, self.settings.oldest_ms());
-            drop(turn);
-            match read {
-                Ok(sealed) => Some(sealed.and_then(|sealed| open(&sealed))),
+            // Until it is opened: an answer stands in memory several times till then.
+            let _turn = turn;
+            match file.read(place, self.settings.oldest_ms()) {
+                Ok(sealed) => Some(sealed.and_then(open)),
                 Err(trouble) => {
                     self.metrics.failed(DiskStep::Read);
                     // One is enough to have the file opened anew.

@@ -25,8 +25,10 @@ PER_UPSTREAM = 48 << 10
 # An unlisted account with its key and a refusal as large as is remembered, when strangers make up as many as there may be.
 PER_ACCOUNT = 26 << 10
 PROCESS = 32 << 20
-# Answers on their way to the disk, once as they are and once sealed; redb's pages; 16 bytes for each answer there.
+# Answers on their way to the disk, once as they are and once sealed; redb's pages; 16 bytes for each answer there. And what is
+# read there, four at a time, each at most as a page of redb's of up to twice its size and as a copy.
 DISK = 64 << 20
+DISK_READS = 4 * 3
 # Allocator and bookkeeping, on top of the bytes that the limits count.
 SLACK = 1.3
 # Budgets of a hundred thousand accounts in the shared store, at 300 bytes each, and the server itself.
@@ -139,7 +141,7 @@ def main(binary, files):
             + limits["upstream_connections"] * PER_UPSTREAM
             + config["max_accounts"] * PER_ACCOUNT
             + PROCESS
-            + (DISK if config["cache"]["disk"] else 0)
+            + (DISK + DISK_READS * quantity(config["upstream"]["max_body"], SIZES) if config["cache"]["disk"] else 0)
         )
         memory = container["resources"]
         allowed, requested = (quantity(memory[of]["memory"], SIZES) for of in ("limits", "requests"))

@@ -28,8 +28,8 @@ fn now_ms() -> u64 {
     u64::try_from(now.as_millis()).unwrap()
 }
 
-fn text(sealed: &[u8]) -> Option<String> {
-    String::from_utf8(sealed.to_vec()).ok()
+fn text(sealed: Vec<u8>) -> Option<String> {
+    String::from_utf8(sealed).ok()
 }
 
 /// Whether a line of what Prometheus sees is `line`.
@@ -123,6 +123,38 @@ async fn a_read_given_up_keeps_nobody_from_a_file_that_was_closed_and_opened_ane
     assert_eq!(Arc::strong_count(&file), 2, "nobody who waits holds it");
     drop(stuck);
     disk.shared.set(State::Open(file));
+    assert_goes_on(&disk).await;
+}
+
+#[tokio::test]
+async fn no_more_answers_are_opened_at_once_than_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, disk) = with_one(folder.path()).await;
+    let disk = Arc::new(disk);
+    let (are_opening, mut opening) = mpsc::channel(READERS);
+    let (go_on, stuck) = std::sync::mpsc::channel::<()>();
+    let stuck = Arc::new(std::sync::Mutex::new(stuck));
+    let opens: Vec<_> = (0..READERS)
+        .map(|_| {
+            let (disk, is_opening, stuck) = (Arc::clone(&disk), are_opening.clone(), Arc::clone(&stuck));
+            tokio::spawn(async move {
+                let open = move |_| {
+                    is_opening.blocking_send(()).unwrap();
+                    // Until nobody can tell it to go on any more.
+                    stuck.lock().unwrap().recv().ok()
+                };
+                disk.get(A, PATIENCE, open).await
+            })
+        })
+        .collect();
+    for _ in 0..READERS {
+        opening.recv().await.unwrap();
+    }
+    assert_eq!(disk.get(A, Duration::from_millis(1), text).await, None);
+    drop(go_on);
+    for open in opens {
+        assert_eq!(open.await.unwrap(), None);
+    }
     assert_goes_on(&disk).await;
 }
 

@@ -1,5 +1,6 @@
 //! An account: what everybody who polls with one of its keys shares.
 
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -12,9 +13,10 @@ use super::others::Others;
 use super::tally::Tally;
 use crate::account::AccountId;
 use crate::budget::Budget;
+use crate::config;
 use crate::metrics::{AccountMetrics, ClientRequests};
 use crate::outcome::Served;
-use crate::stored::{Answer, Owner};
+use crate::stored::{Answer, Moment, Owner};
 use crate::task::TaskId;
 use crate::upstream::Pool;
 use crate::watch::Watch;
@@ -51,6 +53,23 @@ impl Account {
     pub(super) fn place(&self, key: &Key) -> usize {
         let place = self.keys.iter().position(|own| own.number == key.number);
         place.map_or(0, |place| place + 1)
+    }
+
+    /// What one of its keys sealed for `owner`, opened as of `now`, and that key.
+    pub(super) fn open(
+        &self,
+        owner: Owner,
+        task: &TaskId,
+        sealed: Vec<u8>,
+        now: Moment,
+        cache: &config::Cache,
+    ) -> Option<(&Arc<Key>, Answer)> {
+        // A key that did not seal it leaves nothing of it: each has a copy of its own, but for the last one.
+        let copies = iter::repeat_n(sealed, self.keys.len());
+        self.keys.iter().zip(copies).find_map(|(key, sealed)| {
+            let draft = key.seal.open(owner, task, sealed, now, cache)?;
+            Some((key, draft.of(self.id, task)))
+        })
     }
 
     /// Upstream said `answer` of a task, which was known to have ended or not: whether it goes on, as of `at`.

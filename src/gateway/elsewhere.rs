@@ -213,10 +213,7 @@ impl Gateway {
     fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Answer> {
         let owner = owner(store, account).within(found.label());
         let (now, config) = (moment(found.clock), self.config());
-        let (key, answer) = account.keys.iter().find_map(|key| {
-            let draft = key.seal.open(owner, task, found.sealed(), now, &config.cache)?;
-            Some((key, draft.of(account.id, task)))
-        })?;
+        let (key, answer) = account.open(owner, task, found.sealed().to_vec(), now, &config.cache)?;
         key.heard(answer.asked());
         let (mut had_ended, mut stands) = (false, None);
         self.cache.put_after(account.id, task, now.at, |before| {

@@ -102,12 +102,8 @@ impl Gateway {
         let patience = PATIENCE.min(config.budget.max_wait / 4);
         let (account, asked) = (Arc::clone(account), task.clone());
         let opened = disk.get(place, patience, move |sealed| {
-            let now = now();
-            account.keys.iter().find_map(|key| {
-                let draft = key.seal.open(account.owner, &asked, sealed, now, &config.cache)?;
-                let answer = draft.of(account.id, &asked);
-                answer.has_ended().then(|| (account.id, Arc::clone(key), answer))
-            })
+            let (key, answer) = account.open(account.owner, &asked, sealed, now(), &config.cache)?;
+            answer.has_ended().then(|| (account.id, Arc::clone(key), answer))
         });
         let Some((account, key, answer)) = opened.await else {
             return Ok(None);

@@ -151,25 +151,23 @@ impl Seal {
         Some(sealed)
     }
 
-    /// The answer that was sealed, as it may be served now; `None` on any doubt.
+    /// The answer that was sealed, as it may be served now; `None` on any doubt. In place: a body may be large.
     pub fn open(
         &self,
         owner: Owner,
         task: &TaskId,
-        sealed: &[u8],
+        mut sealed: Vec<u8>,
         now: Moment,
         cache: &config::Cache,
     ) -> Option<Draft> {
-        let (&VERSION, rest) = sealed.split_first()? else {
+        let (&mut VERSION, rest) = sealed.split_first_mut()? else {
             return None;
         };
-        let (nonce, sealed) = rest.split_first_chunk::<NONCE_LEN>()?;
-        let mut plain = sealed.to_vec();
+        let (nonce, plain) = rest.split_first_chunk_mut::<NONCE_LEN>()?;
         let nonce = Nonce::assume_unique_for_key(*nonce);
-        let opened = self.cipher()?.open_in_place(nonce, bound(owner, task), &mut plain);
+        let opened = self.cipher()?.open_in_place(nonce, bound(owner, task), plain);
         let length = opened.ok()?.len();
-        plain.truncate(length);
-        let mut head = Bytes::from(plain);
+        let mut head = Bytes::from(sealed).slice(1 + NONCE_LEN..).slice(..length);
         let head_length = usize::try_from(u32::from_be_bytes(*head.first_chunk()?)).ok()?;
         let body_at = head_length.checked_add(4).filter(|at| *at <= length)?;
         let body = head.split_off(body_at);

@@ -66,7 +66,7 @@ fn ended(id: &str, now: Moment, age: Duration) -> Answer {
 fn reopened(answer: &Answer, now: Moment, after: Duration, cache: &config::Cache) -> Option<Draft> {
     let (seal, owner) = (Seal::of(&key("k")), Owner::listed("music"));
     let sealed = seal.close(owner, &task("a"), answer, now)?;
-    seal.open(owner, &task("a"), &sealed, later(now, after), cache)
+    seal.open(owner, &task("a"), sealed, later(now, after), cache)
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn a_clock_that_is_a_little_behind_the_writers_makes_an_answer_new_and_far_behin
             unix: now.unix.saturating_sub(by),
             ..now
         };
-        seal.open(owner, &task("a"), &sealed, now, &SETTINGS)
+        seal.open(owner, &task("a"), sealed.clone(), now, &SETTINGS)
     };
     assert_eq!(behind(MOST_AHEAD).unwrap().of_nobody().age(now.at), Duration::ZERO);
     assert!(behind(MOST_AHEAD + Duration::from_millis(1)).is_none());
@@ -146,8 +146,8 @@ fn each_key_of_an_account_opens_what_it_sealed_and_nothing_else() {
     let sealed = old
         .close(owner, &task("a"), &ended("a", now, Duration::ZERO), now)
         .unwrap();
-    assert!(old.open(owner, &task("a"), &sealed, now, &SETTINGS).is_some());
-    assert!(new.open(owner, &task("a"), &sealed, now, &SETTINGS).is_none());
+    assert!(old.open(owner, &task("a"), sealed.clone(), now, &SETTINGS).is_some());
+    assert!(new.open(owner, &task("a"), sealed.clone(), now, &SETTINGS).is_none());
 }
 
 #[test]
@@ -210,7 +210,7 @@ proptest! {
     fn a_changed_byte_or_length_is_a_miss(at: prop::sample::Index, flip in 1..=255_u8, cut: prop::sample::Index, added: u8) {
         let (now, seal, owner) = (now(), Seal::of(&key("k")), Owner::listed("music"));
         let sealed = seal.close(owner, &task("a"), &ended("a", now, DAY), now).unwrap();
-        let opens = |bytes: &[u8]| seal.open(owner, &task("a"), bytes, now, &SETTINGS).is_some();
+        let opens = |bytes: &[u8]| seal.open(owner, &task("a"), bytes.to_vec(), now, &SETTINGS).is_some();
         prop_assert!(opens(&sealed));
         let mut flipped = sealed.clone();
         flipped[at.index(sealed.len())] ^= flip;
@@ -227,10 +227,10 @@ proptest! {
         // A body that would be read for either task: only what it is bound to tells them apart.
         let not_found = r#"{"code":404,"message":"no","data":null}"#;
         let sealed = seal.close(owner, &task("a"), &answer("a", not_found, now, Duration::ZERO), now).unwrap();
-        let opens = |owner, id: &str| seal.open(owner, &task(id), &sealed, now, &SETTINGS).is_some();
+        let opens = |owner, id: &str| seal.open(owner, &task(id), sealed.clone(), now, &SETTINGS).is_some();
         prop_assert_eq!(opens(Owner::listed(&name), "a"), name == "music");
         prop_assert_eq!(opens(owner, &id), id == "a");
         prop_assert!(!opens(Owner::unlisted(&key("music")), "a"));
-        prop_assert!(seal.open(owner, &task("a"), &bytes, now, &SETTINGS).is_none());
+        prop_assert!(seal.open(owner, &task("a"), bytes, now, &SETTINGS).is_none());
     }
 }
