@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
 use crate::panics::{blocking, supervise};
+use crate::stored::MOST_AHEAD;
 use file::{Bounds, File, Gone, Sealed, Trouble};
 
 /// Answers that wait to be written, and their bytes: over a minute of one account's, and no more than a few of the largest
@@ -77,15 +78,20 @@ impl Settings {
         Bounds {
             bytes: self.max_bytes,
             oldest_ms: self.oldest_ms(),
+            newest_ms: ms(SystemTime::now().checked_add(MOST_AHEAD)).unwrap_or(u64::MAX),
         }
     }
 
     /// What was said before (milliseconds since 1970) is too old.
     fn oldest_ms(&self) -> u64 {
-        let oldest = SystemTime::now().checked_sub(self.max_age);
-        let oldest = oldest.and_then(|oldest| oldest.duration_since(UNIX_EPOCH).ok());
-        oldest.map_or(0, |oldest| u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX))
+        ms(SystemTime::now().checked_sub(self.max_age)).unwrap_or(0)
     }
+}
+
+/// In milliseconds since 1970.
+fn ms(time: Option<SystemTime>) -> Option<u64> {
+    let since = time?.duration_since(UNIX_EPOCH).ok()?;
+    u64::try_from(since.as_millis()).ok()
 }
 
 /// The answers on disk.

@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use redb::{Builder, Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{AccessGuard, Builder, Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 
 /// By place: when upstream said it, in milliseconds since 1970, and the sealed answer.
 const ANSWERS: TableDefinition<'_, u128, (u64, &[u8])> = TableDefinition::new("answers 1");
@@ -55,6 +55,9 @@ pub(super) struct Bounds {
     pub(super) bytes: u64,
     /// Milliseconds since 1970: what was said before goes.
     pub(super) oldest_ms: u64,
+    /// What was said after is of a clock that has been set back since, and opens for nobody: of what has to make room, it is
+    /// the first.
+    pub(super) newest_ms: u64,
 }
 
 /// What went, and why.
@@ -175,23 +178,22 @@ impl File {
                     added.push(mark(answer.place));
                 }
                 loop {
-                    let Some((said_ms, place, weight)) = order.first()?.map(|(key, weight)| {
-                        let (said_ms, place) = key.value();
-                        (said_ms, place, weight.value())
-                    }) else {
-                        break;
-                    };
-                    if said_ms < bounds.oldest_ms {
+                    let said = |(key, _): (AccessGuard<'_, (u64, u128)>, AccessGuard<'_, u64>)| key.value();
+                    let (first, last) = (order.first()?.map(said), order.last()?.map(said));
+                    let next = if let Some(old) = first.filter(|(said_ms, _)| *said_ms < bounds.oldest_ms) {
                         gone.expired += 1;
-                    } else if bytes > most {
+                        old
+                    } else if let Some(oldest) = first.filter(|_| bytes > most) {
                         gone.evicted += 1;
+                        last.filter(|(said_ms, _)| *said_ms > bounds.newest_ms)
+                            .unwrap_or(oldest)
                     } else {
                         break;
-                    }
-                    order.remove((said_ms, place))?;
-                    kept.remove(place)?;
-                    bytes = bytes.saturating_sub(weight);
-                    removed.push(mark(place));
+                    };
+                    let freed = order.remove(next)?.map_or(0, |freed| freed.value());
+                    kept.remove(next.1)?;
+                    bytes = bytes.saturating_sub(freed);
+                    removed.push(mark(next.1));
                 }
             }
             if answers.is_empty() && removed.is_empty() {

@@ -30,8 +30,8 @@ use crate::task::{self, TaskId};
 /// The first byte. What is sealed under another version is a miss, so a change of the form needs no migration.
 const VERSION: u8 = 1;
 
-/// How far the clock of whoever wrote may be ahead of ours.
-const MOST_AHEAD: Duration = Duration::from_secs(10);
+/// How far the clock of whoever wrote may be ahead of ours: what is further ahead does not open.
+pub const MOST_AHEAD: Duration = Duration::from_secs(10);
 
 /// An account as restarts and replicas know it, where an `AccountId` means something to one process only: it follows from
 /// the configured name, or from the key that forms an account of its own. No key can be read from it.

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::{Clock, HOUR};
 use crate::harness::client::poll_request;
 use crate::harness::paused::{self, Behaviour, Paused};
 use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, raw};
@@ -426,6 +427,34 @@ async fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
     assert_eq!(upstream.queries().await, asked);
     poll(gateway.address, "ended.0").await;
     assert_eq!(upstream.queries().await, asked + 1, "the oldest is gone");
+}
+
+#[tokio::test]
+#[ignore = "needs libfaketime: tests/clock/run"]
+async fn the_clock_may_be_set_back_and_a_full_file_keeps_what_is_new() {
+    const NEW: u32 = 200;
+    let (upstream, place, clock) = (quick_upstream().await, Place::new(), Clock::new());
+    let config = QUICK.to_owned() + &place.config("disk_max_bytes: 16MiB");
+    let env = clock.env();
+    let env = env.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let start = async || Gateway::start_with_env(&upstream.url, &config, &env).await;
+    clock.write(HOUR);
+    let gateway = start().await;
+    let mut next = 0;
+    while count(&gateway, EVICTED).await == 0 {
+        poll_all(gateway.address, next..next + 500, |_| {}).await;
+        next += 500;
+        until(&gateway, WRITES, next).await;
+    }
+    stop(gateway).await;
+    clock.write(0);
+    let gateway = start().await;
+    poll_all(gateway.address, next..next + NEW, |_| {}).await;
+    stop(gateway).await;
+    let asked = upstream.queries().await;
+    let gateway = start().await;
+    poll_all(gateway.address, next..next + NEW, assert_is_hit).await;
+    assert_eq!(upstream.queries().await, asked);
 }
 
 #[tokio::test]

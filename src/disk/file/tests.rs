@@ -10,6 +10,7 @@ const MIB: u64 = 1 << 20;
 const ANY: Bounds = Bounds {
     bytes: u64::MAX,
     oldest_ms: 0,
+    newest_ms: u64::MAX,
 };
 
 /// As a digest would be.
@@ -114,10 +115,7 @@ fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
     ] {
         let folder = tempfile::tempdir().unwrap();
         let file = open(&folder);
-        let bounds = Bounds {
-            bytes: 4 * MIB,
-            oldest_ms: 0,
-        };
+        let bounds = Bounds { bytes: 4 * MIB, ..ANY };
         let (mut number, mut written, mut gone) = (0, 0, 0);
         while written < 9 * MIB {
             let batch: Vec<_> = (0..20)
@@ -138,6 +136,39 @@ fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
         assert!(bytes > bounds.bytes / 2, "no more than has to");
         assert!(file.read(place(gone), 0).unwrap().is_none() && file.read(place(gone + 1), 0).unwrap().is_some());
     }
+}
+
+#[test]
+fn what_is_of_a_time_to_come_makes_room_before_the_oldest() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = open(&folder);
+    let answers: Vec<_> = (0..10).map(|number| sealed(number, 1000)).collect();
+    file.write(&answers, ANY).unwrap();
+    let has = |number| file.may_hold(place(number));
+    // Room for six.
+    let bounds = Bounds {
+        bytes: 8 * weight(1000),
+        newest_ms: 1_000_007,
+        ..ANY
+    };
+    assert_eq!(
+        file.write(
+            &[],
+            Bounds {
+                bytes: u64::MAX,
+                ..bounds
+            }
+        )
+        .unwrap(),
+        Gone::default()
+    );
+    let now = Sealed {
+        said_ms: 1_000_007,
+        ..sealed(10, 1000)
+    };
+    assert_eq!(file.write(&[now], bounds).unwrap(), Gone { evicted: 5, expired: 0 });
+    assert!((0..3).chain([8, 9]).all(|number| !has(number)));
+    assert!((3..8).chain([10]).all(has));
 }
 
 #[test]
