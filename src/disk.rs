@@ -28,7 +28,7 @@ use crate::config;
 use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
 use crate::panics::{blocking, supervise};
 use crate::stored::MOST_AHEAD;
-use file::{Bounds, File, Gone, Sealed, Trouble};
+use file::{Book, Bounds, File, Gone, Sealed, Trouble};
 
 /// Answers that wait to be written, and their bytes: over a minute of one account's, and no more than a few of the largest
 /// or an eighth of what may be kept. In memory they stand twice, once sealed.
@@ -118,7 +118,8 @@ struct Shared {
 
 #[derive(Clone, Debug)]
 enum State {
-    Opening,
+    /// And what is there, as soon as that is known.
+    Opening(Option<Book>),
     Open(Arc<File>),
     Away,
 }
@@ -150,7 +151,7 @@ impl Disk {
         let (trouble, troubles) = mpsc::channel(1);
         let shared = Arc::new(Shared {
             settings,
-            state: watch::Sender::new(State::Opening),
+            state: watch::Sender::new(State::Opening(None)),
             readers: Arc::new(Semaphore::new(READERS)),
             stands_still: AtomicBool::new(false),
             trouble,
@@ -201,7 +202,7 @@ impl Disk {
     /// Whether an answer may be kept at `place`; if not, there is nothing to wait for.
     pub fn may_hold(&self, place: u128) -> bool {
         let may = match &*self.shared.state.borrow() {
-            State::Opening => true,
+            State::Opening(book) => book.as_ref().is_none_or(|book| book.may_hold(place)),
             State::Open(file) => file.may_hold(place),
             State::Away => false,
         };
@@ -267,7 +268,7 @@ impl Shared {
         // Before the file: whoever waits for a turn does not keep one open that is to be closed.
         let turn = Arc::clone(&self.readers).acquire_owned().await.ok()?;
         let mut state = self.state.subscribe();
-        let state = state.wait_for(|state| !matches!(state, State::Opening)).await;
+        let state = state.wait_for(|state| !matches!(state, State::Opening(_))).await;
         let State::Open(file) = state.ok()?.clone() else {
             return None;
         };
@@ -301,6 +302,17 @@ impl Shared {
         self.state.send_replace(state);
     }
 
+    /// It is opened for this. Not if nobody waits for that any more: work that found no thread may be done later.
+    fn will_hold(&self, book: Book) {
+        self.state.send_if_modified(|state| {
+            let is_opening = matches!(state, State::Opening(_));
+            if is_opening {
+                *state = State::Opening(Some(book));
+            }
+            is_opening
+        });
+    }
+
     fn count(&self, gone: Gone) {
         self.metrics.evicted.inc_by(gone.evicted);
         self.metrics.expired.inc_by(gone.expired);
@@ -332,10 +344,11 @@ impl Keeper {
     /// Until it is stopped, and what was queued is written.
     async fn run(&mut self) {
         // After a panic the file may be open here still.
-        self.shared.set(State::Opening);
+        self.shared.set(State::Opening(None));
         loop {
             let (path, bounds) = (self.shared.settings.path.clone(), self.shared.settings.bounds());
-            let opening = blocking(move || File::open(&path, bounds));
+            let shared = Arc::clone(&self.shared);
+            let opening = blocking(move || File::open(&path, bounds, |book| shared.will_hold(book)));
             let opened = self.watched(DiskStep::Open, opening).await;
             let trouble = match opened.unwrap_or_else(|error| Err(Trouble::Io(error))) {
                 Ok((file, gone)) => {
@@ -348,7 +361,8 @@ impl Keeper {
                 return self.shared.set(State::Away);
             };
             let may_go_on = self.complain(step, trouble).await;
-            self.shared.set(if may_go_on { State::Opening } else { State::Away });
+            self.shared
+                .set(if may_go_on { State::Opening(None) } else { State::Away });
             if !may_go_on && self.pass_time().await {
                 return;
             }

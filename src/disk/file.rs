@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{AccessGuard, Builder, Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 
@@ -71,24 +71,40 @@ pub(super) struct Gone {
 #[derive(Debug)]
 pub(super) struct File {
     database: Database,
-    book: Mutex<Book>,
+    book: Book,
 }
 
-/// What is there.
+/// What is there. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Book(Arc<Mutex<Entries>>);
+
 #[derive(Debug, Default)]
-struct Book {
+struct Entries {
     places: HashSet<u64>,
     bytes: u64,
 }
 
+impl Book {
+    /// Whether an answer may be kept there; if not, none is.
+    pub(super) fn may_hold(&self, place: u128) -> bool {
+        self.entries().places.contains(&mark(place))
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl File {
     /// Opens the file, or makes one. One that takes more than `bounds` by now (they were lowered, or the sizes of answers left
-    /// gaps) is made smaller; where not even that finds room, an empty one is begun: all in it can be asked for again.
-    pub(super) fn open(path: &Path, bounds: Bounds) -> Result<(Self, Gone), Trouble> {
+    /// gaps) is made smaller; where not even that finds room, an empty one is begun: all in it can be asked for again. As making
+    /// it smaller may take a while, `tell` is told before what is there.
+    pub(super) fn open(path: &Path, bounds: Bounds, tell: impl FnOnce(Book)) -> Result<(Self, Gone), Trouble> {
         let is_too_large = taken(path) > bounds.bytes;
         let opened = Self::open_as_it_is(path);
         let opened = opened.and_then(|file| {
             if is_too_large {
+                tell(file.book.clone());
                 file.made_smaller(bounds)
             } else {
                 Ok((file, Gone::default()))
@@ -124,23 +140,21 @@ impl File {
             start.open_table(ANSWERS)?;
             start.open_table(ORDER)?;
             start.commit()?;
-            let mut book = Book::default();
+            let book = Book::default();
             for entry in database.begin_read()?.open_table(ORDER)?.iter()? {
                 let (key, weight) = entry?;
                 let (_, place) = key.value();
-                book.places.insert(mark(place));
-                book.bytes += weight.value();
+                let mut entries = book.entries();
+                entries.places.insert(mark(place));
+                entries.bytes += weight.value();
             }
-            Ok(Self {
-                database,
-                book: Mutex::new(book),
-            })
+            Ok(Self { database, book })
         })
     }
 
     /// Whether an answer may be kept there; if not, none is.
     pub(super) fn may_hold(&self, place: u128) -> bool {
-        self.book().places.contains(&mark(place))
+        self.book.may_hold(place)
     }
 
     /// The sealed answer that is kept there, unless it is older than `oldest_ms`.
@@ -159,7 +173,7 @@ impl File {
     pub(super) fn write(&self, answers: &[Sealed], bounds: Bounds) -> Result<Gone, Trouble> {
         contained(|| {
             let (mut added, mut removed, mut gone) = (Vec::new(), Vec::new(), Gone::default());
-            let mut bytes = self.book().bytes;
+            let mut bytes = self.book.entries().bytes;
             // What a commit writes and what it frees stand side by side until the next one.
             let passing: u64 = answers.iter().map(|answer| weight(answer.bytes.len())).sum();
             let most = (bounds.bytes - bounds.bytes / SPARE).saturating_sub(passing);
@@ -201,11 +215,11 @@ impl File {
                 return Ok(gone);
             }
             commit.commit()?;
-            let mut book = self.book();
-            book.bytes = bytes;
-            book.places.extend(added);
+            let mut entries = self.book.entries();
+            entries.bytes = bytes;
+            entries.places.extend(added);
             for place in removed {
-                book.places.remove(&place);
+                entries.places.remove(&place);
             }
             Ok(gone)
         })
@@ -213,12 +227,8 @@ impl File {
 
     /// How many answers are there, and what they take in bytes.
     pub(super) fn holds(&self) -> (usize, u64) {
-        let book = self.book();
-        (book.places.len(), book.bytes)
-    }
-
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        let entries = self.book.entries();
+        (entries.places.len(), entries.bytes)
     }
 }
 

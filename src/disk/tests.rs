@@ -98,7 +98,7 @@ async fn while_the_disk_stands_still_nobody_waits_for_it() {
 async fn a_file_that_opens_slowly_is_read_once_it_is_open() {
     let folder = tempfile::tempdir().unwrap();
     let (_, disk) = with_one(folder.path()).await;
-    let open = disk.shared.state.send_replace(State::Opening);
+    let open = disk.shared.state.send_replace(State::Opening(None));
     // B is not in the file, which nobody knows yet.
     for place in [A, B] {
         assert_eq!(disk.get(place, Duration::from_millis(1), text).await, None);
@@ -107,6 +107,23 @@ async fn a_file_that_opens_slowly_is_read_once_it_is_open() {
     disk.shared.set(open);
     assert_goes_on(&disk).await;
     assert!(!disk.may_hold(B));
+}
+
+#[tokio::test]
+async fn while_a_file_is_made_smaller_nobody_waits_for_what_is_not_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, disk) = with_one(folder.path()).await;
+    disk.close().await;
+    disk.shared.set(State::Opening(None));
+    // Less than an empty file takes, and room for one answer.
+    let bounds = Bounds {
+        bytes: 8 << 10,
+        ..disk.shared.settings.bounds()
+    };
+    let (file, _) = File::open(&disk.shared.settings.path, bounds, |book| disk.shared.will_hold(book)).unwrap();
+    assert!(disk.may_hold(A) && !disk.may_hold(B));
+    disk.shared.set(State::Open(Arc::new(file)));
+    assert_eq!(disk.get(A, PATIENCE, text).await.as_deref(), Some("abc"));
 }
 
 #[tokio::test]

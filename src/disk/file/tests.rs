@@ -31,7 +31,7 @@ fn at(folder: &TempDir) -> PathBuf {
 }
 
 fn open(folder: &TempDir) -> File {
-    File::open(&at(folder), ANY).unwrap().0
+    File::open(&at(folder), ANY, |_| {}).unwrap().0
 }
 
 /// What the file takes of its volume. Not its length: redb makes it longer than it writes.
@@ -182,7 +182,13 @@ fn a_file_that_takes_more_than_it_may_by_now_is_smaller_once_it_is_opened() {
     drop(file);
     let lowered = Bounds { bytes: 4 * MIB, ..ANY };
     assert!(taken(&folder) > 4 * lowered.bytes);
-    let (file, gone) = File::open(&at(&folder), lowered).unwrap();
+    let mut is_told = false;
+    let tell = |book: Book| {
+        is_told = book.may_hold(place(1999)) && !book.may_hold(place(2000));
+        assert!(taken(&folder) > 4 * lowered.bytes, "before it is made smaller");
+    };
+    let (file, gone) = File::open(&at(&folder), lowered, tell).unwrap();
+    assert!(is_told);
     assert!(taken(&folder) <= lowered.bytes, "{}", taken(&folder));
     let (entries, bytes) = file.holds();
     assert_eq!(gone.evicted + entries as u64, 2000);
@@ -191,7 +197,7 @@ fn a_file_that_takes_more_than_it_may_by_now_is_smaller_once_it_is_opened() {
     // And stays usable.
     file.write(&[sealed(2000, 9000)], lowered).unwrap();
     drop(file);
-    let (file, gone) = File::open(&at(&folder), lowered).unwrap();
+    let (file, gone) = File::open(&at(&folder), lowered, |_| {}).unwrap();
     assert_eq!((gone, file.may_hold(place(2000))), (Gone::default(), true));
 }
 
@@ -199,7 +205,7 @@ fn a_file_that_takes_more_than_it_may_by_now_is_smaller_once_it_is_opened() {
 fn one_process_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let file = open(&folder);
-    assert!(matches!(File::open(&at(&folder), ANY), Err(Trouble::InUse)));
+    assert!(matches!(File::open(&at(&folder), ANY, |_| {}), Err(Trouble::InUse)));
     drop(file);
     open(&folder);
 }
@@ -218,7 +224,7 @@ fn what_is_no_such_file_is_corrupt_and_set_aside() {
     for content in [&b"not ours"[..], &vec![0; 100_000]].into_iter().chain(cut) {
         std::fs::write(at(&folder), content).unwrap();
         assert!(
-            matches!(File::open(&at(&folder), ANY), Err(Trouble::Corrupt(_))),
+            matches!(File::open(&at(&folder), ANY, |_| {}), Err(Trouble::Corrupt(_))),
             "{}",
             content.len()
         );
@@ -232,10 +238,10 @@ fn what_is_no_such_file_is_corrupt_and_set_aside() {
 #[test]
 fn a_folder_that_is_missing_is_made_and_one_that_cannot_be_is_told_of() {
     let folder = tempfile::tempdir().unwrap();
-    let file = File::open(&folder.path().join("a/b/answers"), ANY).unwrap();
+    let file = File::open(&folder.path().join("a/b/answers"), ANY, |_| {}).unwrap();
     drop(file);
     std::fs::write(folder.path().join("file"), "").unwrap();
-    let below_a_file = File::open(&folder.path().join("file/answers"), ANY);
+    let below_a_file = File::open(&folder.path().join("file/answers"), ANY, |_| {});
     assert!(matches!(below_a_file, Err(Trouble::Io(_))), "{below_a_file:?}");
 }
 
@@ -256,7 +262,7 @@ fn content() -> (Vec<u8>, HashMap<u128, Vec<u8>>) {
 fn readable(content: &[u8], answers: &HashMap<u128, Vec<u8>>) -> Option<usize> {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(at(&folder), content).unwrap();
-    let (file, _) = File::open(&at(&folder), ANY).ok()?;
+    let (file, _) = File::open(&at(&folder), ANY, |_| {}).ok()?;
     let as_written =
         |(place, bytes): &(&u128, &Vec<u8>)| file.read(**place, 0).is_ok_and(|read| read.as_ref() == Some(bytes));
     let found = answers.iter().filter(as_written).count();
