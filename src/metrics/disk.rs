@@ -69,7 +69,7 @@ impl DiskMetrics {
             writes: make.counter("disk_writes_total", "Answers written to disk.")?,
             dropped: make.counter(
                 "disk_dropped_total",
-                "Answers not written to disk: it was too slow, or away.",
+                "Answers not written to disk: it was too slow, or away, or they were too large.",
             )?,
             evicted: evictions.with_label_values(&["size"]),
             expired: evictions.with_label_values(&["age"]),
