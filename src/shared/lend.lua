@@ -11,8 +11,8 @@
 --          long), rate, chosen
 
 local LEASE, STEP, AHEAD = 1000000, 5000, 100000
--- Who asked counts as wanting for so long; whose turn it is not asks again after so long.
-local WANTS, TURN = 150000, 25000
+-- Who asked counts as wanting for so long at least; whose turn it is not asks again after so long; nobody later than LATEST.
+local WANTS, TURN, LATEST = 150000, 25000, 250000
 
 local function whole(number) return string.format('%.0f', number) end
 
@@ -109,9 +109,9 @@ for i = 8, #ARGV, 7 do
     end
 
     if account.paused > now then
-      again = math.min(250000, account.paused - now)
+      again = math.min(LATEST, account.paused - now)
     elseif slot - now > AHEAD then
-      again = slot - now - AHEAD / 2
+      again = math.min(LATEST, slot - now - AHEAD / 2)
     elseif floor and mine[1] > floor then
       again = TURN
     elseif pay <= 0 then
@@ -125,6 +125,11 @@ for i = 8, #ARGV, 7 do
       mine[3] = flights > 1 and slot + WANTS or now
       mine[4] = ARGV[i + 3] == '1' and slot + WANTS or mine[3]
       granted = whole(slot - now)
+    end
+    if again ~= '' then
+      -- It wants until it has asked again: else whoever is first to would find nobody to be compared with.
+      mine[3] = math.max(mine[3], now + again + AHEAD / 2)
+      mine[4] = mine[3]
     end
   end
   account.asked = now

@@ -14,7 +14,7 @@ mod store;
 use proptest::prelude::*;
 
 use super::process::Demand;
-use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, Way, demand};
+use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, WINDOW, Way, demand};
 
 fn way() -> impl Strategy<Value = Way> {
     prop_oneof![2 => Just(Way::Both), 1 => Just(Way::Up), 1 => Just(Way::Down)]
@@ -115,11 +115,14 @@ proptest! {
         before in prop::collection::vec((2.5..20.0, 0..3_usize, demands()), 0..12),
         from_then_on in prop::collection::vec(prop::sample::select(vec![10_u32, 30, 50, 250]), 3),
         is_one_missing: bool,
+        // The fewest are so far apart that each has to be asked for more than once.
+        limit in prop::sample::select(vec![4_u32, 5, 6, 8, LIMIT, 30]),
         comes in prop::collection::vec(20.0..20.3, 3),
     ) {
-        // One of four that never comes back: permits are so far apart that each has to be asked for more than once.
+        // One of four that never comes back.
         let (replicas, missing) = if is_one_missing { (4, vec![gone(3)]) } else { (3, vec![]) };
         let mut cluster = Cluster::new(replicas, seed, &missing);
+        cluster.limit = limit;
         for (at, replica, demand) in before {
             cluster.want(at, replica, demand);
         }
@@ -127,13 +130,16 @@ proptest! {
             cluster.want(at, replica, demand(from_then_on[replica], 9));
         }
         let arrivals = cluster.play(32.0).arrivals;
+        let since: Vec<_> = arrivals.iter().filter(|(at, _)| *at >= 22.3).collect();
+        let paid = limit - u32::from(is_one_missing) * (limit / 4);
+        let due = f64::from(paid) / WINDOW * (32.0 - 22.3);
+        prop_assert!(since.len() as f64 >= due * 0.98 - 2.0, "{} of {due}", since.len());
         let weights: u32 = from_then_on.iter().sum();
         for (replica, weight) in from_then_on.into_iter().enumerate() {
             // Two of its turns are what a permit at a time, dealt one by one, may be behind or ahead.
-            let since = arrivals.iter().filter(|(at, by)| *at >= 22.3 && *by < 3);
-            let (all, own): (Vec<_>, Vec<_>) = (since.clone().collect(), since.filter(|(_, by)| *by == replica).collect());
-            let part = f64::from(weight) / f64::from(weights) * all.len() as f64;
-            prop_assert!(own.len() as f64 >= part - 2.0, "replica {replica}: {} of {}, not {part}", own.len(), all.len());
+            let own = since.iter().filter(|(_, by)| *by == replica).count();
+            let part = f64::from(weight) / f64::from(weights) * since.len() as f64;
+            prop_assert!(own as f64 >= part - 2.0, "replica {replica}: {own} of {}, not {part}", since.len());
         }
     }
 }
@@ -165,18 +171,23 @@ fn permits_are_dealt_by_the_weight_of_whoever_waits_and_each_replica_counts_on_i
         flights: 1,
         ..demand(10, 9)
     };
-    for (demands, expected) in [
-        (vec![demand(10, 9), demand(10, 9)], vec![0.5, 0.5]),
-        (vec![demand(10, 9), demand(30, 9), demand(10, 9)], vec![0.2, 0.6, 0.2]),
+    let three = || vec![demand(10, 9), demand(30, 9), demand(10, 9)];
+    let single = || vec![demand(10, 1), demand(40, 9), demand(50, 9)];
+    for (limit, demands, expected) in [
+        (LIMIT, vec![demand(10, 9), demand(10, 9)], vec![0.5, 0.5]),
+        (LIMIT, three(), vec![0.2, 0.6, 0.2]),
+        // So far apart that each is asked for more than once.
+        (5, three(), vec![0.2, 0.6, 0.2]),
+        (3, three(), vec![0.2, 0.6, 0.2]),
         // The background gets what is left, and a tenth of a client's turns.
-        (vec![demand(1, 9), demand(10, 9)], vec![1.0 / 11.0, 10.0 / 11.0]),
+        (LIMIT, vec![demand(1, 9), demand(10, 9)], vec![1.0 / 11.0, 10.0 / 11.0]),
         // One flight at a time: no more for coming anew each time.
-        (vec![demand(10, 1), demand(40, 9), demand(50, 9)], vec![0.1, 0.4, 0.5]),
+        (LIMIT, single(), vec![0.1, 0.4, 0.5]),
         // One with a connection at a time, of many that wait.
-        (vec![queue; 3], vec![1.0 / 3.0; 3]),
+        (LIMIT, vec![queue; 3], vec![1.0 / 3.0; 3]),
     ] {
         let mut cluster = Cluster::new(demands.len(), 3, &[]);
-        cluster.demands = demands;
+        (cluster.limit, cluster.demands) = (limit, demands);
         let outcome = cluster.play(40.0);
         for (replica, expected) in expected.into_iter().enumerate() {
             let sent = outcome.arrivals.iter().filter(|(_, by)| *by == replica).count();

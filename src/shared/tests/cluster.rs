@@ -21,7 +21,7 @@ pub(super) use faults::{Fault, Kind, Way};
 
 pub(super) const LIMIT: u32 = 15;
 pub(super) const MARGIN: f64 = 0.030;
-const WINDOW: f64 = 1.0 + MARGIN;
+pub(super) const WINDOW: f64 = 1.0 + MARGIN;
 const THIRD: f64 = MARGIN / 3.0;
 const TIMEOUT: f64 = 0.2;
 const ACCOUNTS: [&str; 2] = ["music", "video"];
@@ -109,6 +109,7 @@ pub(super) struct Cluster {
     saved: Option<State>,
     writes: [Vec<(f64, f64, usize)>; 2],
     marks: Vec<f64>,
+    pub(super) limit: u32,
     pub(super) demands: Vec<Demand>,
 }
 
@@ -150,6 +151,7 @@ impl Cluster {
             saved: None,
             writes: [Vec::new(), Vec::new()],
             marks: Vec::new(),
+            limit: LIMIT,
             demands: vec![demand(10, 9); replicas],
         };
         cluster.round_trip = [0.0003, 0.001, 0.002][cluster.below(3)];
@@ -203,7 +205,7 @@ impl Cluster {
         let window = Duration::from_secs_f64(WINDOW);
         let third = Duration::from_secs_f64(THIRD);
         let replicas = u32::try_from(self.replicas).unwrap();
-        let share = f64::from(LIMIT / replicas) / f64::from(LIMIT);
+        let share = f64::from(self.limit / replicas) / f64::from(self.limit);
         let mut process = Process::new(window, third, share, replicas, base);
         let told = [(); 2].map(|()| Arc::new(Told::new(base)));
         let lanes = [0, 1].map(|lane| process.open(ACCOUNTS[lane].into(), Arc::clone(&told[lane]), base));
@@ -329,7 +331,7 @@ impl Cluster {
         }
         let terms = Terms {
             who: self.procs[number].who.clone(),
-            limit: LIMIT,
+            limit: self.limit,
             replicas: u32::try_from(self.replicas).unwrap(),
             window: Duration::from_secs_f64(WINDOW),
         };
@@ -405,7 +407,7 @@ impl Cluster {
                     proc.own_runs[lane] = false;
                     return;
                 }
-                let slice = LIMIT / u32::try_from(self.replicas).unwrap();
+                let slice = self.limit / u32::try_from(self.replicas).unwrap();
                 let gap = Duration::from_secs_f64(WINDOW / f64::from(slice));
                 let due = proc.own[lane].map_or(now, |last| last + gap);
                 let last = if now >= due { now } else { due - gap };

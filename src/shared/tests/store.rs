@@ -10,6 +10,7 @@ const STEP: f64 = 5e3;
 const AHEAD: f64 = 1e5;
 const WANTS: f64 = 1.5e5;
 const TURN: f64 = 2.5e4;
+const LATEST: f64 = 2.5e5;
 
 /// The hash; times in µs.
 #[derive(Clone, Debug)]
@@ -110,9 +111,9 @@ pub(super) fn lend(
                 .wants
                 .retain(|_, want| want.waits_until > now || want.served > time);
             if account.paused > now {
-                dealt.1 = Some((account.paused - now).min(250e3));
+                dealt.1 = Some((account.paused - now).min(LATEST));
             } else if slot - now > AHEAD {
-                dealt.1 = Some(slot - now - AHEAD / 2.0);
+                dealt.1 = Some((slot - now - AHEAD / 2.0).min(LATEST));
             } else if floor.is_some_and(|floor| mine.served > floor) {
                 dealt.1 = Some(TURN);
             } else if pay <= 0.0 {
@@ -125,9 +126,10 @@ pub(super) fn lend(
                 mine.served += 1.0 / weight;
                 mine.until = if want.flights > 1 { slot + WANTS } else { now };
                 mine.waits_until = if want.is_queue { slot + WANTS } else { mine.until };
-                account.wants.insert(terms.who.clone(), mine);
                 dealt.0 = Some(slot - now);
             }
+            mine.comes_again(now, dealt.1);
+            account.wants.insert(terms.who.clone(), mine);
         }
         let micros = |micros: f64| Duration::from_micros(micros.round_ties_even() as u64);
         reply.dealt.push(Dealt {
@@ -143,6 +145,15 @@ pub(super) fn lend(
         state.accounts.insert(want.account.clone(), account);
     }
     reply
+}
+
+impl Wants {
+    fn comes_again(&mut self, now: f64, again: Option<f64>) {
+        if let Some(again) = again {
+            self.until = self.until.max(now + again + AHEAD / 2.0);
+            self.waits_until = self.until;
+        }
+    }
 }
 
 impl Account {
