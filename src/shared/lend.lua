@@ -122,8 +122,13 @@ for i = 8, #ARGV, 7 do
       account.next = slot + window / math.min(pay, rate)
       account.virtual = math.max(account.virtual or 0, mine[1])
       mine[1] = mine[1] + 1 / weight
-      mine[3] = flights > 1 and slot + WANTS or now
-      mine[4] = ARGV[i + 3] == '1' and slot + WANTS or mine[3]
+      mine[3], mine[4] = now, now
+      if ARGV[i + 3] == '1' then
+        -- A queue goes on to want, though it may have no flight with a connection at this moment: it has one soon. Only
+        -- halfway to the next slot, for if it has none, others need the time to ask for that.
+        mine[3] = slot + (flights > 1 and WANTS or math.min(WANTS, (account.next - slot) / 2))
+        mine[4] = slot + WANTS
+      end
       granted = whole(slot - now)
     end
     if again ~= '' then

@@ -14,7 +14,7 @@ mod store;
 use proptest::prelude::*;
 
 use super::process::Demand;
-use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, WINDOW, Way, demand};
+use cluster::{Cluster, Fault, Kind, LIMIT, Outcome, WINDOW, Way, demand, queue};
 
 fn way() -> impl Strategy<Value = Way> {
     prop_oneof![2 => Just(Way::Both), 1 => Just(Way::Up), 1 => Just(Way::Down)]
@@ -99,12 +99,19 @@ proptest! {
     }
 }
 
-/// What waits at a replica for a while: nobody, one flight at a time, or as many as there are connections for.
+/// What waits at a replica for a while: nobody, one flight at a time, or a queue.
 fn demands() -> impl Strategy<Value = Demand> {
-    let weight = prop::sample::select(vec![1, 10, 50, 250]);
-    (weight, prop::sample::select(vec![0, 1, 2, 9])).prop_map(|(weight, flights)| match flights {
-        0 => Demand::default(),
-        _ => demand(weight, flights),
+    let weights = [1, 10, 50, 250];
+    let single = prop::sample::select(weights.to_vec()).prop_map(|weight| demand(weight, 1));
+    prop_oneof![1 => Just(Demand::default()), 1 => single, 2 => queues(weights)]
+}
+
+/// Of a queue all have a connection, or one at a time.
+fn queues(weights: [u32; 4]) -> impl Strategy<Value = Demand> {
+    let ready = prop::sample::select(vec![1, 2, 9]);
+    (prop::sample::select(weights.to_vec()), ready).prop_map(|(weight, ready)| match ready {
+        1 => queue(weight),
+        _ => demand(weight, ready),
     })
 }
 
@@ -113,7 +120,7 @@ proptest! {
     fn whatever_was_before_a_replica_that_waits_has_its_part_within_two_seconds(
         seed: u64,
         before in prop::collection::vec((2.5..20.0, 0..3_usize, demands()), 0..12),
-        from_then_on in prop::collection::vec(prop::sample::select(vec![10_u32, 30, 50, 250]), 3),
+        from_then_on in prop::collection::vec(queues([10, 30, 50, 250]), 3),
         is_one_missing: bool,
         // The fewest are so far apart that each has to be asked for more than once.
         limit in prop::sample::select(vec![4_u32, 5, 6, 8, LIMIT, 30]),
@@ -127,15 +134,15 @@ proptest! {
             cluster.want(at, replica, demand);
         }
         for (replica, at) in comes.into_iter().enumerate() {
-            cluster.want(at, replica, demand(from_then_on[replica], 9));
+            cluster.want(at, replica, from_then_on[replica]);
         }
         let arrivals = cluster.play(32.0).arrivals;
         let since: Vec<_> = arrivals.iter().filter(|(at, _)| *at >= 22.3).collect();
         let paid = limit - u32::from(is_one_missing) * (limit / 4);
         let due = f64::from(paid) / WINDOW * (32.0 - 22.3);
         prop_assert!(since.len() as f64 >= due * 0.98 - 2.0, "{} of {due}", since.len());
-        let weights: u32 = from_then_on.iter().sum();
-        for (replica, weight) in from_then_on.into_iter().enumerate() {
+        let weights: u32 = from_then_on.iter().map(|demand| demand.weight).sum();
+        for (replica, Demand { weight, .. }) in from_then_on.into_iter().enumerate() {
             // Two of its turns are what a permit at a time, dealt one by one, may be behind or ahead.
             let own = since.iter().filter(|(_, by)| *by == replica).count();
             let part = f64::from(weight) / f64::from(weights) * since.len() as f64;
@@ -167,12 +174,9 @@ fn undisturbed_replicas_spend_the_whole_budget() {
 
 #[test]
 fn permits_are_dealt_by_the_weight_of_whoever_waits_and_each_replica_counts_on_its_part() {
-    let queue = Demand {
-        flights: 1,
-        ..demand(10, 9)
-    };
     let three = || vec![demand(10, 9), demand(30, 9), demand(10, 9)];
     let single = || vec![demand(10, 1), demand(40, 9), demand(50, 9)];
+    let heavy = || vec![queue(180), demand(10, 2), demand(10, 2)];
     for (limit, demands, expected) in [
         (LIMIT, vec![demand(10, 9), demand(10, 9)], vec![0.5, 0.5]),
         (LIMIT, three(), vec![0.2, 0.6, 0.2]),
@@ -184,7 +188,9 @@ fn permits_are_dealt_by_the_weight_of_whoever_waits_and_each_replica_counts_on_i
         // One flight at a time: no more for coming anew each time.
         (LIMIT, single(), vec![0.1, 0.4, 0.5]),
         // One with a connection at a time, of many that wait.
-        (LIMIT, vec![queue; 3], vec![1.0 / 3.0; 3]),
+        (LIMIT, vec![queue(10); 3], vec![1.0 / 3.0; 3]),
+        (LIMIT, heavy(), vec![0.9, 0.05, 0.05]),
+        (60, heavy(), vec![0.9, 0.05, 0.05]),
     ] {
         let mut cluster = Cluster::new(demands.len(), 3, &[]);
         (cluster.limit, cluster.demands) = (limit, demands);

@@ -24,6 +24,8 @@ pub(super) const MARGIN: f64 = 0.030;
 pub(super) const WINDOW: f64 = 1.0 + MARGIN;
 const THIRD: f64 = MARGIN / 3.0;
 const TIMEOUT: f64 = 0.2;
+/// Where a queue has one flight ready at a time, the next is so long after a permit: its claim is a call to the store, too.
+const CLAIM: f64 = 0.003;
 const ACCOUNTS: [&str; 2] = ["music", "video"];
 
 /// What happened.
@@ -49,6 +51,7 @@ enum Event {
     ToProc(usize, u64, Reply),
     Spend(usize, usize, Slot),
     Alone(usize, usize),
+    Ready(usize, usize),
     Want(usize, Demand),
     Begin(usize),
     End(usize),
@@ -119,6 +122,14 @@ pub(super) fn demand(weight: u32, flights: usize) -> Demand {
         weight,
         flights,
         is_queue: flights > 1,
+    }
+}
+
+/// Many wait, one with a connection at a time.
+pub(super) fn queue(weight: u32) -> Demand {
+    Demand {
+        flights: 1,
+        ..demand(weight, 9)
     }
 }
 
@@ -294,6 +305,23 @@ impl Cluster {
         self.writes[lane].push((self.now + jitter, self.now, replica));
     }
 
+    fn spend(&mut self, number: usize, lane: usize, slot: Slot) {
+        let now = self.local(number);
+        if now <= slot.latest {
+            self.write(number, lane);
+        }
+        let proc = &mut self.procs[number];
+        let demand = self.demands[proc.replica];
+        if demand.is_queue && demand.flights == 1 {
+            proc.process
+                .want(proc.lanes[lane], Demand { flights: 0, ..demand }, now);
+            self.at(self.now + CLAIM, Event::Ready(number, lane));
+        }
+        let proc = &mut self.procs[number];
+        proc.process.spent(proc.lanes[lane], now);
+        self.look(number);
+    }
+
     fn carry(&mut self, way: Way, event: Event) {
         let (Event::ToStore(number, ..) | Event::ToProc(number, ..)) = event else {
             unreachable!("only messages are carried")
@@ -350,7 +378,8 @@ impl Cluster {
         | Event::Timeout(number, _)
         | Event::ToProc(number, ..)
         | Event::Spend(number, ..)
-        | Event::Alone(number, _)) = *event
+        | Event::Alone(number, _)
+        | Event::Ready(number, _)) = *event
         else {
             return false;
         };
@@ -391,13 +420,11 @@ impl Cluster {
                     self.look(number);
                 }
             }
-            Event::Spend(number, lane, slot) => {
+            Event::Spend(number, lane, slot) => self.spend(number, lane, slot),
+            Event::Ready(number, lane) => {
                 let now = self.local(number);
-                if now <= slot.latest {
-                    self.write(number, lane);
-                }
                 let proc = &mut self.procs[number];
-                proc.process.spent(proc.lanes[lane], now);
+                proc.process.want(proc.lanes[lane], self.demands[proc.replica], now);
                 self.look(number);
             }
             Event::Alone(number, lane) => {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::super::script::{Call, Cut, Dealt, Reply, Terms};
+use super::super::script::{Call, Cut, Dealt, Reply, Terms, Want};
 
 const LEASE: f64 = 1e6;
 const STEP: f64 = 5e3;
@@ -124,8 +124,7 @@ pub(super) fn lend(
                 account.next = slot + terms.window.as_micros() as f64 / pay.min(rate);
                 account.virtual_time = account.virtual_time.max(mine.served);
                 mine.served += 1.0 / weight;
-                mine.until = if want.flights > 1 { slot + WANTS } else { now };
-                mine.waits_until = if want.is_queue { slot + WANTS } else { mine.until };
+                mine.spends(want, now, slot, account.next);
                 dealt.0 = Some(slot - now);
             }
             mine.comes_again(now, dealt.1);
@@ -148,6 +147,16 @@ pub(super) fn lend(
 }
 
 impl Wants {
+    /// It is granted this slot.
+    fn spends(&mut self, want: &Want, now: f64, slot: f64, next: f64) {
+        (self.until, self.waits_until) = (now, now);
+        if want.is_queue {
+            let halfway = WANTS.min((next - slot) / 2.0);
+            self.until = slot + if want.flights > 1 { WANTS } else { halfway };
+            self.waits_until = slot + WANTS;
+        }
+    }
+
     fn comes_again(&mut self, now: f64, again: Option<f64>) {
         if let Some(again) = again {
             self.until = self.until.max(now + again + AHEAD / 2.0);
