@@ -6,13 +6,15 @@
 //!
 //! One dispatcher an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
 //! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time,
-//! `budget/promised.rs` when they may come back, and `budget/ring.rs` holds the instants at which requests were really
-//! written, which is what the promise is about: never more than `limit` of them in any sliding second.
+//! `budget/promised.rs` when they may come back, `budget/connections.rs` when there is a connection, and `budget/ring.rs`
+//! holds the instants at which requests were really written, which is what the promise is about: never more than `limit` of
+//! them in any sliding second.
 //! `budget/history.rs` and `budget/spending.rs` remember the last minutes, for people to look at. What happens to the
 //! answers is none of this module's business.
 
 mod admission;
 mod backoff;
+mod connections;
 mod dispatcher;
 mod fair_queue;
 mod history;
@@ -110,6 +112,17 @@ pub struct Shares {
     pub background: usize,
     /// Who got permits.
     pub spent: Spent,
+}
+
+/// What upstream is thought to take, as far as is known by now.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// What an answer takes at least.
+    pub at_least: Duration,
+    /// What an answer takes in the mean: for so long its connection is in use.
+    pub mean: Duration,
+    /// How many the account may have.
+    pub connections: usize,
 }
 
 /// How a flight enters the queue.
@@ -218,9 +231,9 @@ impl Budget {
         changed
     }
 
-    /// As far as is known by now, upstream takes so long at least: that counts for those who wait already, too.
-    pub fn expect(&self, at_least: Duration) {
-        self.0.desk.expect(at_least);
+    /// What is known by now of what upstream takes: that counts for those who wait already, too.
+    pub fn expect(&self, expected: Expected) {
+        self.0.desk.expect(expected);
     }
 
     /// Whether the account is paused at `now`.
@@ -233,6 +246,11 @@ impl Budget {
         let share = self.share(now);
         let backoff = lock(&self.0.backoff);
         share * backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
+    }
+
+    /// Turns a second that can be promised at `now`.
+    fn turns(&self, now: Instant) -> f64 {
+        self.rate(now).min(self.0.desk.apart().as_secs_f64().recip())
     }
 
     /// What part of the limit this process can count on, from 0 to 1: all of it unless replicas share the budget.
@@ -275,14 +293,14 @@ impl Budget {
         late_by: Duration,
         now: Instant,
     ) -> Duration {
-        let rate = self.rate(now);
+        let rate = self.turns(now);
         lock(&self.0.promised).next(client, weight, task, late_by, rate, now)
     }
 
     /// How long before the end of the queue a poll that comes at `now` has to stop, for the places that are promised to
     /// others of its client; not at all if one is promised to itself.
     pub fn kept(&self, client: &Client, task: &TaskId, now: Instant) -> Duration {
-        let rate = self.rate(now);
+        let rate = self.turns(now);
         lock(&self.0.promised).kept(client, task, rate, now)
     }
 

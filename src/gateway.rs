@@ -702,8 +702,11 @@ impl Gateway {
             trace.step("connect");
             let mut connects = 1;
             let mut ready = loop {
-                // After an unanswered attempt any other idle connection may be as dead.
-                let connecting = shown(leader, Phase::Connecting, account.pool.connect(task, attempt > 1));
+                let connecting = async {
+                    // After an unanswered attempt any other idle connection may be as dead.
+                    let place = shown(leader, |_| Phase::Waiting, account.pool.place(attempt > 1)).await;
+                    shown(leader, Phase::Connecting, place.connect(task)).await
+                };
                 let connected = while_awaited(leader, account, breaker, connecting).await;
                 match connected.ok_or_else(given_up)? {
                     Ok(ready) => break ready,

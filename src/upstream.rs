@@ -44,7 +44,7 @@ use crate::task::{self, TaskId};
 use crate::trace::TRACEPARENT;
 pub use breaker::{Breaker, Probe};
 use line::Line;
-pub use pool::{Answered, Pool, Ready};
+pub use pool::{Answered, Place, Pool, Ready};
 use pool::{Connections, Slot};
 use recent::Recent;
 use streamed::Interest;
@@ -179,6 +179,16 @@ impl Upstream {
     /// What the next answer is more likely than not to take at least.
     pub fn at_least(&self, now: Instant) -> Duration {
         self.0.recent.at_least(now)
+    }
+
+    /// What an answer takes in the mean: for so long a query keeps its connection.
+    pub fn mean(&self, now: Instant) -> Duration {
+        self.0.recent.mean(now).min(self.0.settings.timeout)
+    }
+
+    /// How many connections an account may have.
+    pub fn connections(&self) -> usize {
+        self.0.settings.connections
     }
 
     /// The value of the Host header.

@@ -26,10 +26,11 @@ use tokio::time::{Instant, sleep_until};
 
 use super::admission::{Admission, PollId};
 use super::backoff::Backoff;
+use super::connections::Connections;
 use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::ring::{Ring, Room, Stamp};
 use super::spending::Spending;
-use super::{MOST_SHOWN, Pace, Shares, lock};
+use super::{Expected, MOST_SHOWN, Pace, Shares, lock};
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
 use crate::panics::contain_now;
@@ -117,9 +118,17 @@ impl Desk {
         }
     }
 
-    /// Upstream takes so long at least: who can no longer be answered in time for that is told with whatever happens next.
-    pub(super) fn expect(&self, at_least: Duration) {
-        lock(&self.dispatcher).admission.expect(at_least);
+    /// What upstream takes, as is known by now: who can no longer be answered in time for that is told with whatever happens
+    /// next.
+    pub(super) fn expect(&self, expected: Expected) {
+        let mut dispatcher = lock(&self.dispatcher);
+        dispatcher.admission.expect(expected.at_least);
+        dispatcher.connections.expect(expected);
+    }
+
+    /// How far apart connections come free while all are in use.
+    pub(super) fn apart(&self) -> Duration {
+        lock(&self.dispatcher).connections.apart()
     }
 
     /// Who waits, and who spends.
@@ -177,6 +186,7 @@ pub(super) struct Dispatcher {
     last: Option<Instant>,
     /// The instant from which the next permit would be on schedule.
     due: Instant,
+    connections: Connections,
     backoff: Arc<Mutex<Backoff>>,
     is_paused: bool,
     ring: Arc<Ring>,
@@ -222,6 +232,7 @@ impl Dispatcher {
             due: clock.start,
             spending: Spending::new(clock.start),
             clock,
+            connections: Connections::default(),
             backoff,
             is_paused: false,
             ring: Arc::new(Ring::default()),
@@ -440,12 +451,12 @@ impl Dispatcher {
         let backoff = lock(&self.backoff).clone();
         let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
-        let share = self.lane.as_ref().map_or(1.0, |lane| lane.share(now));
-        let stretch = self.pace.full_second().as_secs_f64() / share;
-        let turn = |position: usize| {
+        let stretch = self.pace.full_second().as_secs_f64() / self.share(now);
+        let paced = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);
             first + backoff.time_for(f64::from(permits) * stretch, first)
         };
+        let turn = |position| self.connections.turn(position, paced);
         if !self.admission.may_be_late(turn(self.waiting() - 1)) {
             return None;
         }
@@ -461,7 +472,8 @@ impl Dispatcher {
 
     /// Calls flights forward while too few of those called have a connection. Of those that have none as many may be
     /// called as could have been served since the first of them was: so connections that open slowly are opened in
-    /// parallel, and where they open at once nobody is called early. Gives when one more may come.
+    /// parallel, and where they open at once nobody is called early, nor where there are too few, and they would wait for
+    /// one to come free. Gives when one more may come.
     fn call_forward(&mut self, now: Instant, is_task: bool) -> Option<Instant> {
         let limit = self.limit();
         // Who is called forward gives way to nobody any more: in a short queue that must not be everybody.
@@ -472,6 +484,9 @@ impl Dispatcher {
             if let Some(Called { at, .. }) = slowest {
                 let extra = (self.called.len() + 1).saturating_sub(ahead);
                 let extra = u32::try_from(extra).unwrap_or(u32::MAX);
+                if extra > 0 && self.connections.apart().mul_f64(self.share(now)) > self.pace.interval() {
+                    return None;
+                }
                 let may_come = *at + self.pace.interval().saturating_mul(extra);
                 if may_come > now || (extra > 0 && !is_task) {
                     return (self.queue.waiting() > 0).then_some(may_come);
@@ -483,6 +498,11 @@ impl Dispatcher {
             }
         }
         None
+    }
+
+    /// What part of the limit this process can count on.
+    fn share(&self, now: Instant) -> f64 {
+        self.lane.as_ref().map_or(1.0, |lane| lane.share(now))
     }
 
     /// Calls a flight forward.
@@ -652,7 +672,10 @@ impl Dispatcher {
             let grant = Grant { stamp, is_background };
             match self.forget(flight).map(|to| to.send(grant)) {
                 Some(Err(back)) => stamp = back.stamp,
-                Some(Ok(())) => return self.spending.charge(self.queue.charged(flight), now),
+                Some(Ok(())) => {
+                    self.connections.spend(now);
+                    return self.spending.charge(self.queue.charged(flight), now);
+                }
                 None => return,
             }
         }

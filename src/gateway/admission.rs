@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::account::Account;
 use super::{Answered, Gateway, Phase, Poll, Progress};
 use crate::account::Client;
+use crate::budget::Expected;
 use crate::error::Error;
 use crate::outcome::Shed;
 
@@ -30,12 +31,14 @@ impl Gateway {
         takes.map_or(UNKNOWN.min(max_wait / 10), |takes| takes.min(max_wait))
     }
 
-    /// Lets those who wait know what upstream takes by now.
+    /// Lets those who wait know what upstream takes by now, and how soon its connections come free.
     pub(super) fn reckon(&self, account: &Account) {
-        let max_wait = self.config.load().budget.max_wait;
-        account
-            .budget
-            .expect(self.upstream.at_least(Instant::now()).min(max_wait));
+        let (max_wait, now) = (self.config.load().budget.max_wait, Instant::now());
+        account.budget.expect(Expected {
+            at_least: self.upstream.at_least(now).min(max_wait),
+            mean: self.upstream.mean(now),
+            connections: self.upstream.connections(),
+        });
     }
 
     /// Answers a poll whose flight has not landed: at its deadline or, where its turn would come `late_by` too late, before.

@@ -31,7 +31,7 @@ pub(super) struct Progress {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// For its turn, or for its permit.
+    /// For its turn, for a place in the pool, or for its permit.
     Waiting,
     /// Since this instant, for another replica's flight.
     Elsewhere(Instant),

@@ -82,8 +82,15 @@ impl Pool {
     /// Cancel safe.
     ///
     /// # Errors
-    /// [`Error::NoConnection`] when DNS, TCP or TLS fail or take longer than `upstream.connect_timeout` together.
+    /// As [`Place::connect`].
     pub async fn connect(&self, task: &TaskId, fresh: bool) -> Result<Ready, Error> {
+        self.place(fresh).await.connect(task).await
+    }
+
+    /// What [`Pool::connect`] waits for before it opens anything.
+    ///
+    /// Cancel safe.
+    pub async fn place(&self, fresh: bool) -> Place {
         let upstream = &self.0.upstream;
         loop {
             // From here on, so that no news of a free place is missed.
@@ -93,10 +100,10 @@ impl Pool {
                 Admission::Idle(Idle { mut line, since }) => {
                     let is_young = since + IDLE_LIFETIME > Instant::now();
                     if is_young && upstream.breaker.trusts(since) && line.is_ready() {
-                        return Ok(self.ready(line));
+                        return Place(Taken::Idle(self.ready(line)));
                     }
                 }
-                Admission::Open(slot) => return self.open(task, slot).await,
+                Admission::Open(slot) => return Place(Taken::New(self.clone(), slot)),
                 Admission::Full(closed) => {
                     drop(closed);
                     freed.await;
@@ -121,6 +128,29 @@ impl Pool {
             pool: self.clone(),
             line,
         }))
+    }
+}
+
+/// A place among the connections of one account. Dropped, it is free again.
+pub struct Place(Taken);
+
+enum Taken {
+    Idle(Ready),
+    New(Pool, Slot),
+}
+
+impl Place {
+    /// The connection in it, opened unless it was idle.
+    ///
+    /// Cancel safe: the place is free again.
+    ///
+    /// # Errors
+    /// [`Error::NoConnection`] when DNS, TCP or TLS fail or take longer than `upstream.connect_timeout` together.
+    pub async fn connect(self, task: &TaskId) -> Result<Ready, Error> {
+        match self.0 {
+            Taken::Idle(ready) => Ok(ready),
+            Taken::New(pool, slot) => pool.open(task, slot).await,
+        }
     }
 }
 
@@ -173,7 +203,7 @@ impl Ready {
     /// Cancel safe: the place is free again.
     ///
     /// # Errors
-    /// [`Error::NoConnection`], as [`Pool::connect`].
+    /// [`Error::NoConnection`], as [`Place::connect`].
     pub async fn reopen(self, task: &TaskId) -> Result<Self, Error> {
         let Held { pool, line } = self.take().ok_or(Error::NoConnection)?;
         pool.open(task, line.into_slot()).await

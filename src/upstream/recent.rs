@@ -32,6 +32,7 @@ struct Took {
     answers: VecDeque<(Instant, Duration)>,
     /// How many were noted so far.
     noted: usize,
+    mean: Duration,
     median: Duration,
     p90: Duration,
     /// What all but a few take less than; nothing before the first.
@@ -57,6 +58,7 @@ impl Default for Recent {
         Self(Mutex::new(Took {
             answers: VecDeque::with_capacity(ANSWERS),
             noted: 0,
+            mean: Duration::ZERO,
             median: Duration::ZERO,
             p90: Duration::ZERO,
             nearly_all: None,
@@ -112,13 +114,13 @@ impl Recent {
     /// usual, half as long again.
     pub(super) fn at_least(&self, now: Instant) -> Duration {
         let took = self.took();
-        let since = took.silent_since.filter(|_| took.out >= SILENT);
-        let silent = since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        if silent > took.nearly_all.unwrap_or_default() {
-            silent * 3 / 2
-        } else {
-            took.median
-        }
+        took.silence(now).unwrap_or(took.median)
+    }
+
+    /// What an answer takes in the mean: where upstream has been silent for longer than is usual, half as long again.
+    pub(super) fn mean(&self, now: Instant) -> Duration {
+        let took = self.took();
+        took.silence(now).unwrap_or(took.mean)
     }
 }
 
@@ -138,6 +140,13 @@ impl Drop for Query<'_> {
 }
 
 impl Took {
+    /// Half as long again as upstream has been silent, if that is longer than is usual.
+    fn silence(&self, now: Instant) -> Option<Duration> {
+        let since = self.silent_since.filter(|_| self.out >= SILENT)?;
+        let silent = now.saturating_duration_since(since);
+        (silent > self.nearly_all.unwrap_or_default()).then(|| silent * 3 / 2)
+    }
+
     fn note(&mut self, received: Instant, took: Duration) {
         if self.answers.len() == ANSWERS {
             self.answers.pop_front();
@@ -165,6 +174,8 @@ impl Took {
                 slowest = slowest.max(Some(*took));
             }
         }
+        let count = u32::try_from(taken.len()).unwrap_or(u32::MAX);
+        self.mean = taken.iter().sum::<Duration>() / count.max(1);
         // The order of the others is nobody's business.
         let (half, most) = (taken.len() / 2, taken.len() * 9 / 10);
         let (below, p90, _) = taken.select_nth_unstable(most);
@@ -211,6 +222,14 @@ mod tests {
             note(&recent, 3 * SECOND);
         }
         assert_eq!(recent.p90(), 3 * SECOND);
+    }
+
+    #[test]
+    fn every_one_of_the_last_hundred_counts_in_the_mean() {
+        let recent = Recent::default();
+        assert_eq!(recent.mean(Instant::now()), Duration::ZERO);
+        note_two_slow(&recent, 5 * SECOND);
+        assert_eq!(recent.mean(Instant::now()), ms(198));
     }
 
     #[test]
@@ -316,6 +335,7 @@ mod tests {
             "no longer than the first took"
         );
         assert_eq!(recent.at_least(start + 10 * SECOND), 9 * SECOND);
+        assert_eq!(recent.mean(start + 10 * SECOND), 9 * SECOND);
         drop((second, third));
         assert_eq!(
             recent.at_least(start + 20 * SECOND),

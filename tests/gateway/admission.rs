@@ -138,6 +138,68 @@ async fn upstreams_own_time_counts() {
     );
 }
 
+/// A gateway that may have so many connections, and has answered a rush of `known` polls, so that it is known how long
+/// `latency` is; nobody waits any more.
+async fn with_connections(connections: usize, limit: u32, latency: Duration, known: u32) -> Arc<Paused> {
+    let slow = Behaviour {
+        latency,
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(slow, |config| {
+        config.upstream.connections = connections;
+        config.budget.limit = limit.try_into().unwrap();
+    }));
+    sleep(HOLD).await;
+    for polled in rush(&gateway, GREEDY, tasks("known", known)).await {
+        assert_eq!(polled.reply.status, 200, "{:?}", polled.reply);
+    }
+    gateway
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_connections_are_too_few_the_turns_are_no_faster_than_they_come_free() {
+    let gateway = with_connections(4, 15, Duration::from_secs(1), 8).await;
+    let started = Instant::now();
+    let polled = rush(&gateway, GREEDY, tasks("task", 100)).await;
+    let (served, refused): (Vec<_>, Vec<_>) = polled.into_iter().partition(|polled| polled.reply.status == 200);
+    // Four a second in the 9 s that are left to be asked in.
+    assert!((34..=37).contains(&served.len()), "{} served", served.len());
+    are_served_when_told_to_come_back(&gateway, started, refused).await;
+    assert!(started.elapsed() < Duration::from_secs(28), "{:?}", started.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_for_a_connection_to_come_free_hears_at_once_that_it_will_not_in_time() {
+    for (connections, limit, latency, each_second) in [(4, 15, 1, 8), (4, 100, 1, 8), (1, 15, 3, 2), (120, 100, 3, 60)]
+    {
+        let gateway = with_connections(connections, limit, Duration::from_secs(latency), 2).await;
+        let (began, apart) = (Instant::now(), Duration::from_secs(1) / each_second);
+        let mut polls = JoinSet::new();
+        let mut number = 0;
+        while began.elapsed() < OVERLOAD {
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move { rush(&gateway, MODEST, tasks(&format!("task-{number}"), 1)).await });
+            number += 1;
+            sleep_until(began + apart * number).await;
+        }
+        let polled: Vec<_> = polls.join_all().await.into_iter().flatten().collect();
+        let (served, refused): (Vec<_>, Vec<_>) = polled.into_iter().partition(|polled| polled.reply.status == 200);
+        for polled in &refused {
+            let detail = polled.reply.header("cache-status");
+            assert_eq!(detail, Some("crun-gateway; detail=budget"), "{:?}", polled.reply);
+        }
+        let waited = refused.iter().filter(|polled| polled.took > AT_ONCE).count();
+        assert!(
+            waited * 100 <= refused.len() && !refused.is_empty(),
+            "{connections} connections: {waited} of {} waited",
+            refused.len()
+        );
+        // Every connection is of use all the time.
+        let most = connections as f64 / latency as f64 * (OVERLOAD + MAX_WAIT).as_secs_f64();
+        assert!(served.len() as f64 >= 0.9 * most, "{} served, not {most}", served.len());
+    }
+}
+
 /// A number from 0 to 1, another for each task.
 fn drawn(task: &str) -> f64 {
     let mut hasher = DefaultHasher::new();

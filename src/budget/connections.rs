@@ -1,0 +1,124 @@
+//! When there is a connection for a turn: each is in use for as long as an answer takes, and where there are too few, turns
+//! come no faster than they come free. Pure: instants are passed in.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Expected;
+
+#[derive(Debug)]
+pub(super) struct Connections {
+    most: usize,
+    /// How long one is in use, in the mean.
+    takes: Duration,
+    /// When permits were granted, as far back as one of them may still be in use.
+    used: VecDeque<Instant>,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self {
+            most: usize::MAX,
+            takes: Duration::ZERO,
+            used: VecDeque::new(),
+        }
+    }
+}
+
+impl Connections {
+    pub(super) fn expect(&mut self, expected: Expected) {
+        (self.most, self.takes) = (expected.connections.max(1), expected.mean);
+    }
+
+    /// How far apart they come free while all are in use.
+    pub(super) fn apart(&self) -> Duration {
+        self.takes / u32::try_from(self.most).unwrap_or(u32::MAX)
+    }
+
+    /// A permit is granted `now`.
+    pub(super) fn spend(&mut self, now: Instant) {
+        self.used.push_back(now);
+        // Twice as long, since it may turn out that answers take longer.
+        let is_free = |used: Instant| used + self.takes * 2 < now;
+        while self.used.len() > self.most || self.used.front().is_some_and(|used| is_free(*used)) {
+            self.used.pop_front();
+        }
+    }
+
+    /// When the turn at this position comes, counted from 0, if those of all positions come as they are `paced`: it has the
+    /// connection of the turn as many before it as there are connections.
+    pub(super) fn turn(&self, position: usize, paced: impl Fn(usize) -> Instant) -> Instant {
+        let (round, place) = (position / self.most, position % self.most);
+        let used = (self.used.len() + place).checked_sub(self.most);
+        let free = used.and_then(|used| self.used.get(used)).map(|used| *used + self.takes);
+        let first = paced(place);
+        let first = free.map_or(first, |free| free.max(first));
+        if round == 0 {
+            return first;
+        }
+        let rounds = u32::try_from(round).unwrap_or(u32::MAX);
+        paced(position).max(first + self.takes.saturating_mul(rounds))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_turn_has_the_connection_of_the_one_as_many_before_it() {
+        let (mut connections, start) = (Connections::default(), Instant::now());
+        let paced = |now: Instant| move |position| now + SECOND / 10 * u32::try_from(position).unwrap();
+        let turns = |connections: &Connections, now, positions: &[usize]| {
+            let turn = |position: &usize| (connections.turn(*position, paced(now)) - start).as_millis();
+            positions.iter().map(turn).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            turns(&connections, start, &[0, 1, 99]),
+            [0, 100, 9900],
+            "nothing is known yet"
+        );
+        connections.expect(Expected {
+            at_least: SECOND,
+            mean: SECOND,
+            connections: 3,
+        });
+        assert_eq!(
+            turns(&connections, start, &[0, 1, 2, 3, 4, 6]),
+            [0, 100, 200, 1000, 1100, 2000]
+        );
+        connections.spend(start);
+        connections.spend(start + SECOND / 2);
+        // One is free, one will be after a second, and one half a second later.
+        let now = start + SECOND / 2;
+        assert_eq!(
+            turns(&connections, now, &[0, 1, 2, 3, 4, 5]),
+            [500, 1000, 1500, 1500, 2000, 2500]
+        );
+        // Both are, long since.
+        let now = start + 3 * SECOND;
+        assert_eq!(turns(&connections, now, &[0, 1, 2, 3]), [3000, 3100, 3200, 4000]);
+        connections.spend(now);
+        assert_eq!(connections.used.len(), 1);
+    }
+
+    #[test]
+    fn as_many_as_there_are_allow_the_pace_if_each_has_its_answer_by_then() {
+        let mut connections = Connections::default();
+        connections.expect(Expected {
+            at_least: SECOND,
+            mean: SECOND,
+            connections: 10,
+        });
+        let start = Instant::now();
+        let paced = |position| start + SECOND / 10 * u32::try_from(position).unwrap();
+        for position in 0..100 {
+            assert_eq!(connections.turn(position, paced), paced(position));
+        }
+        assert_eq!(connections.apart(), SECOND / 10);
+    }
+}
