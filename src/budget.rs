@@ -123,6 +123,8 @@ pub struct Expected {
     pub mean: Duration,
     /// How many the account may have.
     pub connections: usize,
+    /// What is left of the longest that a poll may wait: turns that come later are of no use to it.
+    pub leaves: Duration,
 }
 
 /// How a flight enters the queue.

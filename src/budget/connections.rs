@@ -86,6 +86,7 @@ mod tests {
             at_least: SECOND,
             mean: SECOND,
             connections: 3,
+            leaves: SECOND,
         });
         assert_eq!(
             turns(&connections, start, &[0, 1, 2, 3, 4, 6]),
@@ -113,6 +114,7 @@ mod tests {
             at_least: SECOND,
             mean: SECOND,
             connections: 10,
+            leaves: SECOND,
         });
         let start = Instant::now();
         let paced = |position| start + SECOND / 10 * u32::try_from(position).unwrap();

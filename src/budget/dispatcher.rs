@@ -124,6 +124,7 @@ impl Desk {
         let mut dispatcher = lock(&self.dispatcher);
         dispatcher.admission.expect(expected.at_least);
         dispatcher.connections.expect(expected);
+        dispatcher.leaves = expected.leaves;
     }
 
     /// How far apart connections come free while all are in use.
@@ -187,6 +188,8 @@ pub(super) struct Dispatcher {
     /// The instant from which the next permit would be on schedule.
     due: Instant,
     connections: Connections,
+    /// In what time after a poll's arrival its turn has to come.
+    leaves: Duration,
     backoff: Arc<Mutex<Backoff>>,
     is_paused: bool,
     ring: Arc<Ring>,
@@ -233,6 +236,7 @@ impl Dispatcher {
             spending: Spending::new(clock.start),
             clock,
             connections: Connections::default(),
+            leaves: Duration::MAX,
             backoff,
             is_paused: false,
             ring: Arc::new(Ring::default()),
@@ -442,8 +446,8 @@ impl Dispatcher {
         self.shown = (foreground, background);
     }
 
-    /// Tells the polls whose turn would come too late, as things stand: those in the queue and, while nothing is granted,
-    /// those called forward; else they are next. Gives when to look again.
+    /// Tells the polls whose turn would come too late, as things stand: of those called forward, too, but for the one that is
+    /// next, unless nothing is granted. Gives when to look again.
     fn judge(&mut self, now: Instant) -> Option<Instant> {
         if self.waiting() == 0 {
             return None;
@@ -462,8 +466,9 @@ impl Dispatcher {
         }
         let not_yet = self.admission.not_yet(now);
         if not_yet.is_none() {
-            let is_next = resumed <= now;
-            let called = self.called.values().map(|called| (called.flight, is_next));
+            let with = |connection| (self.called.values()).filter(move |called| called.grant.is_some() == connection);
+            let called = with(true).chain(with(false)).enumerate();
+            let called = called.map(|(position, called)| (called.flight, position == 0 && resumed <= now));
             let waiting = self.queue.forecast().map(|flight| (flight, false));
             self.admission.judge(called.chain(waiting), turn, now);
         }
@@ -475,16 +480,25 @@ impl Dispatcher {
     /// parallel, and where they open at once nobody is called early, nor where there are too few, and they would wait for
     /// one to come free. Gives when one more may come.
     fn call_forward(&mut self, now: Instant, is_task: bool) -> Option<Instant> {
+        if self.queue.waiting() == 0 {
+            return None;
+        }
         let limit = self.limit();
-        // Who is called forward gives way to nobody any more: in a short queue that must not be everybody.
-        let ahead = (limit / 8).clamp(READY_AHEAD, 64).min(self.max_queue / 2).max(1);
+        let paced = self.pace.interval().as_secs_f64() / self.share(now);
+        let paced = Duration::try_from_secs_f64(paced).unwrap_or(Duration::MAX);
+        let freed = self.connections.apart();
+        let in_time = self.leaves.as_nanos() / paced.max(freed).as_nanos().max(1);
+        let longest = self.max_queue.min(usize::try_from(in_time).unwrap_or(usize::MAX));
+        // Who is called forward gives way to nobody any more: in a short queue, or where few turns are in time, that must
+        // not be everybody.
+        let ahead = (limit / 8).clamp(READY_AHEAD, 64).min(longest / 2).max(1);
         let most = (limit + 1).clamp(4, 256);
         while self.ready < ahead && self.called.len() < most {
             let slowest = self.called.values().find(|called| called.grant.is_none());
             if let Some(Called { at, .. }) = slowest {
                 let extra = (self.called.len() + 1).saturating_sub(ahead);
                 let extra = u32::try_from(extra).unwrap_or(u32::MAX);
-                if extra > 0 && self.connections.apart().mul_f64(self.share(now)) > self.pace.interval() {
+                if extra > 0 && freed > paced {
                     return None;
                 }
                 let may_come = *at + self.pace.interval().saturating_mul(extra);

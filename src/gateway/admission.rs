@@ -38,6 +38,7 @@ impl Gateway {
             at_least: self.upstream.at_least(now).min(max_wait),
             mean: self.upstream.mean(now),
             connections: self.upstream.connections(),
+            leaves: max_wait.saturating_sub(self.upstream_takes()),
         });
     }
 

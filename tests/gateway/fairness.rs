@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crun_gateway::account::ApiKey;
@@ -270,6 +271,50 @@ async fn however_short_the_queue_a_greedy_client_cannot_starve_another() {
             "{max_queue} of {limit}: {answered:?}"
         );
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn however_few_turns_fit_in_a_wait_a_greedy_client_cannot_starve_another() {
+    for (limit, max_wait) in [(2, 1), (1, 2), (1, 3), (2, 2), (15, 1)] {
+        let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+            config.budget.limit = NonZeroU32::new(limit).unwrap();
+            config.budget.max_wait = Duration::from_secs(max_wait);
+        }));
+        let (_greedy, served) = greedy_every_50_ms(&gateway);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let (end, mut modest, mut refused) = (Instant::now() + Duration::from_secs(30), 0, 0);
+        while Instant::now() < end {
+            let reply = gateway.poll_from(MODEST, KEY, &format!("modest-{modest}")).await;
+            if reply.status == 200 {
+                (modest, refused) = (modest + 1, 0);
+            } else {
+                refused += 1;
+                let told = reply.header("retry-after").unwrap().parse().unwrap();
+                tokio::time::sleep(Duration::from_secs(told)).await;
+            }
+            assert!(refused <= 3, "{limit} a second, {max_wait} s: {modest} served before");
+        }
+        let (served, spent) = (served.load(Ordering::Relaxed) + modest, gateway.arrivals().len());
+        assert!(
+            served * 10 >= spent * 9,
+            "{limit} a second, {max_wait} s: {served} served of {spent}"
+        );
+        assert!(goodput(&gateway.arrivals()) >= f64::from(limit) * 0.93);
+    }
+}
+
+/// A client that asks for another task every 50 ms and never comes back; and how often it is served.
+fn greedy_every_50_ms(gateway: &Arc<Paused>) -> (JoinSet<()>, Arc<AtomicUsize>) {
+    let (mut greedy, served) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+    for number in 0..660 {
+        let (gateway, served) = (Arc::clone(gateway), Arc::clone(&served));
+        greedy.spawn(async move {
+            tokio::time::sleep(Duration::from_millis(50) * number).await;
+            let reply = gateway.poll_from(GREEDY, KEY, &format!("greedy-{number}")).await;
+            served.fetch_add(usize::from(reply.status == 200), Ordering::Relaxed);
+        });
+    }
+    (greedy, served)
 }
 
 #[tokio::test(start_paused = true)]
