@@ -39,8 +39,8 @@ use crate::shared::{Demand, Lane, Right, Slot};
 /// How far behind now the schedule may be, where an emission interval is shorter than a wake-up is late.
 const LATEST_WAKE_UP: Duration = Duration::from_millis(3);
 
-/// Flights called forward are those with a connection, up to this many, and as many without one as could keep the pace
-/// while connections take a second to open. Few, since whoever is called forward is past every later rule of fairness.
+/// So many flights are called forward, and as many more as keep the pace while connections take up to a second to open. Few,
+/// since whoever is called forward is past every later rule of fairness.
 const READY_AHEAD: usize = 2;
 
 /// A permit, and in whose turn.
@@ -179,6 +179,8 @@ pub(super) struct Dispatcher {
     call_of: BTreeMap<Flight, u64>,
     next_call: u64,
     ready: usize,
+    /// From a call to its connection, lately.
+    opening: Duration,
     /// Since when there has always been a flight with a connection, while there is one.
     ready_since: Instant,
     limiter: Limiter,
@@ -229,6 +231,7 @@ impl Dispatcher {
             call_of: BTreeMap::new(),
             next_call: 0,
             ready: 0,
+            opening: Duration::ZERO,
             ready_since: pace.not_before,
             limiter: limiter(pace, &clock),
             last: None,
@@ -365,6 +368,8 @@ impl Dispatcher {
         let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
         if let Some(called) = call {
             called.grant = Some(grant);
+            let took = since.saturating_duration_since(called.at);
+            self.opening = (self.opening * 7 + took) / 8;
             if self.ready == 0 {
                 self.ready_since = since;
             }
@@ -475,10 +480,10 @@ impl Dispatcher {
         not_yet
     }
 
-    /// Calls flights forward while too few of those called have a connection. Of those that have none as many may be
-    /// called as could have been served since the first of them was: so connections that open slowly are opened in
-    /// parallel, and where they open at once nobody is called early, nor where there are too few, and they would wait for
-    /// one to come free. Gives when one more may come.
+    /// Calls so many flights forward that the pace is kept while connections open: as many more as could be served in the
+    /// time that takes lately or, while too few have one, since the first of those that have none was called. So connections
+    /// that open slowly are opened in parallel, in whatever order they do, and where they open at once nobody is called
+    /// early, nor where there are too few, and they would wait for one to come free. Gives when one more may come.
     fn call_forward(&mut self, now: Instant, is_task: bool) -> Option<Instant> {
         if self.queue.waiting() == 0 {
             return None;
@@ -493,16 +498,18 @@ impl Dispatcher {
         // not be everybody.
         let ahead = (limit / 8).clamp(READY_AHEAD, 64).min(longest / 2).max(1);
         let most = (limit + 1).clamp(4, 256);
-        while self.ready < ahead && self.called.len() < most {
-            let slowest = self.called.values().find(|called| called.grant.is_none());
-            if let Some(Called { at, .. }) = slowest {
-                let extra = (self.called.len() + 1).saturating_sub(ahead);
-                let extra = u32::try_from(extra).unwrap_or(u32::MAX);
-                if extra > 0 && freed > paced {
-                    return None;
-                }
-                let may_come = *at + self.pace.interval().saturating_mul(extra);
-                if may_come > now || (extra > 0 && !is_task) {
+        while self.called.len() < most {
+            let extra = (self.called.len() + 1).saturating_sub(ahead);
+            if extra > 0 && freed > paced {
+                return None;
+            }
+            let extra = u32::try_from(extra).unwrap_or(u32::MAX);
+            let served_in = self.pace.interval().saturating_mul(extra);
+            if served_in > self.opening {
+                let mut without = self.called.values().filter(|called| called.grant.is_none());
+                let slowest = without.next().filter(|_| self.ready < ahead)?;
+                let may_come = slowest.at + served_in;
+                if may_come > now || !is_task {
                     return (self.queue.waiting() > 0).then_some(may_come);
                 }
             }

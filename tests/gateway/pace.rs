@@ -68,6 +68,28 @@ async fn a_third_of_new_connections_take_300_ms() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn connections_that_open_slowly_and_out_of_order_are_opened_in_parallel() {
+    let one_use = Some(Duration::from_millis(1));
+    let openings: [fn(usize) -> Duration; 3] = [
+        |number| Duration::from_millis(480 + number as u64 * 97 % 240),
+        |number| Duration::from_millis(240 + number as u64 * 97 % 120),
+        |number| Duration::from_millis(if number.is_multiple_of(2) { 200 } else { 900 }),
+    ];
+    for (case, opening) in openings.into_iter().enumerate() {
+        let behaviour = Behaviour {
+            opening,
+            idle: one_use,
+            ..Behaviour::default()
+        };
+        let arrivals = three_hundred_tasks(behaviour).await.arrivals();
+        assert!(most_in_a_second(&arrivals) <= 15);
+        // When it is known how slowly they open.
+        let goodput = goodput(&arrivals[30..]);
+        assert!(goodput >= 14.0, "{case}: {goodput}/s");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn upstream_closes_idle_connections() {
     let gateway = three_hundred_tasks(Behaviour {
         idle: Some(Duration::from_millis(30)),
