@@ -699,14 +699,14 @@ impl Gateway {
                 Way::Back => continue,
                 Way::On(turn) => turn,
             };
-            trace.step("connect");
             let mut connects = 1;
             let mut ready = loop {
-                let connecting = async {
-                    // After an unanswered attempt any other idle connection may be as dead.
-                    let place = shown(leader, |_| Phase::Waiting, account.pool.place(attempt > 1)).await;
-                    shown(leader, Phase::Connecting, place.connect(task)).await
-                };
+                // After an unanswered attempt any other idle connection may be as dead.
+                let placing = shown(leader, Phase::Crowded, account.pool.place(attempt > 1));
+                let place = while_awaited(leader, account, breaker, placing).await;
+                let place = place.ok_or_else(given_up)?;
+                trace.step("connect");
+                let connecting = shown(leader, Phase::Connecting, place.connect(task));
                 let connected = while_awaited(leader, account, breaker, connecting).await;
                 match connected.ok_or_else(given_up)? {
                     Ok(ready) => break ready,

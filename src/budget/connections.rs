@@ -47,6 +47,18 @@ impl Connections {
         }
     }
 
+    /// Whether one is free at `now`, where so many are for flights that are called forward already.
+    ///
+    /// # Errors
+    /// When one will be, as far as that is known.
+    pub(super) fn one_is_free(&self, called: usize, now: Instant) -> Result<(), Option<Instant>> {
+        let free = self.used.partition_point(|used| *used + self.takes <= now);
+        match (self.used.len() - free + called).checked_sub(self.most) {
+            None => Ok(()),
+            Some(too_many) => Err(self.used.get(free + too_many).map(|used| *used + self.takes)),
+        }
+    }
+
     /// When the turn at this position comes, counted from 0, if those of all positions come as they are `paced`: it has the
     /// connection of the turn as many before it as there are connections.
     pub(super) fn turn(&self, position: usize, paced: impl Fn(usize) -> Instant) -> Instant {
@@ -94,6 +106,13 @@ mod tests {
         );
         connections.spend(start);
         connections.spend(start + SECOND / 2);
+        assert_eq!(connections.one_is_free(0, start + SECOND / 2), Ok(()));
+        assert_eq!(
+            connections.one_is_free(1, start + SECOND / 2),
+            Err(Some(start + SECOND))
+        );
+        assert_eq!(connections.one_is_free(3, start + SECOND / 2), Err(None));
+        assert_eq!(connections.one_is_free(1, start + SECOND), Ok(()));
         // One is free, one will be after a second, and one half a second later.
         let now = start + SECOND / 2;
         assert_eq!(

@@ -500,8 +500,11 @@ impl Dispatcher {
         let most = (limit + 1).clamp(4, 256);
         while self.called.len() < most {
             let extra = (self.called.len() + 1).saturating_sub(ahead);
-            if extra > 0 && freed > paced {
-                return None;
+            // It would only wait for one to come free.
+            if extra > 0
+                && let Err(until) = self.connections.one_is_free(self.called.len(), now)
+            {
+                return until;
             }
             let extra = u32::try_from(extra).unwrap_or(u32::MAX);
             let served_in = self.pace.interval().saturating_mul(extra);

@@ -58,7 +58,7 @@ impl Gateway {
         let phase = late_by.map_or(phase, |_| Phase::Waiting);
         let why = late_by.map_or(Shed::Deadline, |_| Shed::Admission);
         let detail = match phase {
-            Phase::Waiting => why.detail(),
+            Phase::Waiting | Phase::Crowded(_) => why.detail(),
             Phase::Connecting(_) => Error::NoConnection.detail(),
             // Whether upstream was asked here or by another replica.
             Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow.detail(),
@@ -71,7 +71,7 @@ impl Gateway {
             return Ok(Answered::forwarded(answer, was_stale, collapsed));
         }
         Err(match phase {
-            Phase::Waiting => self.shed(poll, client, why, late_by),
+            Phase::Waiting | Phase::Crowded(_) => self.shed(poll, client, why, late_by),
             Phase::Connecting(_) => Error::NoConnection,
             Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow,
         })

@@ -127,7 +127,9 @@ impl Gateway {
         loop {
             let slow = match progress.borrow_and_update().phase {
                 Phase::Waiting => None,
-                Phase::Elsewhere(since) | Phase::Connecting(since) | Phase::Sent(since) => Some(since + SLOW_ATTEMPT),
+                Phase::Crowded(since) | Phase::Elsewhere(since) | Phase::Connecting(since) | Phase::Sent(since) => {
+                    Some(since + SLOW_ATTEMPT)
+                }
             };
             let detail = tokio::select! {
                 biased;

@@ -31,11 +31,13 @@ pub(super) struct Progress {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// For its turn, for a place in the pool, or for its permit.
+    /// For its turn, or for its permit.
     Waiting,
+    /// Its turn came at this instant, and all connections are in use.
+    Crowded(Instant),
     /// Since this instant, for another replica's flight.
     Elsewhere(Instant),
-    /// Its turn came at this instant, and it has no connection yet.
+    /// Its connection is being opened since this instant.
     Connecting(Instant),
     /// Spent at this instant: it will be finished and kept, whoever waits.
     Sent(Instant),

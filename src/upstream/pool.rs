@@ -60,6 +60,8 @@ pub struct Pool(Arc<PoolHandle>);
 struct PoolHandle {
     upstream: Arc<Inner>,
     id: u64,
+    /// Held by whoever is the next to have a place: the others wait for it in the order in which they came.
+    next: tokio::sync::Mutex<()>,
 }
 
 impl Drop for PoolHandle {
@@ -73,7 +75,8 @@ impl Pool {
     /// A new account's, empty. Dropping it closes its idle connections.
     pub(super) fn new(upstream: Arc<Inner>) -> Self {
         let id = upstream.connections().add_pool();
-        Self(Arc::new(PoolHandle { upstream, id }))
+        let next = tokio::sync::Mutex::default();
+        Self(Arc::new(PoolHandle { upstream, id, next }))
     }
 
     /// A connection of one's own, to ask for `task`: an idle one, else a new one; with `fresh`, always a new one. Waits
@@ -87,11 +90,12 @@ impl Pool {
         self.place(fresh).await.connect(task).await
     }
 
-    /// What [`Pool::connect`] waits for before it opens anything.
+    /// What [`Pool::connect`] waits for before it opens anything: whoever came first has the first place that is free.
     ///
     /// Cancel safe.
     pub async fn place(&self, fresh: bool) -> Place {
         let upstream = &self.0.upstream;
+        let _next = self.0.next.lock().await;
         loop {
             // From here on, so that no news of a free place is missed.
             let freed = upstream.freed.notified();

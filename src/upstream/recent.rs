@@ -32,6 +32,7 @@ struct Took {
     answers: VecDeque<(Instant, Duration)>,
     /// How many were noted so far.
     noted: usize,
+    /// Of the last few: connections are in use for so long now.
     mean: Duration,
     median: Duration,
     p90: Duration,
@@ -117,7 +118,7 @@ impl Recent {
         took.silence(now).unwrap_or(took.median)
     }
 
-    /// What an answer takes in the mean: where upstream has been silent for longer than is usual, half as long again.
+    /// What an answer takes in the mean, lately: where upstream has been silent for longer than is usual, half as long again.
     pub(super) fn mean(&self, now: Instant) -> Duration {
         let took = self.took();
         took.silence(now).unwrap_or(took.mean)
@@ -152,6 +153,11 @@ impl Took {
             self.answers.pop_front();
         }
         self.answers.push_back((received, took));
+        self.mean = if self.noted == 0 {
+            took
+        } else {
+            (self.mean * 7 + took) / 8
+        };
         self.noted += 1;
         if self.count < ANSWERS || self.noted.is_multiple_of(SELDOM) {
             self.reckon(received);
@@ -174,8 +180,6 @@ impl Took {
                 slowest = slowest.max(Some(*took));
             }
         }
-        let count = u32::try_from(taken.len()).unwrap_or(u32::MAX);
-        self.mean = taken.iter().sum::<Duration>() / count.max(1);
         // The order of the others is nobody's business.
         let (half, most) = (taken.len() / 2, taken.len() * 9 / 10);
         let (below, p90, _) = taken.select_nth_unstable(most);

@@ -200,6 +200,54 @@ async fn whoever_waits_for_a_connection_to_come_free_hears_at_once_that_it_will_
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn whoever_has_waited_longest_has_the_connection_that_comes_free() {
+    let behaviour = Behaviour {
+        latency: Duration::from_millis(400),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.upstream.connections = 2;
+        config.budget.max_wait = Duration::from_secs(4);
+    }));
+    sleep(HOLD).await;
+    let mut pollers = JoinSet::new();
+    for poller in 0..12 {
+        let gateway = Arc::clone(&gateway);
+        pollers.spawn(async move {
+            for task in 0..20 {
+                let asked = Instant::now();
+                let reply = gateway.poll_from(MODEST, KEY, &format!("task-{poller}-{task}")).await;
+                assert_eq!(reply.status, 200, "{reply:?}");
+                // Twelve, two at a time.
+                let took = asked.elapsed();
+                assert!(took <= Duration::from_millis(2900), "{took:?}");
+            }
+        });
+    }
+    pollers.join_all().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_has_a_snapshot_waits_for_a_connection_no_longer_than_for_an_answer() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        varies: |task| Duration::from_secs(if task == "hangs" { 8 } else { 0 }),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| config.upstream.connections = 1));
+    assert_eq!(gateway.poll(KEY, "a").await.status, 200);
+    sleep(Duration::from_secs(3)).await;
+    let hanging = Arc::clone(&gateway);
+    tokio::spawn(async move { hanging.poll(KEY, "hangs").await });
+    sleep(Duration::from_millis(500)).await;
+    let asked = Instant::now();
+    let reply = gateway.poll(KEY, "a").await;
+    assert_eq!(asked.elapsed().as_millis() / 100, 10, "{:?}", asked.elapsed());
+    let status = reply.header("cache-status").unwrap();
+    assert!(status.ends_with("detail=upstream_slow"), "{status}");
+}
+
 /// A number from 0 to 1, another for each task.
 fn drawn(task: &str) -> f64 {
     let mut hasher = DefaultHasher::new();

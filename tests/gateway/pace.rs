@@ -90,6 +90,29 @@ async fn connections_that_open_slowly_and_out_of_order_are_opened_in_parallel() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn connections_that_are_hardly_enough_are_opened_in_parallel() {
+    let behaviour = Behaviour {
+        opening: |_| Duration::from_secs(1),
+        latency: Duration::from_secs(1),
+        idle: Some(Duration::from_millis(1)),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.budget.max_wait = Duration::from_mins(2);
+        config.upstream.connections = 14;
+    }));
+    let mut polls = JoinSet::new();
+    for task in 0..150 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await.status });
+    }
+    assert!(polls.join_all().await.iter().all(|status| *status == 200));
+    // Each is of use once in 2 s.
+    let goodput = goodput(&gateway.arrivals());
+    assert!(goodput >= 6.3, "{goodput}/s");
+}
+
+#[tokio::test(start_paused = true)]
 async fn upstream_closes_idle_connections() {
     let gateway = three_hundred_tasks(Behaviour {
         idle: Some(Duration::from_millis(30)),
