@@ -104,8 +104,10 @@ for i = 8, #ARGV, 7 do
     mine[1] = math.min(mine[1], virtual + 1 / weight)
     mine[2], mine[3], mine[4] = weight, now + WANTS, now + WANTS
     account.wants[who] = mine
+    -- This one may be further behind than all the others are: then not all have come as far as `floor`.
+    local all = math.max(account.virtual or 0, math.min(floor or 0, mine[1]))
     for other, want in pairs(account.wants) do
-      if (want[4] or want[3]) <= now and want[1] <= virtual then account.wants[other] = nil end
+      if (want[4] or want[3]) <= now and want[1] <= all then account.wants[other] = nil end
     end
 
     if account.paused > now then

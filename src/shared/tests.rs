@@ -172,6 +172,26 @@ fn undisturbed_replicas_spend_the_whole_budget() {
     }
 }
 
+/// It has no flight that waits between two permits, and is the first to ask whenever it has one.
+#[test]
+fn a_heavy_client_with_one_flight_at_a_time_starves_no_queue() {
+    for [heavy, one, other] in [[30.0, 20.0, 10.0], [100.0, 50.0, 10.0], [300.0, 30.0, 10.0]] {
+        let mut cluster = Cluster::new(3, 3, &[]);
+        cluster.demands = vec![demand(heavy as u32, 1), demand(one as u32, 9), demand(other as u32, 9)];
+        let outcome = cluster.play(40.0);
+        let permits = outcome.arrivals.len() as f64;
+        for (replica, weight) in [heavy, one, other].into_iter().enumerate() {
+            let sent = outcome.arrivals.iter().filter(|(_, by)| *by == replica).count() as f64;
+            // One flight at a time wants no more than every other permit.
+            let due = (permits * weight / (heavy + one + other)).min(permits / 2.0);
+            assert!(
+                sent >= 0.8 * due - 2.0,
+                "weight {weight}: {sent} of {permits}, not {due}"
+            );
+        }
+    }
+}
+
 #[test]
 fn permits_are_dealt_by_the_weight_of_whoever_waits_and_each_replica_counts_on_its_part() {
     let three = || vec![demand(10, 9), demand(30, 9), demand(10, 9)];

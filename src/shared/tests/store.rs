@@ -107,9 +107,10 @@ pub(super) fn lend(
             mine.served = mine.served.min(time + 1.0 / weight);
             (mine.weight, mine.until, mine.waits_until) = (weight, now + WANTS, now + WANTS);
             account.wants.insert(terms.who.clone(), mine);
+            let all = account.virtual_time.max(floor.unwrap_or(0.0).min(mine.served));
             account
                 .wants
-                .retain(|_, want| want.waits_until > now || want.served > time);
+                .retain(|_, want| want.waits_until > now || want.served > all);
             if account.paused > now {
                 dealt.1 = Some((account.paused - now).min(LATEST));
             } else if slot - now > AHEAD {
