@@ -461,16 +461,18 @@ impl Keeper {
         }
         tracing::error!(
             path = %self.shared.settings.path.display(), operation = step.as_ref(),
-            what = "the disk has stood still for a minute",
+            what = "the disk has stood still for a minute: what is to be written waits",
             fix = "see what the file is on; on Kubernetes its volume may be detached, and the pod has to move to where it is",
-            "cache.disk: nothing is kept on disk until it goes on"
+            "cache.disk: nothing more is kept on disk until it goes on"
         );
-        loop {
+        let done = loop {
             self.shared.metrics.failed(step);
             if let Ok(done) = timeout(STALL, &mut work).await {
-                return done;
+                break done;
             }
-        }
+        };
+        tracing::info!(path = %self.shared.settings.path.display(), "cache.disk: the disk goes on");
+        done
     }
 
     /// Says what is wrong and what to do; true when it is mended already.

@@ -74,7 +74,10 @@ impl Gateway {
                 drop(room);
                 Ok(answer)
             }
-            Err(failed) if failed.unspent => Err(failed),
+            Err(failed) if failed.unspent => {
+                query.unsent();
+                Err(failed)
+            }
             Err(failed) => {
                 let (outcome, detail) = (failure(&failed.error), failed.error.detail());
                 account.metrics.attempted(outcome, took);

@@ -35,6 +35,7 @@ impl Gateway {
     /// Why a poll is not let through while the breaker is open. A probe goes in its place, if one is due.
     pub(super) fn turn_away(self: &Arc<Self>, asker: &Asker, task: &TaskId) -> Error {
         let now = Instant::now();
+        self.upstream.breaker().kept_back(now);
         // A paused account's probe would hold up the others'.
         if !asker.account.budget.is_paused(now)
             && let Some(probe) = self.upstream.breaker().probe(task, now)

@@ -301,6 +301,11 @@ impl Query {
         failed(&self.span, error);
         self.span.say(OUTCOME, <&str>::from(outcome));
     }
+
+    /// It was not sent: there was none.
+    pub(super) fn unsent(mut self) {
+        self.span.discard();
+    }
 }
 
 /// A method in a span's name, and as its attribute: a client may make up any.

@@ -146,6 +146,11 @@ impl Span {
         self.with(|said| said.has_failed = true);
     }
 
+    /// Nothing of it is told.
+    pub fn discard(&mut self) {
+        self.0 = None;
+    }
+
     fn with(&self, tell: impl FnOnce(&mut Said)) {
         if let Some(open) = &self.0 {
             tell(&mut open.said.lock().unwrap_or_else(PoisonError::into_inner));

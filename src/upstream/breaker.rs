@@ -61,6 +61,11 @@ impl Breaker {
         self.state().last_opened().is_none_or(|opened| opened <= since)
     }
 
+    /// A poll that it keeps from upstream: as long as there are any, an outage is no old news.
+    pub fn kept_back(&self, now: Instant) {
+        self.state().ask(now);
+    }
+
     /// The right to ask for `task` although it is open, if a probe is due at `now`: one, or another beside one that is
     /// silent, and none while anybody waits for [`Self::next_probe`].
     pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {

@@ -204,10 +204,14 @@ impl State {
         self.without + lately.unwrap_or_default()
     }
 
+    /// Somebody would have asked.
+    pub(super) fn ask(&mut self, now: Instant) {
+        self.asked = Some(now);
+    }
+
     /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
     /// [`Self::probe_ended`], which takes the probe's number.
     pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
-        self.asked = Some(now);
         // Its connection may be as late as theirs was: each would give its right back, and nobody ever ask.
         if self.connected > 0 {
             return None;
@@ -441,11 +445,13 @@ mod tests {
         assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
         assert_eq!(state.forget(now + 10 * FORGOTTEN_AFTER), None, "a probe is under way");
         end_probe(&mut state);
-        let asked = now + FORGOTTEN_AFTER;
-        assert!(state.probe(&task("a"), asked).is_some());
+        let probed = now + FORGOTTEN_AFTER;
+        assert!(state.probe(&task("a"), probed).is_some());
         end_probe(&mut state);
-        assert_eq!(state.forget(asked + FORGOTTEN_AFTER), None);
-        let idle = asked + PROBE_INTERVAL + FORGOTTEN_AFTER;
+        let asked = probed + 2 * PROBE_INTERVAL;
+        state.ask(asked);
+        assert_eq!(state.forget(asked + FORGOTTEN_AFTER - MS), None);
+        let idle = asked + FORGOTTEN_AFTER;
         assert_eq!(state.forget(idle), Some(Change::Closed));
         assert_eq!(state.forget(idle), None);
         for name in ["a", "b", "c", "d"] {
