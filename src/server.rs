@@ -25,7 +25,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -45,6 +45,9 @@ pub const GRACE: Duration = Duration::from_secs(2);
 
 /// After an accept that failed for want of descriptors or memory: spinning would make both worse.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// So long without one, the next is news.
+const ACCEPT_MENDED: Duration = Duration::from_mins(1);
 
 /// Connections that are told at once why they are not let in; beyond, they are closed without a word.
 const MOST_TURNED_AWAY: usize = 64;
@@ -118,21 +121,18 @@ struct Server {
 
 impl Server {
     async fn accept_all(&self, listener: &TcpListener) {
-        let mut is_failing = false;
+        let mut failed = None::<Instant>;
         loop {
             match listener.accept().await {
-                Ok((stream, peer)) => {
-                    is_failing = false;
-                    self.admit(stream, peer.ip());
-                }
+                Ok((stream, peer)) => self.admit(stream, peer.ip()),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
                     self.metrics.refused(EdgeRefusal::Accept);
-                    // Once for as long as it lasts.
-                    if !is_failing {
+                    // Once for as long as it lasts; in between some may be let in.
+                    if failed.is_none_or(|failed| failed.elapsed() > ACCEPT_MENDED) {
                         tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
                     }
-                    is_failing = true;
+                    failed = Some(Instant::now());
                     sleep(ACCEPT_BACKOFF).await;
                 }
             }
@@ -265,7 +265,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Sleeps until `deadline`, for ever without one.
-async fn sleep_until_some(deadline: Option<tokio::time::Instant>) {
+async fn sleep_until_some(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => std::future::pending().await,

@@ -185,7 +185,7 @@ async fn an_accept_without_descriptors_waits_and_does_not_spin() {
     assert!(cpu < took / 2, "{cpu:?} in {took:?}");
     let log = gateway.logged("cannot accept: raise the limit", 1).await;
     let said = log.matches("cannot accept: raise the limit").count();
-    assert!((said as f64) < tries, "{log}");
+    assert_eq!(said, 1, "{log}");
     drop(clients);
     // Once it has seen them go, there is room again.
     let started = Instant::now();
