@@ -80,8 +80,8 @@ impl Config {
         Self::parse(&read(path)?, env)
     }
 
-    /// Reads the file for a process that runs with `running`, to which a file that says nothing is no configuration, if that would
-    /// change anything, now or at a restart: it was lost, or has yet to be written, and the defaults let everybody in.
+    /// Reads the file for a process that runs with `running`, to which a file that says nothing is no configuration, if that
+    /// would change anything, now or at a restart: it was lost, or has yet to be written, and the defaults let everybody in.
     ///
     /// # Errors
     /// As for [`load`](Self::load), and when it says nothing.

@@ -45,7 +45,8 @@ impl Gateway {
         self.unavailable(&asker.account)
     }
 
-    /// How a flight of `account` ends that may go no further, unspent: the account is no longer what it was, or the breaker is open, or nobody is there to hear it.
+    /// How a flight of `account` ends that may go no further, unspent: the account is no longer what it was, or the breaker is
+    /// open, or nobody is there to hear it.
     pub(super) fn given_up(&self, account: &Account) -> Landed {
         if account.superseded.is_cancelled() {
             Landed::Superseded
