@@ -455,24 +455,26 @@ impl Keeper {
     /// Waits for the disk however long it takes, and counts each `STALL` as a failure: else nobody would hear of a disk that
     /// stands still.
     async fn watched<T>(&self, step: DiskStep, work: impl Future<Output = T>) -> T {
-        let mut work = pin!(work);
-        if let Ok(done) = timeout(STALL, &mut work).await {
-            return done;
-        }
-        tracing::error!(
-            path = %self.shared.settings.path.display(), operation = step.as_ref(),
-            what = "the disk has stood still for a minute: what is to be written waits",
-            fix = "see what the file is on; on Kubernetes its volume may be detached, and the pod has to move to where it is",
-            "cache.disk: nothing more is kept on disk until it goes on"
-        );
-        let done = loop {
-            self.shared.metrics.failed(step);
+        let (mut work, mut stands_still) = (pin!(work), false);
+        let path = self.shared.settings.path.display();
+        loop {
             if let Ok(done) = timeout(STALL, &mut work).await {
-                break done;
+                if stands_still {
+                    tracing::info!(%path, "cache.disk: the disk goes on");
+                }
+                return done;
             }
-        };
-        tracing::info!(path = %self.shared.settings.path.display(), "cache.disk: the disk goes on");
-        done
+            self.shared.metrics.failed(step);
+            if !stands_still {
+                tracing::error!(
+                    %path, operation = step.as_ref(),
+                    what = "the disk has stood still for a minute: what is to be written waits",
+                    fix = "see what the file is on; on Kubernetes its volume may be detached, and the pod has to move to where it is",
+                    "cache.disk: nothing more is kept on disk until it goes on"
+                );
+            }
+            stands_still = true;
+        }
     }
 
     /// Says what is wrong and what to do; true when it is mended already.

@@ -6,8 +6,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Expected;
-
 #[derive(Debug)]
 pub(super) struct Connections {
     most: usize,
@@ -28,8 +26,9 @@ impl Default for Connections {
 }
 
 impl Connections {
-    pub(super) fn expect(&mut self, expected: Expected) {
-        (self.most, self.takes) = (expected.connections.max(1), expected.mean);
+    /// So many there may be, and each is in use for as long as an answer `takes`.
+    pub(super) fn expect(&mut self, most: usize, takes: Duration) {
+        (self.most, self.takes) = (most.max(1), takes);
     }
 
     /// How far apart they come free while all are in use.
@@ -94,12 +93,7 @@ mod tests {
             [0, 100, 9900],
             "nothing is known yet"
         );
-        connections.expect(Expected {
-            at_least: SECOND,
-            mean: SECOND,
-            connections: 3,
-            leaves: SECOND,
-        });
+        connections.expect(3, SECOND);
         assert_eq!(
             turns(&connections, start, &[0, 1, 2, 3, 4, 6]),
             [0, 100, 200, 1000, 1100, 2000]
@@ -129,12 +123,7 @@ mod tests {
     #[test]
     fn as_many_as_there_are_allow_the_pace_if_each_has_its_answer_by_then() {
         let mut connections = Connections::default();
-        connections.expect(Expected {
-            at_least: SECOND,
-            mean: SECOND,
-            connections: 10,
-            leaves: SECOND,
-        });
+        connections.expect(10, SECOND);
         let start = Instant::now();
         let paced = |position| start + SECOND / 10 * u32::try_from(position).unwrap();
         for position in 0..100 {

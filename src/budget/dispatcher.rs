@@ -123,7 +123,7 @@ impl Desk {
     pub(super) fn expect(&self, expected: Expected) {
         let mut dispatcher = lock(&self.dispatcher);
         dispatcher.admission.expect(expected.at_least);
-        dispatcher.connections.expect(expected);
+        dispatcher.connections.expect(expected.connections, expected.mean);
         dispatcher.leaves = expected.leaves;
     }
 
