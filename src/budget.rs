@@ -23,10 +23,11 @@ mod ring;
 mod spending;
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -178,7 +179,7 @@ impl Budget {
     /// Changes the pace and the longest queue, from the next permit on. What was spent counts on, so old and new together
     /// stay within the limit that holds when a permit is granted.
     pub fn configure(&self, pace: Pace, max_queue: usize) {
-        lock(&self.0.backoff).set_pace(pace);
+        self.0.backoff.lock().set_pace(pace);
         self.0.tell(|dispatcher| dispatcher.configure(max_queue));
     }
 
@@ -189,7 +190,7 @@ impl Budget {
 
     /// The pace when nothing slows it down.
     pub fn pace(&self) -> Pace {
-        lock(&self.0.backoff).pace()
+        self.0.backoff.lock().pace()
     }
 
     /// A new flight's standing: of a task that has a `snapshot` since that instant, or of one never seen.
@@ -212,7 +213,7 @@ impl Budget {
 
     /// Takes over what upstream's 429s did to another budget: a key that spent that one spends this one from now on.
     pub fn take_over(&self, other: &Self, now: Instant) {
-        let Some(backed) = lock(&other.0.backoff).backed() else {
+        let Some(backed) = other.0.backoff.lock().backed() else {
             return;
         };
         self.back_off(now, |backoff| backoff.take_over(backed, now));
@@ -221,7 +222,7 @@ impl Budget {
     /// Changes the backoff, and tells whoever goes by it.
     fn back_off<T>(&self, now: Instant, change: impl FnOnce(&mut Backoff) -> T) -> T {
         let (before, changed, backed) = {
-            let mut backoff = lock(&self.0.backoff);
+            let mut backoff = self.0.backoff.lock();
             let before = backoff.backed();
             (before, change(&mut backoff), backoff.backed())
         };
@@ -240,13 +241,13 @@ impl Budget {
 
     /// Whether the account is paused at `now`.
     pub fn is_paused(&self, now: Instant) -> bool {
-        lock(&self.0.backoff).paused_until(now).is_some()
+        self.0.backoff.lock().paused_until(now).is_some()
     }
 
     /// Queries a second that the pace allows at `now`: of a shared budget, what this process can count on.
     pub fn rate(&self, now: Instant) -> f64 {
         let share = self.share(now);
-        let backoff = lock(&self.0.backoff);
+        let backoff = self.0.backoff.lock();
         share * backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
     }
 
@@ -296,19 +297,19 @@ impl Budget {
         now: Instant,
     ) -> Duration {
         let rate = self.turns(now);
-        lock(&self.0.promised).next(client, weight, task, late_by, rate, now)
+        self.0.promised.lock().next(client, weight, task, late_by, rate, now)
     }
 
     /// How long before the end of the queue a poll that comes at `now` has to stop, for the places that are promised to
     /// others of its client; not at all if one is promised to itself.
     pub fn kept(&self, client: &Client, task: &TaskId, now: Instant) -> Duration {
         let rate = self.turns(now);
-        lock(&self.0.promised).kept(client, task, rate, now)
+        self.0.promised.lock().kept(client, task, rate, now)
     }
 
     /// How long nothing is granted from `now` on: until the account's pause ends, or the start's.
     pub fn paused_for(&self, now: Instant) -> Duration {
-        lock(&self.0.backoff).resumed().saturating_duration_since(now)
+        self.0.backoff.lock().resumed().saturating_duration_since(now)
     }
 }
 
@@ -480,11 +481,6 @@ impl Permit {
     pub fn written(self, at: Instant) {
         self.0.written(at);
     }
-}
-
-/// A poisoned lock means a panic in a few lines that cannot leave half a change behind.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -17,13 +17,14 @@
 mod shares;
 
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use moka::Expiry;
 use moka::notification::RemovalCause;
 use moka::policy::EvictionPolicy;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::account::AccountId;
@@ -92,7 +93,8 @@ pub struct Cache {
     /// How often an answer was put here.
     puts: AtomicU64,
     keys: RandomState,
-    /// See [`Self::change`].
+    /// Whoever holds it is the only one to put a state because of what is kept, or to give it back: moka's own way to do
+    /// that (`and_compute_with`) costs as much again as all else that a put does.
     changing: Mutex<()>,
     /// Seconds of [`Shares`] count from here.
     start: Instant,
@@ -194,7 +196,7 @@ impl Cache {
     ) -> Answer {
         let task = task.as_str();
         let key = self.key(account, task);
-        let _changing = self.change();
+        let _changing = self.changing.lock();
         let kept = kept(&self.tasks, key, account, task, now);
         let answer = make(kept.as_ref());
         if !answer.is_stored() {
@@ -264,16 +266,10 @@ impl Cache {
         Key(self.keys.hash_one((account, task)))
     }
 
-    /// Whoever holds it is the only one to put a state because of what is kept, or to give it back: moka's own way to do
-    /// that (`and_compute_with`) costs as much again as all else that a put does.
-    fn change(&self) -> MutexGuard<'_, ()> {
-        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Lets moka forget the not-found answers that are kept no longer, and takes notice once there are none.
     fn forget_not_found(&self) {
         // Nobody puts one meanwhile.
-        let _changing = self.change();
+        let _changing = self.changing.lock();
         self.not_found.run_pending_tasks();
         if self.not_found.entry_count() == 0 {
             self.may_hold_not_found.store(false, Ordering::Release);
@@ -287,7 +283,7 @@ impl Cache {
     /// moka could know when each answer ends, for 48 bytes each and by a clock of its own.
     fn give_back(&self, now: Instant) {
         for key in self.shares.ended(self.second(now), MOST_SEARCHED) {
-            let _changing = self.change();
+            let _changing = self.changing.lock();
             // Meanwhile a newer one may have come.
             let is_over = self.tasks.get(&key).is_some_and(|kept| !kept.is_kept(now));
             if is_over && self.tasks.remove(&key).is_some() {

@@ -12,10 +12,11 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::Poll;
 
 use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -42,7 +43,7 @@ impl<K: Eq + Hash + Clone, S> Flights<K, S> {
     /// The receiver shows the flight's stage, now and whenever it changes; it closes when the leader was dropped without
     /// landing. Dropping it leaves the flight.
     pub fn join(&self, key: K, first: impl FnOnce() -> S) -> (watch::Receiver<S>, Option<Leader<K, S>>) {
-        match self.map().entry(key) {
+        match self.0.lock().entry(key) {
             Entry::Occupied(flight) => (flight.get().subscribe(), None),
             Entry::Vacant(place) => {
                 let (stage, follower) = watch::channel(first());
@@ -56,10 +57,6 @@ impl<K: Eq + Hash + Clone, S> Flights<K, S> {
                 (follower, Some(leader))
             }
         }
-    }
-
-    fn map(&self) -> MutexGuard<'_, HashMap<K, watch::Sender<S>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -90,7 +87,7 @@ impl<K: Eq + Hash + Clone, S> Leader<K, S> {
     pub async fn deserted(&self) {
         loop {
             self.stage.closed().await;
-            let mut flights = self.flights.map();
+            let mut flights = self.flights.0.lock();
             // 1. the last follower leaves; 2. somebody joins; 3. we are woken: there is somebody after all. Joining
             // subscribes under this same lock.
             if self.stage.receiver_count() == 0 {
@@ -103,7 +100,7 @@ impl<K: Eq + Hash + Clone, S> Leader<K, S> {
     /// Ends the flight with a last change of its stage. Whoever asks from now on opens a new one, so what may be shared later must be
     /// in the cache before.
     pub fn land(mut self, last: impl FnOnce(&mut S)) {
-        self.remove_from(&mut self.flights.map());
+        self.remove_from(&mut self.flights.0.lock());
         self.has_landed = true;
         self.stage.send_modify(last);
     }
@@ -122,7 +119,7 @@ impl<K: Eq + Hash + Clone, S> Leader<K, S> {
 impl<K: Eq + Hash + Clone, S> Drop for Leader<K, S> {
     fn drop(&mut self) {
         if !self.has_landed {
-            self.remove_from(&mut self.flights.map());
+            self.remove_from(&mut self.flights.0.lock());
         }
     }
 }
@@ -181,7 +178,7 @@ mod tests {
         leader.unwrap().land(|stage| *stage = 7);
         assert_eq!(*first.wait_for(|stage| *stage == 7).await.unwrap(), 7);
         assert_eq!(*second.wait_for(|stage| *stage == 7).await.unwrap(), 7);
-        assert_eq!(flights.map().len(), 0);
+        assert_eq!(flights.0.lock().len(), 0);
     }
 
     #[tokio::test]

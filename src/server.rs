@@ -19,9 +19,10 @@ mod tls;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
@@ -191,7 +192,7 @@ impl Server {
 
     /// A place, or the limit that is reached.
     fn place(&self, peer: IpAddr) -> Result<Place, &'static str> {
-        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut admitted = self.admitted.lock();
         let of_peer = admitted.get(&peer).copied().unwrap_or(0);
         let in_all = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
         let limits = &self.gateway.config().limits;
@@ -220,7 +221,7 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut admitted = self.admitted.lock();
         if let Some(of_peer) = admitted.get_mut(&self.peer) {
             *of_peer -= 1;
             if *of_peer == 0 {

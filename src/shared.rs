@@ -37,9 +37,10 @@ mod share;
 mod tests;
 
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use strum::VariantArray as _;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
@@ -120,7 +121,7 @@ impl Shared {
     pub fn lane(&self, account: &str) -> Lane {
         let now = Instant::now();
         let told = Arc::new(Told::new(now));
-        let id = self.0.process().open(account.into(), Arc::clone(&told), now);
+        let id = self.0.process.lock().open(account.into(), Arc::clone(&told), now);
         Lane {
             shared: self.clone(),
             id,
@@ -130,7 +131,7 @@ impl Shared {
 
     /// The process is told to stop: what it owns is its successor's from now on.
     pub fn leave(&self) {
-        self.0.process().leave(Instant::now());
+        self.0.process.lock().leave(Instant::now());
         self.0.wake.notify_one();
     }
 
@@ -144,12 +145,12 @@ impl Shared {
 
     /// Where the process stands with its slice.
     pub fn standing(&self, now: Instant) -> Standing {
-        self.0.process().standing(now)
+        self.0.process.lock().standing(now)
     }
 
     /// Processes that lend, as the store said last.
     pub fn alive(&self) -> u32 {
-        self.0.process().alive()
+        self.0.process.lock().alive()
     }
 
     /// The most processes that run at once.
@@ -185,14 +186,14 @@ pub enum Right {
 impl Lane {
     /// Says who waits for permits from `now` on; with no flights, that none is wanted.
     pub fn want(&self, demand: Demand, now: Instant) {
-        if self.shared.0.process().want(self.id, demand, now) {
+        if self.shared.0.process.lock().want(self.id, demand, now) {
             self.shared.0.wake.notify_one();
         }
     }
 
     /// What may be spent now.
     pub fn right(&self) -> Right {
-        let process = self.shared.0.process();
+        let process = self.shared.0.process.lock();
         if process.is_alone() {
             Right::Alone(self.shared.0.slice)
         } else {
@@ -202,7 +203,7 @@ impl Lane {
 
     /// The permit is spent, or too late to be.
     pub fn spent(&self) {
-        self.shared.0.process().spent(self.id, Instant::now());
+        self.shared.0.process.lock().spent(self.id, Instant::now());
         self.shared.0.wake.notify_one();
     }
 
@@ -225,12 +226,12 @@ impl Lane {
 
     /// What upstream's last 429 did to the account, wherever it was heard.
     pub fn backed(&self) -> Option<Backed> {
-        self.shared.0.process().backed(self.id)
+        self.shared.0.process.lock().backed(self.id)
     }
 
     /// Upstream said 429 here: every replica hears of it.
     pub fn back_off(&self, backed: Backed) {
-        self.shared.0.process().back_off(self.id, backed, Instant::now());
+        self.shared.0.process.lock().back_off(self.id, backed, Instant::now());
         self.shared.0.wake.notify_one();
     }
 
@@ -242,15 +243,11 @@ impl Lane {
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        self.shared.0.process().close(self.id);
+        self.shared.0.process.lock().close(self.id);
     }
 }
 
-impl Inner {
-    fn process(&self) -> MutexGuard<'_, Process> {
-        self.process.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+impl Inner {}
 
 /// A name that no other start of a process has.
 fn random_name() -> String {
@@ -261,11 +258,11 @@ fn random_name() -> String {
 /// Makes the calls, for ever.
 async fn drive(inner: &Inner, link: &mut Link) {
     let mut said = Said::default();
-    inner.process().resume(Instant::now());
+    inner.process.lock().resume(Instant::now());
     loop {
         let now = Instant::now();
         let (at, call) = {
-            let mut process = inner.process();
+            let mut process = inner.process.lock();
             (process.look(now), process.call(now))
         };
         said.show(inner, now);
@@ -280,7 +277,7 @@ async fn drive(inner: &Inner, link: &mut Link) {
         let exchanged = loop {
             // The slice may come home while a call is under way.
             let now = Instant::now();
-            let at = inner.process().look(now);
+            let at = inner.process.lock().look(now);
             said.show(inner, now);
             tokio::select! {
                 exchanged = &mut exchange => break exchanged,
@@ -289,7 +286,7 @@ async fn drive(inner: &Inner, link: &mut Link) {
         };
         match exchanged {
             Ok(Exchanged { sent, received, reply }) => {
-                let is_in_time = inner.process().heard(sent, received, &reply);
+                let is_in_time = inner.process.lock().heard(sent, received, &reply);
                 let result = if is_in_time {
                     SharedCall::InTime
                 } else {
@@ -299,7 +296,7 @@ async fn drive(inner: &Inner, link: &mut Link) {
                 said.failure = (!is_in_time).then(|| "the reply took too long".to_owned());
             }
             Err(error) => {
-                inner.process().missed(Instant::now());
+                inner.process.lock().missed(Instant::now());
                 inner.metrics.called(SharedCall::NoReply, None);
                 said.failure = Some(format!("{error:#}"));
             }
@@ -318,7 +315,7 @@ struct Said {
 impl Said {
     fn show(&mut self, inner: &Inner, now: Instant) {
         let (standing, alive) = {
-            let process = inner.process();
+            let process = inner.process.lock();
             (process.standing(now), process.alive())
         };
         inner.metrics.show(standing.as_ref(), alive);

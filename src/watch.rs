@@ -6,9 +6,9 @@
 //! refreshed within four fifths of the account's rate; the rest is left for tasks that are new.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use crate::config::Fresh;
@@ -52,7 +52,7 @@ impl Watch {
 
     /// Changes the bounds of the freshness lifetime.
     pub fn configure(&self, fresh: Fresh) {
-        self.lock().fresh = fresh;
+        self.tasks.lock().fresh = fresh;
     }
 
     /// Somebody asked for a task at `now`: if it is live, it stays so.
@@ -74,7 +74,7 @@ impl Watch {
 
     /// Upstream said that a task has ended.
     pub fn ended(&self, task: &TaskId) {
-        let mut tasks = self.lock();
+        let mut tasks = self.tasks.lock();
         if let Some(Asked { filed, .. }) = tasks.by_id.remove(task) {
             tasks.filed.remove(&(filed, task.clone()));
         }
@@ -93,13 +93,9 @@ impl Watch {
 
     /// The tasks without those that nobody has asked for in a window before `now`.
     fn current(&self, now: Instant) -> MutexGuard<'_, Tasks> {
-        let mut tasks = self.lock();
+        let mut tasks = self.tasks.lock();
         tasks.expire(now);
         tasks
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Tasks> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,6 +1,6 @@
 //! One service: it polls over connections that it keeps, as HTTP libraries do.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,6 +9,7 @@ use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::io::DuplexStream;
 use tokio::time::timeout;
@@ -92,14 +93,14 @@ impl Client {
             };
             let (head, body) = response.into_parts();
             let body = body.collect().await.unwrap().to_bytes();
-            self.idle.lock().unwrap().push(sender);
+            self.idle.lock().push(sender);
             return (Response::from_parts(head, ()), body);
         }
     }
 
     /// The connection used last, so that those that are not needed grow old.
     fn kept(&self) -> Option<SendRequest<Empty<Bytes>>> {
-        let mut idle = self.idle.lock().unwrap();
+        let mut idle = self.idle.lock();
         idle.retain(|sender| !sender.is_closed());
         let last = idle.iter().rposition(SendRequest::is_ready)?;
         Some(idle.remove(last))

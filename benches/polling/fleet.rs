@@ -1,8 +1,9 @@
 //! The company's services: each task is polled by several until they have read its end.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -79,10 +80,10 @@ impl Watch {
         while self.start.elapsed() < self.task.ends + PATIENCE {
             let said = self.client.poll(&id).await;
             let now = self.start.elapsed();
-            self.seen.lock().unwrap().poll(now, said);
+            self.seen.lock().poll(now, said);
             let pause = match said {
                 Said::Ended => {
-                    self.seen.lock().unwrap().end(&self.task, now);
+                    self.seen.lock().end(&self.task, now);
                     return;
                 }
                 Said::Error(Some(retry_after)) if self.client.heeds_retry_after() => retry_after.max(self.interval),

@@ -30,13 +30,14 @@ mod upstream;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crun_gateway::config::Config;
 use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
+use parking_lot::Mutex;
 use tokio::io::duplex;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -132,7 +133,7 @@ fn play(company: Company, way: Way) -> Outcome {
         let seen = Arc::new(Mutex::new(Seen::new(looked_at)));
         fleet::start(company, &tasks, start, &connect, &seen);
         sleep(until).await;
-        let seen = seen.lock().unwrap();
+        let seen = seen.lock();
         seen.outcome(company, &tasks, &upstream.arrivals())
     })
 }

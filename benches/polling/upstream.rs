@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,6 +17,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::io::{DuplexStream, duplex};
 use tokio::time::{Instant, sleep};
 
@@ -63,7 +64,7 @@ impl Upstream {
 
     /// Every query so far, in order.
     pub fn arrivals(&self) -> Vec<Arrival> {
-        self.seen.lock().unwrap().arrivals.clone()
+        self.seen.lock().arrivals.clone()
     }
 
     /// A connection in memory.
@@ -93,7 +94,7 @@ impl Upstream {
 
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let now = self.start.elapsed();
-        if let Some(refusal) = self.seen.lock().unwrap().refuse(now) {
+        if let Some(refusal) = self.seen.lock().refuse(now) {
             return refusal;
         }
         let id = request.uri().query().unwrap().strip_prefix("task_id=").unwrap();

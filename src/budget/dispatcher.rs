@@ -12,8 +12,8 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use governor::clock::Clock;
@@ -21,6 +21,7 @@ use governor::middleware::NoOpMiddleware;
 use governor::nanos::Nanos;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
+use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 
@@ -30,7 +31,7 @@ use super::connections::Connections;
 use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::ring::{Ring, Room, Stamp};
 use super::spending::Spending;
-use super::{Expected, MOST_SHOWN, Pace, Shares, lock};
+use super::{Expected, MOST_SHOWN, Pace, Shares};
 use crate::account::Client;
 use crate::metrics::AccountMetrics;
 use crate::panics::contain_now;
@@ -113,7 +114,7 @@ impl Desk {
 
     /// Says something, and does what follows from it.
     pub(super) fn tell(&self, what: impl FnOnce(&mut Dispatcher)) {
-        if lock(&self.dispatcher).hear(what, Instant::now()) {
+        if self.dispatcher.lock().hear(what, Instant::now()) {
             self.roused.notify_one();
         }
     }
@@ -121,7 +122,7 @@ impl Desk {
     /// What upstream takes, as is known by now: who can no longer be answered in time for that is told with whatever happens
     /// next.
     pub(super) fn expect(&self, expected: Expected) {
-        let mut dispatcher = lock(&self.dispatcher);
+        let mut dispatcher = self.dispatcher.lock();
         dispatcher.admission.expect(expected.at_least);
         dispatcher.connections.expect(expected.connections, expected.mean);
         dispatcher.leaves = expected.leaves;
@@ -129,17 +130,17 @@ impl Desk {
 
     /// How far apart connections come free while all are in use.
     pub(super) fn apart(&self) -> Duration {
-        lock(&self.dispatcher).connections.apart()
+        self.dispatcher.lock().connections.apart()
     }
 
     /// Who waits, and who spends.
     pub(super) fn shares(&self) -> Shares {
-        lock(&self.dispatcher).shares(Instant::now())
+        self.dispatcher.lock().shares(Instant::now())
     }
 
     /// No flight stands here any more, nor will: the task ends.
     pub(super) fn close(&self) {
-        lock(&self.dispatcher).is_closed = true;
+        self.dispatcher.lock().is_closed = true;
         self.roused.notify_one();
     }
 
@@ -147,7 +148,7 @@ impl Desk {
     pub(super) async fn run(&self) {
         loop {
             let Wake { at, when_changed } = {
-                let mut dispatcher = lock(&self.dispatcher);
+                let mut dispatcher = self.dispatcher.lock();
                 if dispatcher.is_closed {
                     // A pause may not be over yet.
                     return dispatcher.metrics.paused.sub(i64::from(dispatcher.is_paused));
@@ -220,7 +221,7 @@ impl Dispatcher {
         metrics: AccountMetrics,
     ) -> Self {
         let clock = DueClock::new();
-        let pace = lock(&backoff).pace();
+        let pace = backoff.lock().pace();
         Self {
             pace,
             max_queue,
@@ -301,7 +302,7 @@ impl Dispatcher {
     /// process that is slow, so is the task.
     fn go_on(&mut self, now: Instant, is_task: bool) -> Wake {
         if let Some(heard) = self.lane.as_deref().and_then(Lane::backed) {
-            lock(&self.backoff).take_over(heard, now);
+            self.backoff.lock().take_over(heard, now);
         }
         let pause_ends = self.watch_pause(now);
         let wake = self.grant_due(now, is_task).or_at(pause_ends).or_at(self.judge(now));
@@ -431,7 +432,7 @@ impl Dispatcher {
 
     /// Shows whether the account is paused; gives when the pause ends.
     fn watch_pause(&mut self, now: Instant) -> Option<Instant> {
-        let pause_ends = lock(&self.backoff).paused_until(now);
+        let pause_ends = self.backoff.lock().paused_until(now);
         if pause_ends.is_some() != self.is_paused {
             self.is_paused = pause_ends.is_some();
             self.metrics.paused.add(if self.is_paused { 1 } else { -1 });
@@ -457,7 +458,7 @@ impl Dispatcher {
         if self.waiting() == 0 {
             return None;
         }
-        let backoff = lock(&self.backoff).clone();
+        let backoff = self.backoff.lock().clone();
         let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
         let stretch = self.pace.full_second().as_secs_f64() / self.share(now);
@@ -557,7 +558,7 @@ impl Dispatcher {
             return Some(Wake::default());
         }
         let (resumed, rate) = {
-            let backoff = lock(&self.backoff);
+            let backoff = self.backoff.lock();
             (backoff.resumed(), backoff.rate(now))
         };
         if resumed > now {
@@ -637,7 +638,7 @@ impl Dispatcher {
     /// Tells the other replicas how much is wanted here.
     fn want(&mut self, now: Instant) {
         let Some(lane) = &self.lane else { return };
-        let is_paused = lock(&self.backoff).resumed() > now;
+        let is_paused = self.backoff.lock().resumed() > now;
         let demand = if self.waiting() == 0 {
             Demand::default()
         } else {
@@ -676,7 +677,7 @@ impl Dispatcher {
     pub(super) fn configure(&mut self, max_queue: usize) {
         self.max_queue = max_queue;
         let (pace, rate) = {
-            let backoff = lock(&self.backoff);
+            let backoff = self.backoff.lock();
             (backoff.pace(), backoff.rate(self.last.unwrap_or(self.due)))
         };
         let before = std::mem::replace(&mut self.pace, pace);

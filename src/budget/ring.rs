@@ -4,14 +4,14 @@
 //! granted only while fewer than `limit` queries lie within the window, and one not yet written counts as now.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::history::History;
-use super::lock;
 
 /// The written instants of one account.
 #[derive(Debug, Default)]
@@ -44,7 +44,7 @@ pub(super) enum Room {
 impl Ring {
     /// Whether fewer than `limit` queries lie within the `window` that ends at `now`.
     pub(super) fn room(&self, now: Instant, limit: usize, window: Duration) -> Room {
-        let mut slots = lock(&self.slots);
+        let mut slots = self.slots.lock();
         while slots.written.front().is_some_and(|oldest| *oldest + window <= now) {
             slots.written.pop_front();
         }
@@ -60,17 +60,17 @@ impl Ring {
 
     /// Queries written in each of the last whole seconds before `now`, the oldest first.
     pub(super) fn history(&self, now: Instant) -> Vec<u32> {
-        lock(&self.slots).history.seconds(now)
+        self.slots.lock().history.seconds(now)
     }
 
     /// How many they are.
     pub(super) fn recent(&self, now: Instant) -> u64 {
-        lock(&self.slots).history.total(now)
+        self.slots.lock().history.total(now)
     }
 
     /// Takes a slot, from now until it is written and a window has passed, or until it is dropped unused.
     pub(super) fn take(self: &Arc<Self>, latest: Option<Instant>) -> Stamp {
-        lock(&self.slots).unwritten += 1;
+        self.slots.lock().unwritten += 1;
         Stamp {
             ring: Arc::clone(self),
             latest,
@@ -95,7 +95,7 @@ impl Stamp {
     /// The query was written, `at` this instant. Where two connections' stamps come in the wrong order, the earlier one
     /// counts as late as the other.
     pub(super) fn written(self, at: Instant) {
-        let mut slots = lock(&self.ring.slots);
+        let mut slots = self.ring.slots.lock();
         let at = slots.written.back().map_or(at, |last| at.max(*last));
         slots.written.push_back(at);
         slots.history.count(at);
@@ -104,7 +104,7 @@ impl Stamp {
 
 impl Drop for Stamp {
     fn drop(&mut self) {
-        lock(&self.ring.slots).unwritten -= 1;
+        self.ring.slots.lock().unwritten -= 1;
         self.ring.changed.notify_one();
     }
 }

@@ -7,7 +7,8 @@
 //! other than ours says when.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::Mutex;
 
 use crate::account::AccountId;
 use crate::stored::Block;
@@ -71,7 +72,7 @@ impl Shares {
 
     /// Counts an answer that is about to be put, and gives it its place. It is kept until the second `until`.
     pub(super) fn add(&self, key: Key, answer: &Block, weight: u32, until: u32) {
-        let mut holdings = self.holdings();
+        let mut holdings = self.holdings.lock();
         holdings.bytes += u64::from(weight);
         let Some(place) = holdings.occupy(key, until) else {
             // Four billion answers, and none of them in order.
@@ -91,7 +92,7 @@ impl Shares {
 
     /// Counts an answer no longer: it was replaced, is gone, or was not put after all.
     pub(super) fn remove(&self, answer: &Block, weight: u32) {
-        let mut holdings = self.holdings();
+        let mut holdings = self.holdings.lock();
         let Some(place) = answer.take_place() else {
             return;
         };
@@ -108,7 +109,7 @@ impl Shares {
 
     /// Whether an account holds anything.
     pub(super) fn holds(&self, account: AccountId) -> bool {
-        self.holdings().by_account.contains_key(&account.half())
+        self.holdings.lock().by_account.contains_key(&account.half())
     }
 
     /// While an answer of `weight` for `account` would overfill the cache and somebody holds more than half: the answer
@@ -116,7 +117,7 @@ impl Shares {
     pub(super) fn candidate(&self, account: AccountId, weight: u32) -> Option<(Key, bool)> {
         let (account, weight) = (account.half(), u64::from(weight));
         let half = self.max_bytes / 2;
-        let mut holdings = self.holdings();
+        let mut holdings = self.holdings.lock();
         if holdings.bytes + weight <= self.max_bytes {
             return None;
         }
@@ -133,7 +134,7 @@ impl Shares {
 
     /// Puts an answer that was looked at behind all others of its account.
     pub(super) fn spare(&self, answer: &Block) {
-        let mut holdings = self.holdings();
+        let mut holdings = self.holdings.lock();
         if let Some(place) = answer.place() {
             holdings.unlink(answer.account(), place);
             holdings.append(answer.account(), place);
@@ -142,7 +143,7 @@ impl Shares {
 
     /// Looks at the next `most` places: which answers are kept no longer in the second `now`.
     pub(super) fn ended(&self, now: u32, most: usize) -> Vec<Key> {
-        let mut holdings = self.holdings();
+        let mut holdings = self.holdings.lock();
         let from = holdings.searched;
         let looked_at = holdings.places.iter().skip(from).take(most);
         let ended = looked_at.filter(|place| place.until <= now).map(Place::key);
@@ -155,23 +156,19 @@ impl Shares {
     /// What all accounts hold, in bytes.
     #[cfg(test)]
     pub(super) fn held(&self) -> u64 {
-        self.holdings().bytes
+        self.holdings.lock().bytes
     }
 
     /// What an account holds, in bytes, and under which keys, in order.
     #[cfg(test)]
     pub(super) fn held_by(&self, account: AccountId) -> (u64, Vec<Key>) {
-        let holdings = self.holdings();
+        let holdings = self.holdings.lock();
         let Some(holding) = holdings.by_account.get(&account.half()) else {
             return (0, Vec::new());
         };
         let next = |at: &u32| holdings.places.get(*at as usize).map(|place| place.after);
         let all = std::iter::successors(Some(holding.first), next).filter_map(|at| holdings.places.get(at as usize));
         (holding.bytes, all.map(Place::key).collect())
-    }
-
-    fn holdings(&self) -> MutexGuard<'_, Holdings> {
-        self.holdings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

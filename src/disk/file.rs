@@ -10,8 +10,9 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use redb::{AccessGuard, Builder, Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 
 /// By place: when upstream said it, in milliseconds since 1970, and the sealed answer.
@@ -87,11 +88,7 @@ struct Entries {
 impl Book {
     /// Whether an answer may be kept there; if not, none is.
     pub(super) fn may_hold(&self, place: u128) -> bool {
-        self.entries().places.contains(&mark(place))
-    }
-
-    fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().places.contains(&mark(place))
     }
 }
 
@@ -144,7 +141,7 @@ impl File {
             for entry in database.begin_read()?.open_table(ORDER)?.iter()? {
                 let (key, weight) = entry?;
                 let (_, place) = key.value();
-                let mut entries = book.entries();
+                let mut entries = book.0.lock();
                 entries.places.insert(mark(place));
                 entries.bytes += weight.value();
             }
@@ -173,7 +170,7 @@ impl File {
     pub(super) fn write(&self, answers: &[Sealed], bounds: Bounds) -> Result<Gone, Trouble> {
         contained(|| {
             let (mut added, mut removed, mut gone) = (Vec::new(), Vec::new(), Gone::default());
-            let mut bytes = self.book.entries().bytes;
+            let mut bytes = self.book.0.lock().bytes;
             // What a commit writes and what it frees stand side by side until the next one.
             let passing: u64 = answers.iter().map(|answer| weight(answer.bytes.len())).sum();
             let most = (bounds.bytes - bounds.bytes / SPARE).saturating_sub(passing);
@@ -215,7 +212,7 @@ impl File {
                 return Ok(gone);
             }
             commit.commit()?;
-            let mut entries = self.book.entries();
+            let mut entries = self.book.0.lock();
             entries.bytes = bytes;
             entries.places.extend(added);
             for place in removed {
@@ -227,7 +224,7 @@ impl File {
 
     /// How many answers are there, and what they take in bytes.
     pub(super) fn holds(&self) -> (usize, u64) {
-        let entries = self.book.entries();
+        let entries = self.book.0.lock();
         (entries.places.len(), entries.bytes)
     }
 }

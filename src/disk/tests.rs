@@ -150,7 +150,7 @@ async fn no_more_answers_are_opened_at_once_than_are_read() {
     let disk = Arc::new(disk);
     let (are_opening, mut opening) = mpsc::channel(READERS);
     let (go_on, stuck) = std::sync::mpsc::channel::<()>();
-    let stuck = Arc::new(std::sync::Mutex::new(stuck));
+    let stuck = Arc::new(parking_lot::Mutex::new(stuck));
     let opens: Vec<_> = (0..READERS)
         .map(|_| {
             let (disk, is_opening, stuck) = (Arc::clone(&disk), are_opening.clone(), Arc::clone(&stuck));
@@ -158,7 +158,7 @@ async fn no_more_answers_are_opened_at_once_than_are_read() {
                 let open = move |_| {
                     is_opening.blocking_send(()).unwrap();
                     // Until nobody can tell it to go on any more.
-                    stuck.lock().unwrap().recv().ok()
+                    stuck.lock().recv().ok()
                 };
                 disk.get(A, PATIENCE, open).await
             })

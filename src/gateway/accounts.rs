@@ -9,11 +9,12 @@ mod maker;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use http::HeaderValue;
+use parking_lot::{Mutex, RwLock};
 use tokio::time::Instant;
 
 use super::account::Account;
@@ -102,7 +103,7 @@ impl Accounts {
     ///
     /// Polls with unlisted keys wait while it takes its place, and for nothing that grows with the accounts listed.
     pub(super) fn configure(&self, config: &Config) {
-        let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut earlier = self.earlier.lock();
         let before = self.directory.load_full();
         let after = Arc::new(self.changed_directory(config, &before));
         let rules = after.rules;
@@ -117,7 +118,7 @@ impl Accounts {
         let mut gained = after.gained(&before);
         hold(&gained);
         let (listed_now, unlisted_yet) = {
-            let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
+            let mut unlisted = self.unlisted.write();
             let listed = unlisted.extract_if(|key, _| after.listed.contains_key(key));
             let listed: Vec<_> = listed.map(|(_, account)| account).collect();
             let theirs: Vec<_> = listed.iter().flat_map(|account| after.superseding(account)).collect();
@@ -219,7 +220,7 @@ impl Accounts {
     }
 
     fn known_unlisted(&self, key: &dyn KeyText) -> Option<Arc<Account>> {
-        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        let unlisted = self.unlisted.read();
         unlisted.get(key).cloned()
     }
 
@@ -231,7 +232,7 @@ impl Accounts {
             account.asked_ms.store(asked_ms, Ordering::Relaxed);
             return of_its_own(account);
         }
-        let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
+        let mut unlisted = self.unlisted.write();
         // Before this lock another poll may have formed it, or a changed configuration may list it.
         let directory = self.directory.load();
         if let Some(asker) = directory.listed.get(key) {
@@ -289,7 +290,7 @@ impl Accounts {
 
     /// What `tell` says of the unlisted accounts; none can form meanwhile.
     pub(super) fn with_unlisted<T>(&self, tell: impl FnOnce(&mut dyn Iterator<Item = &Account>) -> T) -> T {
-        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        let unlisted = self.unlisted.read();
         tell(&mut unlisted.values().map(|account| &**account))
     }
 
@@ -314,7 +315,7 @@ impl Accounts {
     pub(super) fn sweep(&self, now: Instant, may_hold: impl Fn(AccountId) -> bool) {
         self.each_listed(|account| account.tally.turn(now));
         let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
-        let mut unlisted = self.unlisted.write().unwrap_or_else(PoisonError::into_inner);
+        let mut unlisted = self.unlisted.write();
         let forgotten: Vec<_> = unlisted
             .extract_if(|_, account| {
                 account.tally.turn(now);
@@ -346,7 +347,7 @@ impl Accounts {
             account.metrics.rate(account.budget.rate(now));
             account.metrics.live(account.watch.live(now), account.lifetime(now));
         }
-        let unlisted = self.unlisted.read().unwrap_or_else(PoisonError::into_inner);
+        let unlisted = self.unlisted.read();
         let nobody = (directory.rules.pace.rate(), 0, directory.rules.fresh.floor);
         let (rate, tasks, lifetime) = unlisted.values().fold(nobody, |(lowest, tasks, longest), account| {
             let rate = lowest.min(account.budget.rate(now));
@@ -468,7 +469,7 @@ mod tests {
         }
 
         fn remembered(&self) -> usize {
-            self.unlisted.read().unwrap().len()
+            self.unlisted.read().len()
         }
     }
 

@@ -5,11 +5,12 @@
 //! with it. That upstream accepts a key is good for ten minutes. Answers arrive in any order: what was asked later counts.
 //! What follows for a poll: `gateway::clearance`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
+use parking_lot::Mutex;
 use prometheus::IntGauge;
 use tokio::time::Instant;
 
@@ -147,7 +148,7 @@ impl Refusal {
 
     /// From now on it counts in another gauge.
     pub(super) fn show_in(&self, shown: &IntGauge) {
-        let mut word = self.word();
+        let mut word = self.word.lock();
         let before = std::mem::replace(&mut word.shown, shown.clone());
         if word.refused.is_some() {
             word.shown.inc();
@@ -166,7 +167,7 @@ impl Refusal {
         if !self.stands() {
             return None;
         }
-        let mut word = self.word();
+        let mut word = self.word.lock();
         let remembered = word.refused.as_mut()?;
         if remembered.until <= now {
             remembered.until = now + REMEMBERED;
@@ -180,14 +181,14 @@ impl Refusal {
         if !self.stands() {
             return None;
         }
-        let answer = self.word().refused.as_ref()?.answer.clone();
+        let answer = self.word.lock().refused.as_ref()?.answer.clone();
         (answer.received() >= start).then_some(answer)
     }
 
     /// Upstream refused, and wants to be left alone for `retry_after`. True when it had not before.
     pub(super) fn set(&self, answer: &Answer, retry_after: Option<Duration>) -> bool {
         let keep = retry_after.map_or(REMEMBERED, |asked| asked.clamp(REMEMBERED, LONGEST_REMEMBERED));
-        let mut word = self.word();
+        let mut word = self.word.lock();
         let last = word.refused.as_ref().map(|refused| refused.answer.asked());
         if last.max(word.otherwise).is_some_and(|last| last > answer.asked()) {
             return false;
@@ -205,7 +206,7 @@ impl Refusal {
 
     /// Upstream gave another answer, to a question `asked` at this instant. True when a refusal stood till then.
     pub(super) fn clear(&self, asked: Instant) -> bool {
-        let mut word = self.word();
+        let mut word = self.word.lock();
         word.otherwise = word.otherwise.max(Some(asked));
         let is_over = word
             .refused
@@ -218,16 +219,11 @@ impl Refusal {
         }
         is_over
     }
-
-    /// A poisoned lock means a panic in a few lines that cannot leave half a change behind.
-    fn word(&self) -> MutexGuard<'_, Word> {
-        self.word.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for Refusal {
     fn drop(&mut self) {
-        let word = self.word();
+        let word = self.word.lock();
         if word.refused.is_some() {
             word.shown.dec();
         }

@@ -5,7 +5,9 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+
+use parking_lot::RwLock;
 
 use crate::account::Caller;
 use crate::metrics::{ClientRequests, Metrics, OTHER};
@@ -41,14 +43,9 @@ impl Others {
     }
 
     fn of_certificate(&self, name: &Arc<str>) -> Arc<ClientRequests> {
-        let known = self
-            .named
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(name)
-            .cloned();
+        let known = self.named.read().get(name).cloned();
         known.unwrap_or_else(|| {
-            let mut named = self.named.write().unwrap_or_else(PoisonError::into_inner);
+            let mut named = self.named.write();
             if named.len() >= MOST_NAMES && !named.contains_key(name) {
                 return Arc::clone(&self.rest);
             }

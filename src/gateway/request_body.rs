@@ -1,12 +1,13 @@
 //! A request's body: whoever answers without it leaves it to the connection, which has to come to the next request.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use parking_lot::Mutex;
 
 /// A request's body, as hyper reads it. Whoever has a clone can read on where the others have left it; hyper gives it up with
 /// the last one.
@@ -36,10 +37,6 @@ impl RequestBody {
     pub(super) fn is_awaited(&self) -> bool {
         self.0.is_awaited.load(Ordering::Relaxed)
     }
-
-    fn incoming(&self) -> MutexGuard<'_, Incoming> {
-        self.0.incoming.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Body for RequestBody {
@@ -47,7 +44,7 @@ impl Body for RequestBody {
     type Error = hyper::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = Pin::new(&mut *self.incoming()).poll_frame(cx);
+        let frame = Pin::new(&mut *self.0.incoming.lock()).poll_frame(cx);
         self.0.is_awaited.store(frame.is_pending(), Ordering::Relaxed);
         if matches!(frame, Poll::Ready(None)) {
             self.0.has_ended.store(true, Ordering::Relaxed);
@@ -56,10 +53,10 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.has_ended.load(Ordering::Relaxed) || self.incoming().is_end_stream()
+        self.0.has_ended.load(Ordering::Relaxed) || self.0.incoming.lock().is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming().size_hint()
+        self.0.incoming.lock().size_hint()
     }
 }

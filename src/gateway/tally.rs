@@ -2,9 +2,9 @@
 //! the same for every label; accounts that share one are told apart only here.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use strum::VariantArray as _;
 use tokio::time::Instant;
 
@@ -73,7 +73,7 @@ impl Tally {
     /// Polls of the last three to six minutes before `now`, and how long that is exactly; longer where nobody calls
     /// [`Self::turn`].
     pub(super) fn lately(&self, now: Instant) -> (Duration, Polls) {
-        let [(since, before), _] = *self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let [(since, before), _] = *self.marks.lock();
         let mut polls = self.total();
         for (count, before) in polls.0.iter_mut().zip(before.0) {
             // Another thread may have marked what this one has not seen yet.
@@ -84,7 +84,7 @@ impl Tally {
 
     /// Lets go of what is too old; to be called every few seconds.
     pub(super) fn turn(&self, now: Instant) {
-        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut marks = self.marks.lock();
         let [_, (newer, _)] = *marks;
         if now.saturating_duration_since(newer) >= SPAN {
             *marks = [marks[1], (now, self.total())];

@@ -1,8 +1,8 @@
 //! One span: begun, told of, and ended when it is dropped. Where nobody exports it, it is nothing, and costs nothing.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::Exporter;
@@ -153,7 +153,7 @@ impl Span {
 
     fn with(&self, tell: impl FnOnce(&mut Said)) {
         if let Some(open) = &self.0 {
-            tell(&mut open.said.lock().unwrap_or_else(PoisonError::into_inner));
+            tell(&mut open.said.lock());
         }
     }
 }
@@ -165,7 +165,7 @@ impl Drop for Span {
             attributes,
             links,
             has_failed,
-        } = open.said.into_inner().unwrap_or_else(PoisonError::into_inner);
+        } = open.said.into_inner();
         open.exporter.export(Ended {
             context: open.context,
             parent: open.parent,

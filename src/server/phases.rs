@@ -4,12 +4,13 @@
 //! connection serves all phases.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::HeaderValue;
+use parking_lot::Mutex;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::LINGER;
@@ -177,18 +178,14 @@ impl Phases {
 
     fn send(&self, last: Option<Last>) {
         self.0.is_sending.store(last.is_some(), Ordering::Relaxed);
-        *self.last() = last;
-    }
-
-    fn last(&self) -> MutexGuard<'_, Option<Last>> {
-        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.last.lock() = last;
     }
 
     /// The phase that time is kept of: who takes an answer is not idle, nor late with the next head.
     fn timed(&self) -> Phase {
         match self.now() {
             Phase::Idle { .. } | Phase::Head { .. } if self.is_sending() => {
-                let until = self.last().as_ref().map(|last| last.until);
+                let until = self.0.last.lock().as_ref().map(|last| last.until);
                 until.map_or(Phase::Closing, |until| Phase::Busy { until })
             }
             phase @ (Phase::Idle { .. } | Phase::Head { .. } | Phase::Busy { .. } | Phase::Closing) => phase,
@@ -224,7 +221,7 @@ impl Phases {
 
     /// The answer to the request that is being answered calls it so.
     pub(super) fn answers(&self, request_id: Option<&HeaderValue>) {
-        *self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner) = request_id.cloned();
+        *self.0.request_id.lock() = request_id.cloned();
     }
 
     /// How long an answer may take on this connection, to its last byte.
@@ -234,7 +231,7 @@ impl Phases {
 
     /// What the answer that has begun calls its request, if it is known.
     pub(super) fn request_id(&self) -> Option<HeaderValue> {
-        self.0.request_id.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.request_id.lock().clone()
     }
 
     /// Whether a request is being answered.

@@ -6,9 +6,11 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
@@ -47,7 +49,7 @@ const HELLO: usize = 4096;
 #[derive(Debug)]
 pub struct Tls {
     settings: config::Tls,
-    current: RwLock<Arc<ServerConfig>>,
+    current: ArcSwap<ServerConfig>,
     files: Mutex<Files>,
     metrics: Arc<Metrics>,
 }
@@ -78,7 +80,7 @@ impl Tls {
         metrics.tls_serves(expires);
         Ok(Arc::new(Self {
             settings,
-            current: RwLock::new(config),
+            current: ArcSwap::new(config),
             files: Mutex::new(Files { watched, refused: None }),
             metrics,
         }))
@@ -96,7 +98,7 @@ impl Tls {
 
     /// Takes what the files hold now, if it is something new that can be served. Blocks on the file system.
     pub fn reload(&self) {
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = self.files.lock();
         let Some(content) = files.watched.changed() else {
             if files.refused.take().is_some() {
                 self.metrics.tls_reload_success.set(1);
@@ -106,7 +108,7 @@ impl Tls {
         };
         match read(&self.settings) {
             Ok((config, expires)) => {
-                *self.current.write().unwrap_or_else(PoisonError::into_inner) = config;
+                self.current.store(config);
                 // Not before it is served: what is refused is looked at again.
                 files.watched.take(content);
                 files.refused = None;
@@ -172,7 +174,7 @@ impl Tls {
                 return Err(Failed { why, error, stream });
             }
         };
-        let config = Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner));
+        let config = self.current.load_full();
         let rest = StartHandshake::from_parts(accepted, stream).into_stream(config);
         rest.into_fallible().await.map_err(|(error, stream)| Failed {
             why: why(&error),

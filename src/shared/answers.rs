@@ -31,10 +31,11 @@ mod claims;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Script, ScriptInvocation, from_redis_value};
 use tokio::sync::Semaphore;
@@ -127,7 +128,7 @@ struct Line {
 impl Line {
     /// How long replies have been late by now, where one has come to a call begun then.
     fn late_for(&self, begun: Instant) -> Duration {
-        let mut since = lock(&self.late_since);
+        let mut since = self.late_since.lock();
         if begun.elapsed() <= PATIENCE {
             *since = None;
             return Duration::ZERO;
@@ -442,11 +443,11 @@ pub struct Away;
 
 impl Inner {
     fn line(&self) -> Option<Arc<Line>> {
-        lock(&self.line).clone()
+        self.line.lock().clone()
     }
 
     fn clock(&self) -> Option<Clock> {
-        *lock(&self.clock)
+        *self.clock.lock()
     }
 
     fn answer(&self, place: u128) -> String {
@@ -480,7 +481,7 @@ impl Inner {
             unix: Duration::from_micros(now),
         };
         self.metrics.read_took(clock.at - begun);
-        *lock(&self.clock) = Some(clock);
+        *self.clock.lock() = Some(clock);
         let found = (!value.is_empty()).then(|| Found::new(value, clock));
         Ok((found, whose))
     }
@@ -539,10 +540,10 @@ impl Inner {
 
     /// The store is away from now on.
     fn give_up(&self, failed: &Arc<Line>, why: impl FnOnce() -> String) {
-        let mut line = lock(&self.line);
+        let mut line = self.line.lock();
         if line.as_ref().is_some_and(|line| Arc::ptr_eq(line, failed)) {
             *line = None;
-            *lock(&failed.why) = why();
+            *failed.why.lock() = why();
             failed.failed.cancel();
         }
     }
@@ -553,7 +554,7 @@ impl Inner {
         let (mut said, mut retry) = (None, RETRY);
         loop {
             // Also after a panic.
-            *lock(&self.line) = None;
+            *self.line.lock() = None;
             self.metrics.up(false);
             self.claims.tell_all();
             match open(dialer).await {
@@ -589,8 +590,8 @@ impl Inner {
             failed: CancellationToken::new(),
             why: Mutex::default(),
         });
-        *lock(&self.clock) = Some(clock);
-        *lock(&self.line) = Some(Arc::clone(&line));
+        *self.clock.lock() = Some(clock);
+        *self.line.lock() = Some(Arc::clone(&line));
         self.metrics.up(true);
         tokio::select! {
             biased;
@@ -601,7 +602,7 @@ impl Inner {
         // Nobody waits for what is away while it is looked for again.
         self.metrics.up(false);
         self.claims.tell_all();
-        let why = lock(&line.why);
+        let why = line.why.lock();
         why.clone()
     }
 
@@ -671,8 +672,4 @@ async fn open(dialer: &Dialer) -> anyhow::Result<(Connection, Clock)> {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

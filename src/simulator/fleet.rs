@@ -5,13 +5,14 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use http::StatusCode;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -114,19 +115,15 @@ impl Fleet {
             ended: read(&self.tally.ended),
             errors: read(&self.tally.errors),
             slowest: Duration::from_millis(read(&self.tally.slowest_ms)),
-            first_errors: self.tally.told().clone(),
+            first_errors: self.tally.first_errors.lock().clone(),
         }
     }
 }
 
 impl Tally {
-    fn told(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
-        self.first_errors.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn failed(&self, error: &anyhow::Error) {
         self.errors.fetch_add(1, Ordering::Relaxed);
-        let mut told = self.told();
+        let mut told = self.first_errors.lock();
         if told.len() < MAX_TOLD {
             told.push(format!("{error:#}"));
         }
@@ -139,12 +136,12 @@ impl Places {
     }
 
     fn current(&self, place: usize) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)[place].clone()
+        self.0.lock()[place].clone()
     }
 
     /// Starts another task where `ended` was, if nobody did yet.
     fn replace(&self, place: usize, ended: &str) -> bool {
-        let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut places = self.0.lock();
         let first = places[place] == ended;
         if first {
             places[place] = new_id();

@@ -7,11 +7,12 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -85,11 +86,7 @@ impl Link {
 
     /// Sends `script` in place of the answer to the request that is here.
     pub(super) fn instead(&self, script: unwritable::Script) {
-        *self.replacement() = Some(Instead { script, sent: 0 });
-    }
-
-    fn replacement(&self) -> MutexGuard<'_, Option<Instead>> {
-        self.instead.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.instead.lock() = Some(Instead { script, sent: 0 });
     }
 
     pub(super) fn is_reset(&self) -> bool {
@@ -99,13 +96,13 @@ impl Link {
     /// A request is here.
     pub(super) fn begin(&self) {
         self.served.store(true, Ordering::Relaxed);
-        *self.replacement() = None;
-        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.instead.lock() = None;
+        *self.idle_since.lock() = None;
     }
 
     /// The answer's last byte has been handed over to be written.
     pub(super) fn end(&self) {
-        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *self.idle_since.lock() = Some(Instant::now());
         self.answered.notify_one();
     }
 
@@ -121,7 +118,7 @@ impl Link {
     /// Completes when no request has been there for `limit`.
     pub(super) async fn idle_for(&self, limit: Duration) {
         loop {
-            let idle_since = *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
+            let idle_since = *self.idle_since.lock();
             let now = Instant::now();
             // Looking again after `limit` misses nothing: whatever became idle since then is due later still.
             let due = idle_since.unwrap_or(now) + limit;
@@ -177,7 +174,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for CutStream<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for CutStream<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if let Some(instead) = &mut *this.link.replacement() {
+        if let Some(instead) = &mut *this.link.instead.lock() {
             ready!(instead.poll_send(Pin::new(&mut this.stream), cx))?;
             return Poll::Ready(Ok(buf.len()));
         }

@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use http::HeaderMap;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
@@ -112,7 +113,7 @@ const SMALLEST_BUFFER: usize = 4 << 10;
 
 impl Buffers {
     fn lend(&self) -> Vec<u8> {
-        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = self.0.lock().pop();
         spare.unwrap_or_else(|| Vec::with_capacity(SMALLEST_BUFFER))
     }
 }
@@ -131,7 +132,7 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let mut spare = self.from.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = self.from.0.lock();
         if self.bytes.capacity() <= LARGEST_BUFFER && spare.len() < MOST_BUFFERS {
             let mut bytes = std::mem::take(&mut self.bytes);
             bytes.clear();

@@ -6,9 +6,10 @@
 mod state;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus::IntGauge;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
@@ -52,24 +53,24 @@ impl Breaker {
 
     /// How long it takes, from `now`, until the next probe may start.
     pub fn until_probe(&self, now: Instant) -> Duration {
-        self.state().until_probe(now)
+        self.state.lock().until_probe(now)
     }
 
     /// Whether a connection that is idle since `since` may still be one to a healthy upstream: one from before an outage
     /// may be dead, and nothing would tell.
     pub(super) fn trusts(&self, since: Instant) -> bool {
-        self.state().last_opened().is_none_or(|opened| opened <= since)
+        self.state.lock().last_opened().is_none_or(|opened| opened <= since)
     }
 
     /// A poll that it keeps from upstream: as long as there are any, an outage is no old news.
     pub fn kept_back(&self, now: Instant) {
-        self.state().ask(now);
+        self.state.lock().ask(now);
     }
 
     /// The right to ask for `task` although it is open, if a probe is due at `now`: one, or another beside one that is
     /// silent, and none while anybody waits for [`Self::next_probe`].
     pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
-        let number = self.state().probe(task, now)?;
+        let number = self.state.lock().probe(task, now)?;
         Some(self.begun(number))
     }
 
@@ -80,7 +81,7 @@ impl Breaker {
         let _connected = Connected::new(self);
         while self.is_open() {
             let now = Instant::now();
-            let begun = self.state().probe_connected(task, now);
+            let begun = self.state.lock().probe_connected(task, now);
             if let Some(number) = begun {
                 return Some(self.begun(number));
             }
@@ -100,7 +101,7 @@ impl Breaker {
     /// An attempt that was begun at `asked` got an answer that says that upstream is there.
     pub fn answered(&self, asked: Instant) {
         let now = Instant::now();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.answered(asked, now) == Some(Change::Closed) {
             self.show(false);
             tracing::info!("upstream is back: the breaker is closed");
@@ -109,14 +110,14 @@ impl Breaker {
 
     /// An attempt for `task`, begun at `asked`, got an answer that says that upstream is unavailable.
     pub fn answered_unavailable(&self, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
-        self.state().reached(Instant::now());
+        self.state.lock().reached(Instant::now());
         self.failed(task, asked, cause);
     }
 
     /// An attempt for `task`, or the opening of a connection for it, begun at `asked`, failed.
     pub fn failed(&self, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
         let now = Instant::now();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let change = state.failed(task, asked, now);
         self.note(change, cause);
     }
@@ -133,7 +134,7 @@ impl Breaker {
         let connecting = Connecting::new(self, began);
         tokio::pin!(opening);
         let result = loop {
-            let look = self.state().next_look();
+            let look = self.state.lock().next_look();
             tokio::select! {
                 biased;
                 result = &mut opening => break result,
@@ -142,7 +143,7 @@ impl Breaker {
         };
         connecting.ended();
         match &result {
-            Ok(_) => self.state().reached(Instant::now()),
+            Ok(_) => self.state.lock().reached(Instant::now()),
             Err(error) => {
                 self.failed(task, began, error.detail());
                 self.look();
@@ -154,7 +155,7 @@ impl Breaker {
     /// Closes it where nobody has asked for so long that nothing is known of upstream any more. To be called every few
     /// seconds.
     pub(super) fn sweep(&self, now: Instant) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.forget(now) == Some(Change::Closed) {
             self.show(false);
             tracing::info!("nobody has asked for a minute: the breaker is closed, the next poll will tell");
@@ -162,7 +163,7 @@ impl Breaker {
     }
 
     fn look(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let change = state.look(Instant::now());
         self.note(change, "no connection for 2 s");
     }
@@ -182,10 +183,6 @@ impl Breaker {
         self.gauge.set(i64::from(is_open));
         self.is_open.send_replace(is_open);
     }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A connection that is being opened, or was given up when this is dropped.
@@ -196,7 +193,7 @@ struct Connecting<'a> {
 
 impl<'a> Connecting<'a> {
     fn new(breaker: &'a Breaker, now: Instant) -> Self {
-        breaker.state().connecting(now);
+        breaker.state.lock().connecting(now);
         Self {
             breaker,
             has_ended: false,
@@ -211,7 +208,7 @@ impl<'a> Connecting<'a> {
 
 impl Drop for Connecting<'_> {
     fn drop(&mut self) {
-        let (now, mut state) = (Instant::now(), self.breaker.state());
+        let (now, mut state) = (Instant::now(), self.breaker.state.lock());
         if self.has_ended {
             state.no_longer_connecting(now);
         } else {
@@ -225,14 +222,14 @@ struct Connected<'a>(&'a Breaker);
 
 impl<'a> Connected<'a> {
     fn new(breaker: &'a Breaker) -> Self {
-        breaker.state().connected();
+        breaker.state.lock().connected();
         Self(breaker)
     }
 }
 
 impl Drop for Connected<'_> {
     fn drop(&mut self) {
-        self.0.state().no_longer_connected();
+        self.0.state.lock().no_longer_connected();
     }
 }
 
@@ -245,7 +242,7 @@ pub struct Probe {
 
 impl Drop for Probe {
     fn drop(&mut self) {
-        self.breaker.state().probe_ended(self.number);
+        self.breaker.state.lock().probe_ended(self.number);
     }
 }
 

@@ -66,7 +66,7 @@ struct PoolHandle {
 
 impl Drop for PoolHandle {
     fn drop(&mut self) {
-        let closed = self.upstream.connections().pools.remove(&self.id);
+        let closed = self.upstream.connections.lock().pools.remove(&self.id);
         drop(closed);
     }
 }
@@ -74,7 +74,7 @@ impl Drop for PoolHandle {
 impl Pool {
     /// A new account's, empty. Dropping it closes its idle connections.
     pub(super) fn new(upstream: Arc<Inner>) -> Self {
-        let id = upstream.connections().add_pool();
+        let id = upstream.connections.lock().add_pool();
         let next = tokio::sync::Mutex::default();
         Self(Arc::new(PoolHandle { upstream, id, next }))
     }
@@ -99,7 +99,7 @@ impl Pool {
         loop {
             // From here on, so that no news of a free place is missed.
             let freed = upstream.freed.notified();
-            let admission = upstream.connections().admit(upstream, self.0.id, fresh);
+            let admission = upstream.connections.lock().admit(upstream, self.0.id, fresh);
             match admission {
                 Admission::Idle(Idle { mut line, since }) => {
                     let is_young = since + IDLE_LIFETIME > Instant::now();
@@ -174,7 +174,7 @@ impl Held {
         let since = Instant::now();
         let upstream = &pool.0.upstream;
         let mut idle = Some(Idle { line, since });
-        if let Some(pool) = upstream.connections().pools.get_mut(&pool.0.id) {
+        if let Some(pool) = upstream.connections.lock().pools.get_mut(&pool.0.id) {
             pool.idle.extend(idle.take());
         }
         // A pool that is gone has no use for it: then it closes here.
@@ -253,7 +253,7 @@ impl Inner {
     pub(super) async fn slot_of_nobody(self: &Arc<Self>) -> Slot {
         loop {
             let freed = self.freed.notified();
-            let slot = self.connections().slot_of_nobody(self);
+            let slot = self.connections.lock().slot_of_nobody(self);
             match slot {
                 Ok(slot) => return slot,
                 Err(closed) => {
@@ -268,7 +268,7 @@ impl Inner {
     pub(super) fn sweep(&self, now: Instant) {
         // Closed when the lock is released.
         let mut closed = VecDeque::new();
-        for pool in self.connections().pools.values_mut() {
+        for pool in self.connections.lock().pools.values_mut() {
             let idle = std::mem::take(&mut pool.idle);
             for mut idle in idle {
                 let goes = idle.is_old(now) || idle.line.is_closed();
@@ -338,7 +338,7 @@ pub(super) struct Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut connections = self.upstream.connections();
+        let mut connections = self.upstream.connections.lock();
         connections.open -= 1;
         if let Some(pool) = self.pool.and_then(|pool| connections.pools.get_mut(&pool)) {
             pool.open -= 1;

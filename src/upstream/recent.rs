@@ -1,9 +1,9 @@
 //! How long upstream takes, lately: what admission reckons with beside the wait for a turn.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// Answers that count: seven seconds' worth at 15 a second.
@@ -72,13 +72,9 @@ impl Default for Recent {
 }
 
 impl Recent {
-    fn took(&self) -> MutexGuard<'_, Took> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// A query goes out.
     pub(super) fn ask(&self, asked: Instant) -> Query<'_> {
-        let mut took = self.took();
+        let mut took = self.0.lock();
         if took.out < SILENT {
             took.silent_since = Some(asked);
         }
@@ -88,14 +84,14 @@ impl Recent {
 
     /// What nine answers in ten do not exceed; nothing before the first.
     pub(super) fn p90(&self) -> Duration {
-        self.took().p90
+        self.0.lock().p90
     }
 
     /// What all but about one answer in a hundred take less than. The less of the time that nine in ten leave of `within`
     /// would be left by that, the nearer to what these take: answers that take longer than `within` are lost whenever they
     /// are asked for. `None` before the first.
     pub(super) fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
-        let mut took = self.took();
+        let mut took = self.0.lock();
         if took.holds_until.is_some_and(|until| until <= now) {
             took.reckon(now);
         }
@@ -114,13 +110,13 @@ impl Recent {
     /// What the next answer is more likely than not to take at least: where upstream has been silent for longer than is
     /// usual, half as long again.
     pub(super) fn at_least(&self, now: Instant) -> Duration {
-        let took = self.took();
+        let took = self.0.lock();
         took.silence(now).unwrap_or(took.median)
     }
 
     /// What an answer takes in the mean, lately: where upstream has been silent for longer than is usual, half as long again.
     pub(super) fn mean(&self, now: Instant) -> Duration {
-        let took = self.took();
+        let took = self.0.lock();
         took.silence(now).unwrap_or(took.mean)
     }
 }
@@ -128,7 +124,7 @@ impl Recent {
 impl Query<'_> {
     /// It is answered.
     pub(super) fn answered(self, received: Instant) {
-        let mut took = self.recent.took();
+        let mut took = self.recent.0.lock();
         took.silent_since = Some(received);
         took.note(received, received.saturating_duration_since(self.asked));
     }
@@ -136,7 +132,7 @@ impl Query<'_> {
 
 impl Drop for Query<'_> {
     fn drop(&mut self) {
-        self.recent.took().out -= 1;
+        self.recent.0.lock().out -= 1;
     }
 }
 

@@ -5,9 +5,10 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 use tokio_util::io::InspectWriter;
@@ -54,7 +55,7 @@ impl Wire {
 
     /// The next bytes written are the request that `permit` has paid for.
     pub(super) fn arm(&self, permit: Permit) {
-        *self.state() = State {
+        *self.0.lock() = State {
             permit: Some(permit),
             ..State::default()
         };
@@ -62,22 +63,22 @@ impl Wire {
 
     /// The head of the answer is there: what follows is its body.
     pub(super) fn answered(&self) {
-        self.state().is_answered = true;
+        self.0.lock().is_answered = true;
     }
 
     /// Whether any byte came since the last request was written.
     pub(super) fn heard(&self) -> bool {
-        self.state().heard
+        self.0.lock().heard
     }
 
     /// Whether the last request was not written, since its permit was late.
     pub(super) fn was_late(&self) -> bool {
-        self.state().was_late
+        self.0.lock().was_late
     }
 
     /// The last look before the bytes go: whatever held them up since the permit was granted has happened by now.
     fn may_write(&self) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         if state.permit.take_if(|permit| permit.is_late(Instant::now())).is_some() {
             state.was_late = true;
         }
@@ -87,18 +88,14 @@ impl Wire {
         Ok(())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn wrote(&self) {
-        if let Some(permit) = self.state().permit.take() {
+        if let Some(permit) = self.0.lock().permit.take() {
             permit.written(Instant::now());
         }
     }
 
     fn hear(&self, bytes: usize) {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         // Nothing at all is the end of the stream.
         state.heard |= bytes > 0;
         state.before_body = state.before_body.saturating_add(bytes);
@@ -106,7 +103,7 @@ impl Wire {
 
     /// Whether what has come before the body is not too much.
     pub(super) fn may_go_on(&self) -> bool {
-        let state = self.state();
+        let state = self.0.lock();
         // Looked at before each read, since one read may bring a body with its head.
         state.is_answered || state.before_body <= MOST_BEFORE_BODY
     }

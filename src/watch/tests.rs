@@ -58,7 +58,7 @@ fn no_more_than_so_many_tasks_are_remembered() {
     }
     assert_eq!(watch.live(now), MOST_TASKS);
     assert_eq!(watch.live(now + seconds(61)), 0);
-    assert!(watch.lock().filed.is_empty());
+    assert!(watch.tasks.lock().filed.is_empty());
 }
 
 #[test]
@@ -118,7 +118,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(watch.live(now), model.len());
-            let tasks = watch.lock();
+            let tasks = watch.tasks.lock();
             prop_assert_eq!(tasks.filed.len(), tasks.by_id.len());
             prop_assert!(tasks.by_id.values().all(|asked| asked.filed <= asked.last));
         }

@@ -11,10 +11,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -32,8 +33,8 @@ pub struct Chaos {
 impl Chaos {
     fn count(&self, judged: Result<String, String>) {
         match judged {
-            Ok(kind) => *self.kinds.lock().unwrap().entry(kind).or_default() += 1,
-            Err(fault) => self.faults.lock().unwrap().push(fault),
+            Ok(kind) => *self.kinds.lock().entry(kind).or_default() += 1,
+            Err(fault) => self.faults.lock().push(fault),
         }
     }
 }
@@ -227,7 +228,7 @@ async fn whatever_happens_nobody_gets_a_wrong_answer_and_nothing_is_overspent() 
     let stats = upstream.stats().await;
     report(&chaos, &stats, before, &samples, after);
 
-    let faults = chaos.faults.lock().unwrap().clone();
+    let faults = chaos.faults.lock().clone();
     assert!(
         faults.is_empty(),
         "{} faults, first {:#?}",
@@ -236,7 +237,7 @@ async fn whatever_happens_nobody_gets_a_wrong_answer_and_nothing_is_overspent() 
     );
     assert_eq!(stats["violations"], 0);
     assert!(stats["highest_in_any_second"].as_u64().unwrap() <= 15);
-    let kinds = chaos.kinds.lock().unwrap().clone();
+    let kinds = chaos.kinds.lock().clone();
     for kind in [
         "hit",
         "collapsed",
@@ -290,7 +291,7 @@ fn is_flat(what: &str, samples: &[Sample], slack: f64, value: impl Fn(&Sample) -
 
 fn report(chaos: &Chaos, stats: &serde_json::Value, before: Sample, samples: &[Sample], after: Sample) {
     let mut text = String::new();
-    for (kind, count) in &*chaos.kinds.lock().unwrap() {
+    for (kind, count) in &*chaos.kinds.lock() {
         writeln!(text, "{count:>9} {kind}").unwrap();
     }
     writeln!(

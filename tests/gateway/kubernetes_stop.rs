@@ -6,9 +6,10 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -42,10 +43,10 @@ impl Service {
         let (chosen, seen) = (Arc::clone(&endpoint), Arc::clone(&faults));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let (to, seen) = (*chosen.lock().unwrap(), Arc::clone(&seen));
+                let (to, seen) = (*chosen.lock(), Arc::clone(&seen));
                 tokio::spawn(async move {
                     if let Err(error) = relay(client, to).await {
-                        seen.lock().unwrap().push(format!("to {to}: {error}"));
+                        seen.lock().push(format!("to {to}: {error}"));
                     }
                 });
             }
@@ -137,7 +138,7 @@ async fn no_client_of_the_service_sees_a_reset_and_no_post_is_lost_or_doubled() 
     });
 
     sleep_until(start + REMOVED).await;
-    *service.endpoint.lock().unwrap() = other.address;
+    *service.endpoint.lock() = other.address;
     sleep_until(start + SIGTERM).await;
     let before = upstream.stats().await["paths"][CREATE].as_u64().unwrap();
     stopping.terminate();
@@ -151,11 +152,7 @@ async fn no_client_of_the_service_sees_a_reset_and_no_post_is_lost_or_doubled() 
         assert!(answers >= 2, "each was served before and after");
         posted += if posts { answers } else { 0 };
     }
-    assert!(
-        service.faults.lock().unwrap().is_empty(),
-        "{:?}",
-        service.faults.lock().unwrap()
-    );
+    assert!(service.faults.lock().is_empty(), "{:?}", service.faults.lock());
     let created = |stats: serde_json::Value| stats["paths"][CREATE].as_u64().unwrap();
     let by_stopping = created(upstream.stats().await);
     assert!(by_stopping > before, "the pod served on its connections after SIGTERM");

@@ -4,11 +4,12 @@
 //! What the simulated upstream can do wrong by itself is in `fidelity`; here each byte is scripted.
 
 use std::io::Write as _;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
@@ -97,7 +98,7 @@ impl Upstream {
     }
 
     fn seen(&self) -> Vec<Query> {
-        self.seen.lock().unwrap().clone()
+        self.seen.lock().clone()
     }
 
     fn queries(&self, task: &str) -> usize {
@@ -114,7 +115,7 @@ async fn serve(
     while let Some(head) = gateway.head().await {
         let asked = head.split_once("task_id=").unwrap().1;
         let task = asked.split(' ').next().unwrap().to_owned();
-        seen.lock().unwrap().push(Query {
+        seen.lock().push(Query {
             connection,
             task: task.clone(),
         });

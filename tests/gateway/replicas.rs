@@ -7,12 +7,13 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crun_gateway::config::{self, StoreUrl};
 use http::Method;
 use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -89,7 +90,7 @@ async fn poll_what_is_kept(address: SocketAddr, beside: SocketAddr, waits: Arc<M
         let asked = Instant::now();
         let reply = try_request(beside, bare(Method::GET, "/nothing")).await;
         if is_hit && reply.is_ok_and(|reply| reply.status == 404) {
-            let mut waits = waits.lock().unwrap();
+            let mut waits = waits.lock();
             waits.begun += usize::from(!std::mem::replace(&mut is_kept, true));
             waits.hits.push(took);
             waits.others.push(asked.elapsed());
@@ -105,7 +106,7 @@ async fn listen(upstream: SocketAddr, silence: Arc<Mutex<Silence>>) {
         sleep(Duration::from_millis(20)).await;
         let stats = request(upstream, bare(Method::GET, "/__stats")).await.json();
         let asked = stats["requests"].as_u64().unwrap();
-        let mut silence = silence.lock().unwrap();
+        let mut silence = silence.lock();
         silence.longest = silence.longest.max(silence.since.elapsed());
         if asked > before {
             silence.since = Instant::now();
@@ -293,21 +294,21 @@ impl Replicas {
     /// of its beginning, and of its end; and hits are nothing to the store.
     async fn survive(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
         let patience = Instant::now() + PATIENCE;
-        while self.waits.lock().unwrap().begun < self.gateways.len() {
+        while self.waits.lock().begun < self.gateways.len() {
             assert!(Instant::now() < patience, "{name}: what is kept is not");
             sleep(SECOND / 20).await;
         }
         let begun = Instant::now();
-        self.silence.lock().unwrap().count_anew();
-        self.waits.lock().unwrap().hits.clear();
-        self.waits.lock().unwrap().others.clear();
+        self.silence.lock().count_anew();
+        self.waits.lock().hits.clear();
+        self.waits.lock().others.clear();
         fault(self).await;
         let ended = Instant::now();
-        let mut gaps = [self.silence.lock().unwrap().longest; 2];
-        self.silence.lock().unwrap().count_anew();
+        let mut gaps = [self.silence.lock().longest; 2];
+        self.silence.lock().count_anew();
         self.all_lend().await;
-        gaps[1] = self.silence.lock().unwrap().longest;
-        let mut waits = self.waits.lock().unwrap().clone();
+        gaps[1] = self.silence.lock().longest;
+        let mut waits = self.waits.lock().clone();
         assert!(waits.hits.len() >= 50, "{name}: {} hits", waits.hits.len());
         let [hits, others] = waits.p99();
         eprintln!(
@@ -336,7 +337,7 @@ impl Replicas {
     async fn fail_over(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
         fault(self).await;
         self.all_lend().await;
-        eprintln!("{name}: {:?}", self.silence.lock().unwrap());
+        eprintln!("{name}: {:?}", self.silence.lock());
         self.assert_within_the_limit().await;
     }
 
@@ -745,13 +746,13 @@ async fn what_upstream_says_to_one_replica_pauses_the_other() {
 async fn poll_whoever_is_ready(ready: Arc<Mutex<Vec<SocketAddr>>>, client: usize, faults: Arc<Mutex<Vec<String>>>) {
     for number in 0.. {
         let address = {
-            let ready = ready.lock().unwrap();
+            let ready = ready.lock();
             ready[(client + number) % ready.len()]
         };
         let task = format!("ended.ready-{client}-{number}");
         let reply = try_request(address, poll_request(KEY, &task)).await;
         if !matches!(&reply, Ok(reply) if reply.status == 200 && reply.json()["data"]["task_id"] == task) {
-            faults.lock().unwrap().push(format!("{address}: {reply:?}"));
+            faults.lock().push(format!("{address}: {reply:?}"));
             sleep(Duration::from_millis(100)).await;
         }
     }
@@ -773,18 +774,18 @@ async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget_and_no_
     cluster.spend(14.0).await;
     for replica in 0..3 {
         let address = cluster.gateways[replica].address;
-        ready.lock().unwrap().retain(|other| *other != address);
+        ready.lock().retain(|other| *other != address);
         cluster.gateways[replica].terminate();
         let ended = cluster.gateways[replica].exit().await;
         assert_eq!(ended.code(), Some(0));
         cluster.gateways[replica] = Gateway::start(&cluster.upstream.url, &cluster.config(replica)).await;
-        ready.lock().unwrap().push(cluster.gateways[replica].address);
+        ready.lock().push(cluster.gateways[replica].address);
         cluster.all_lend().await;
         cluster.assert_within_the_limit().await;
     }
     cluster.spend(14.0).await;
     cluster.assert_within_the_limit().await;
-    let faults: &Vec<String> = &faults.lock().unwrap();
+    let faults: &Vec<String> = &faults.lock();
     assert!(faults.is_empty(), "{faults:#?}");
 }
 

@@ -4,16 +4,17 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::super::Pace;
 use super::super::backoff::Backoff;
 use super::super::dispatcher::{Dispatcher, Grant};
 use super::super::ring::Stamp;
-use super::super::{Pace, lock};
 use crate::account::{Caller, Client};
 use crate::metrics::Metrics;
 
@@ -255,9 +256,9 @@ impl World<'_> {
             Event::Limit(limit) => {
                 let pace = Pace {
                     limit: NonZeroU32::new(limit).unwrap(),
-                    ..lock(&self.backoff).pace()
+                    ..self.backoff.lock().pace()
                 };
-                lock(&self.backoff).set_pace(pace);
+                self.backoff.lock().set_pace(pace);
                 self.tell(now, |dispatcher| dispatcher.configure(MAX_QUEUE));
             }
             Event::Pause(length) => {
@@ -267,7 +268,7 @@ impl World<'_> {
                 self.slowed_until = self.paused_until + RECOVERY;
                 self.wanted_since = self.slowed_until;
                 let at = self.start + now;
-                lock(&self.backoff).rate_limited(Some(length), at, at);
+                self.backoff.lock().rate_limited(Some(length), at, at);
                 self.tell(now, |dispatcher| dispatcher.backed_off(at));
             }
         }

@@ -3,9 +3,10 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use parking_lot::Mutex;
 use prometheus::IntGauge;
 use tokio::time::Instant;
 
@@ -32,7 +33,7 @@ impl Known {
 
     /// The key with this secret; one that was not known counts in the gauge `refused` when it is.
     pub(super) fn key(&self, secret: &ApiKey, refused: &IntGauge) -> Arc<Key> {
-        let mut keys = self.keys();
+        let mut keys = self.keys.lock();
         let key = keys.entry(secret.clone()).or_insert_with(|| {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             Arc::new(Key::new(secret.clone(), number, self.epoch, refused.clone()))
@@ -41,12 +42,12 @@ impl Known {
     }
 
     pub(super) fn has(&self, secret: &ApiKey) -> bool {
-        self.keys().contains_key(secret)
+        self.keys.lock().contains_key(secret)
     }
 
     /// Forgets what nobody uses, unless it `counts` yet; of that, all but the `most` that came last.
     pub(super) fn sweep(&self, most: usize, counts: impl Fn(&Key) -> bool) {
-        let mut keys = self.keys();
+        let mut keys = self.keys.lock();
         // Whoever comes to use one asks here, so a count of 1 stays that.
         let is_unused = |key: &Arc<Key>| Arc::strong_count(key) == 1;
         keys.retain(|_, key| !is_unused(key) || counts(key));
@@ -60,11 +61,6 @@ impl Known {
             let last_to_go = *last_to_go;
             keys.retain(|_, key| !is_unused(key) || key.number > last_to_go);
         }
-    }
-
-    /// A poisoned lock means a panic in a few lines that cannot leave half a change behind.
-    fn keys(&self) -> MutexGuard<'_, HashMap<ApiKey, Arc<Key>>> {
-        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpSocket;
@@ -75,17 +76,17 @@ impl Collector {
     }
 
     pub fn takes(&self, takes: Takes) {
-        *self.takes.lock().unwrap() = takes;
+        *self.takes.lock() = takes;
     }
 
     /// How many requests came.
     pub fn asked(&self) -> usize {
-        *self.asked.lock().unwrap()
+        *self.asked.lock()
     }
 
     /// What it took, as it came.
     pub fn bodies(&self) -> Vec<Bytes> {
-        self.bodies.lock().unwrap().clone()
+        self.bodies.lock().clone()
     }
 
     /// The spans that it took.
@@ -123,13 +124,13 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     asked: Arc<Mutex<usize>>,
 ) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let (bodies, takes, asked) = (Arc::clone(&bodies), *takes.lock().unwrap(), Arc::clone(&asked));
+        let (bodies, takes, asked) = (Arc::clone(&bodies), *takes.lock(), Arc::clone(&asked));
         async move {
             assert_eq!(request.method(), "POST");
             assert_eq!(request.uri(), "/v1/traces");
             assert_eq!(request.headers()["content-type"], "application/json");
             let body = request.into_body().collect().await.unwrap().to_bytes();
-            *asked.lock().unwrap() += 1;
+            *asked.lock() += 1;
             let answer = match takes {
                 Takes::Everything => "{}".to_owned(),
                 Takes::AllBut(count) => {
@@ -142,7 +143,7 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
             if let Takes::Nothing(status) = takes {
                 *response.status_mut() = status.try_into().unwrap();
             } else {
-                bodies.lock().unwrap().push(body);
+                bodies.lock().push(body);
             }
             Ok::<_, Infallible>(response)
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use hyper::client::conn::http1 as client;
 use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::io::{DuplexStream, duplex};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -229,7 +230,7 @@ impl Paused {
 
     /// When each connection to upstream began to be opened, in order.
     pub fn dials(&self) -> Vec<Instant> {
-        self.dials.lock().unwrap().clone()
+        self.dials.lock().clone()
     }
 
     /// What `/status.json` tells of the gateway.
@@ -262,7 +263,7 @@ impl Paused {
 
     /// Each query that arrived upstream, in order.
     pub fn queries(&self) -> Vec<Query> {
-        let mut queries = self.queries.lock().unwrap().clone();
+        let mut queries = self.queries.lock().clone();
         queries.sort_by_key(|query| query.at);
         queries
     }
@@ -336,12 +337,12 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
     let counts = Arc::new(Mutex::new(HashMap::<String, usize>::new()));
     Arc::new(move || {
         let number = {
-            let mut opened = opened.lock().unwrap();
+            let mut opened = opened.lock();
             *opened += 1;
             *opened - 1
         };
         let (behaviour, queries, counts) = (behaviour.clone(), Arc::clone(&queries), Arc::clone(&counts));
-        dials.lock().unwrap().push(Instant::now());
+        dials.lock().push(Instant::now());
         Box::pin(async move {
             match behaviour.away(start.elapsed()) {
                 Some(Away::Refuses) => return Err(std::io::ErrorKind::ConnectionRefused.into()),
@@ -363,13 +364,13 @@ fn dial(behaviour: Behaviour, queries: Arc<Mutex<Vec<Query>>>, dials: Arc<Mutex<
                     .to_owned();
                 let at = Instant::now();
                 let key = request.headers()["x-api-key"].to_str().unwrap().to_owned();
-                queries.lock().unwrap().push(Query {
+                queries.lock().push(Query {
                     at,
                     key: key.clone(),
                     task: task.clone(),
                 });
                 let count = {
-                    let mut counts = counts.lock().unwrap();
+                    let mut counts = counts.lock();
                     let count = counts.entry(task.clone()).or_default();
                     *count += 1;
                     *count - 1

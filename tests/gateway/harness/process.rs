@@ -3,9 +3,10 @@
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
@@ -174,7 +175,7 @@ impl Gateway {
             .expect("the gateway starts in time")
             .unwrap();
         let Some(serving) = serving else {
-            return Err(log.lock().unwrap().clone());
+            return Err(log.lock().clone());
         };
         let json: Option<Value> = serde_json::from_str(&serving).ok();
         let field = |name: &str| {
@@ -211,7 +212,7 @@ impl Gateway {
 
     /// Everything logged so far, and whatever else was printed.
     pub fn log(&self) -> String {
-        self.log.lock().unwrap().clone()
+        self.log.lock().clone()
     }
 
     /// Waits until so many lines with `text` are logged, and gives everything logged by then.
@@ -295,7 +296,7 @@ fn follow<R: AsyncRead + Unpin + Send + 'static>(
         let mut found = Some(found);
         let mut lines = BufReader::new(output).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            *log.lock().unwrap() += &(line.clone() + "\n");
+            *log.lock() += &(line.clone() + "\n");
             if (line.contains(" serving ") || line.contains("\"serving\""))
                 && let Some(found) = found.take()
             {

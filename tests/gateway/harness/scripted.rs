@@ -1,10 +1,11 @@
 //! An upstream of raw bytes: what it answers is what the test says, byte for byte.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -56,7 +57,7 @@ impl Scripted {
 
     /// The heads of the requests so far.
     pub fn heads(&self) -> Vec<String> {
-        self.heads.lock().unwrap().clone()
+        self.heads.lock().clone()
     }
 }
 
@@ -89,7 +90,7 @@ async fn serve<F: Fn(&str) -> Vec<u8>>(
         let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
         buffer.drain(..end);
         queries.fetch_add(1, Ordering::SeqCst);
-        heads.lock().unwrap().push(head.clone());
+        heads.lock().push(head.clone());
         tokio::time::sleep(delay).await;
         if stream.write_all(&answer(&head)).await.is_err() {
             return;
