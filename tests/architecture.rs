@@ -25,8 +25,8 @@ fn row_of(module: &str) -> Option<usize> {
     ROWS.iter().position(|row| row.contains(&module))
 }
 
-/// What is wrong with a file of `module`.
-fn faults(module: &str, text: &str) -> Vec<String> {
+/// What is wrong with a file of `module`, which stands `depth` levels below the crate's root.
+fn faults(module: &str, depth: usize, text: &str) -> Vec<String> {
     // The map itself, and the commands, may name everything.
     let is_above_all = ["lib", "main"].contains(&module);
     let Some(own) = row_of(module).or(is_above_all.then_some(ROWS.len())) else {
@@ -48,6 +48,11 @@ fn faults(module: &str, text: &str) -> Vec<String> {
         {
             faults.push(format!("uses crate::{name}, which stands no lower"));
         }
+    }
+    // A module written within the file is one level further down.
+    let of_the_file = code.split("\nmod tests {").next().unwrap_or_default();
+    if of_the_file.contains(&"super::".repeat(depth)) {
+        faults.push("leaves its module by way of super: write crate::module".to_owned());
     }
     faults
 }
@@ -84,7 +89,7 @@ fn imports_point_downwards() {
             wrong.push(format!("{}: {stem} says nothing", relative.display()));
         }
         wrong.extend(
-            faults(module, text)
+            faults(module, relative.components().count(), text)
                 .iter()
                 .map(|fault| format!("{}: {fault}", relative.display())),
         );
@@ -94,13 +99,24 @@ fn imports_point_downwards() {
 
 #[test]
 fn a_planted_fault_is_found() {
-    assert!(faults("budget", "//! x\nuse crate::task::TaskId;\n").is_empty());
-    assert_eq!(faults("budget", "//! x\nuse crate::gateway::Gateway;\n").len(), 1);
-    assert_eq!(faults("cache", "//! x\nfn f(x: crate::flight::Leader) {}\n").len(), 1);
-    assert_eq!(faults("cache", "//! x\nuse crate::{task, stored};\n").len(), 1);
-    assert_eq!(faults("cache", "fn f() {}\n").len(), 1);
-    assert_eq!(faults("elsewhere", "//! x\n").len(), 1);
-    assert!(faults("cache", "//! x\n// crate::gateway keeps it\n").is_empty());
+    assert!(faults("budget", 1, "//! x\nuse crate::task::TaskId;\n").is_empty());
+    assert_eq!(faults("budget", 1, "//! x\nuse crate::gateway::Gateway;\n").len(), 1);
+    assert_eq!(
+        faults("cache", 1, "//! x\nfn f(x: crate::flight::Leader) {}\n").len(),
+        1
+    );
+    assert_eq!(faults("cache", 1, "//! x\nuse crate::{task, stored};\n").len(), 1);
+    assert_eq!(faults("cache", 1, "fn f() {}\n").len(), 1);
+    assert_eq!(faults("cache", 1, "//! x\nuse super::gateway::Gateway;\n").len(), 1);
+    assert_eq!(
+        faults("budget", 2, "//! x\nuse super::super::upstream::Pool;\n").len(),
+        1
+    );
+    assert_eq!(faults("task", 1, "//! x\npub use super::{server::Server};\n").len(), 1);
+    assert!(faults("budget", 2, "//! x\nuse super::Pace;\n").is_empty());
+    assert!(faults("cache", 1, "//! x\nstruct X;\nmod tests {\n    use super::*;\n}\n").is_empty());
+    assert_eq!(faults("elsewhere", 1, "//! x\n").len(), 1);
+    assert!(faults("cache", 1, "//! x\n// crate::gateway keeps it\n").is_empty());
 }
 
 #[test]

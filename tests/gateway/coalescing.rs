@@ -163,10 +163,17 @@ async fn a_running_task_that_upstream_says_not_to_store_makes_one_upstream_call_
 }
 
 async fn the_first_leaves(task: &'static str, status: &str) {
-    let upstream = Simulator::start(&["--latency", "1s"]).await;
+    let upstream = Simulator::start(&["--latency", "3s"]).await;
     let gateway = Gateway::start(&upstream.url, "").await;
     let address = gateway.address;
     let first = tokio::spawn(async move { try_request(address, poll_request(KEY, task)).await });
+    timeout(PATIENCE, async {
+        while upstream.queries().await == 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
     let others = tokio::spawn(async move {
         let mut polls = JoinSet::new();
         for _ in 0..499 {
@@ -174,9 +181,9 @@ async fn the_first_leaves(task: &'static str, status: &str) {
         }
         polls.join_all().await
     });
-    // The first client's connection is closed as soon as its query is on the way: nobody but it has led the flight.
+    // Its connection is closed while its query is on the way, and all the others wait.
     timeout(PATIENCE, async {
-        while upstream.queries().await == 0 {
+        while gateway.metric("crun_gateway_requests_in_flight").await < 500.0 {
             sleep(Duration::from_millis(10)).await;
         }
     })
@@ -186,6 +193,13 @@ async fn the_first_leaves(task: &'static str, status: &str) {
     let replies = timeout(PATIENCE, others).await.unwrap().unwrap();
     assert_eq!(replies.len(), 499);
     assert_all_the_same(&replies, status);
+    for reply in &replies {
+        let cache_status = reply.header("cache-status").unwrap();
+        assert!(
+            cache_status.contains("; collapsed"),
+            "the one that left had led: {cache_status}"
+        );
+    }
     assert_eq!(upstream.queries().await, 1);
 }
 
