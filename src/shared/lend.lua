@@ -126,9 +126,9 @@ for i = 8, #ARGV, 7 do
       mine[1] = mine[1] + 1 / weight
       mine[3], mine[4] = now, now
       if ARGV[i + 3] == '1' then
-        -- A queue goes on to want, though it may have no flight with a connection at this moment: it has one soon. Only
-        -- halfway to the next slot, for if it has none, others need the time to ask for that.
-        mine[3] = slot + (flights > 1 and WANTS or math.min(WANTS, (account.next - slot) / 2))
+        -- A queue goes on to want, though it may have no flight with a connection at this moment: it has one soon. Until
+        -- the next slot: if it has none by then, others have asked for that (what is late by a turn is not lost).
+        mine[3] = slot + (flights > 1 and WANTS or math.min(WANTS, account.next - slot))
         mine[4] = slot + WANTS
       end
       granted = whole(slot - now)

@@ -192,6 +192,22 @@ fn a_heavy_client_with_one_flight_at_a_time_starves_no_queue() {
     }
 }
 
+/// Few connections carry no more than the budget: the next flight is ready about when its slot comes.
+#[test]
+fn a_heavy_queue_has_its_part_though_its_next_flight_takes_long_to_be_ready() {
+    for ready_after in [0.030, 0.060] {
+        let mut cluster = Cluster::new(3, 3, &[]);
+        (cluster.ready_after, cluster.demands) = (ready_after, vec![queue(180), demand(10, 2), demand(10, 2)]);
+        let Outcome { arrivals, tail, .. } = cluster.play(40.0);
+        let heavy = arrivals.iter().filter(|(_, by)| *by == 0).count();
+        let share = heavy as f64 / arrivals.len() as f64;
+        assert!(
+            (share - 0.9).abs() < 0.02 && tail >= 14.0,
+            "{ready_after}: {share}, {tail}/s"
+        );
+    }
+}
+
 #[test]
 fn permits_are_dealt_by_the_weight_of_whoever_waits_and_each_replica_counts_on_its_part() {
     let three = || vec![demand(10, 9), demand(30, 9), demand(10, 9)];

@@ -24,7 +24,7 @@ pub(super) const MARGIN: f64 = 0.030;
 pub(super) const WINDOW: f64 = 1.0 + MARGIN;
 const THIRD: f64 = MARGIN / 3.0;
 const TIMEOUT: f64 = 0.2;
-/// Where a queue has one flight ready at a time, the next is so long after a permit: its claim is a call to the store, too.
+/// A flight's claim is a call to the store, too.
 const CLAIM: f64 = 0.003;
 const ACCOUNTS: [&str; 2] = ["music", "video"];
 
@@ -113,6 +113,8 @@ pub(super) struct Cluster {
     writes: [Vec<(f64, f64, usize)>; 2],
     marks: Vec<f64>,
     pub(super) limit: u32,
+    /// Where a queue has one flight ready at a time, the next is so long after a permit, in seconds.
+    pub(super) ready_after: f64,
     pub(super) demands: Vec<Demand>,
 }
 
@@ -163,6 +165,7 @@ impl Cluster {
             writes: [Vec::new(), Vec::new()],
             marks: Vec::new(),
             limit: LIMIT,
+            ready_after: CLAIM,
             demands: vec![demand(10, 9); replicas],
         };
         cluster.round_trip = [0.0003, 0.001, 0.002][cluster.below(3)];
@@ -315,7 +318,7 @@ impl Cluster {
         if demand.is_queue && demand.flights == 1 {
             proc.process
                 .want(proc.lanes[lane], Demand { flights: 0, ..demand }, now);
-            self.at(self.now + CLAIM, Event::Ready(number, lane));
+            self.at(self.now + self.ready_after, Event::Ready(number, lane));
         }
         let proc = &mut self.procs[number];
         proc.process.spent(proc.lanes[lane], now);

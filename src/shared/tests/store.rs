@@ -152,8 +152,12 @@ impl Wants {
     fn spends(&mut self, want: &Want, now: f64, slot: f64, next: f64) {
         (self.until, self.waits_until) = (now, now);
         if want.is_queue {
-            let halfway = WANTS.min((next - slot) / 2.0);
-            self.until = slot + if want.flights > 1 { WANTS } else { halfway };
+            self.until = slot
+                + if want.flights > 1 {
+                    WANTS
+                } else {
+                    WANTS.min(next - slot)
+                };
             self.waits_until = slot + WANTS;
         }
     }
