@@ -71,7 +71,9 @@ def reaches_store(objects, shared, must):
     """The policies let the gateway's pods, and nobody else, to the store that these manifests bring, if they bring one; and
     what is there keeps within its memory."""
     host, port = re.fullmatch(r"redis://([^:]+):(\d+)", shared["url"]).groups()
-    stores = [o for o in objects if o["kind"] == "Deployment" and o["metadata"]["name"] == host]
+    deployments = [o for o in objects if o["kind"] == "Deployment"]
+    stores = [o for o in deployments if o["metadata"]["labels"]["app.kubernetes.io/component"] == "shared-store"]
+    must(all(o["metadata"]["name"] == host for o in stores), f"shared.url names {host}, which is not the store that is here")
     policies = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy"]
     out = [
         rule
@@ -92,9 +94,11 @@ def reaches_store(objects, shared, must):
         must(inwards["policyTypes"] == ["Ingress", "Egress"] and not egress, "the store may go somewhere")
         names = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/name"] for peer in rule["from"]]
         must(names == ["crun-gateway"], f"the store is open to {names}")
-        (service,) = (o["spec"] for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == host)
-        must(service["selector"].items() <= labels.items(), "the store's Service is of other pods")
-        must([str(p["port"]) for p in service["ports"]] == [port], f"the store's Service is not at {port}")
+        services = [o["spec"] for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == host]
+        must(len(services) == 1, f"there is no Service {host}")
+        for service in services:
+            must(service["selector"].items() <= labels.items(), "the store's Service is of other pods")
+            must([str(p["port"]) for p in service["ports"]] == [port], f"the store's Service is not at {port}")
         filled = int(re.search(r"--maxmemory (\d+)mb ", container["args"][0])[1]) << 20
         allowed = quantity(container["resources"]["limits"]["memory"], SIZES)
         must(filled * 1.5 <= allowed, "the store's memory limit is less than half more than what it may fill")
