@@ -91,15 +91,38 @@ pub struct Budget(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     desk: Arc<Desk>,
-    /// Flights that wait for a permit, called forward or not: the dispatcher's count.
-    waiting: Arc<AtomicUsize>,
     next_flight: AtomicU64,
     next_poll: AtomicU64,
-    backoff: Arc<Mutex<Backoff>>,
     promised: Mutex<Promised>,
+}
+
+/// What an account's handles share with its dispatcher, and need not wait for its lock to look at.
+#[derive(Debug)]
+struct Parts {
+    backoff: Mutex<Backoff>,
+    /// Flights that wait for a permit, called forward or not: the dispatcher's count.
+    waiting: AtomicUsize,
     ring: Arc<Ring>,
-    lane: Option<Arc<Lane>>,
+    /// Where replicas share the budget: the way to their permits.
+    lane: Option<Lane>,
     metrics: AccountMetrics,
+}
+
+impl Parts {
+    fn new(pace: Pace, lane: Option<Lane>, metrics: AccountMetrics) -> Self {
+        Self {
+            backoff: Mutex::new(Backoff::new(pace)),
+            waiting: AtomicUsize::new(0),
+            ring: Arc::default(),
+            lane,
+            metrics,
+        }
+    }
+
+    /// As [`Budget::share`].
+    fn share(&self, now: Instant) -> f64 {
+        self.lane.as_ref().map_or(1.0, |lane| lane.share(now))
+    }
 }
 
 /// Who waits for an account's permits, and who got them lately.
@@ -147,39 +170,27 @@ impl Budget {
     /// # Panics
     /// Outside a tokio runtime: the dispatcher's task is spawned here.
     pub fn new(pace: Pace, max_queue: usize, lane: Option<Lane>, metrics: AccountMetrics) -> Self {
-        let lane = lane.map(Arc::new);
-        let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
-        let waiting = Arc::new(AtomicUsize::new(0));
-        let dispatcher = Dispatcher::new(
-            max_queue,
-            Arc::clone(&backoff),
-            Arc::clone(&waiting),
-            lane.clone(),
-            metrics.clone(),
-        );
-        let ring = dispatcher.ring();
-        let desk = Arc::new(Desk::new(dispatcher));
+        let desk = Arc::new(Desk::new(max_queue, Parts::new(pace, lane, metrics)));
         tokio::spawn({
             let desk = Arc::clone(&desk);
             supervise("budget", async move || desk.run().await)
         });
         Self(Arc::new(Shared {
             desk,
-            waiting,
             next_flight: AtomicU64::new(0),
             next_poll: AtomicU64::new(0),
-            backoff,
             promised: Mutex::default(),
-            ring,
-            lane,
-            metrics,
         }))
+    }
+
+    fn parts(&self) -> &Parts {
+        &self.0.desk.parts
     }
 
     /// Changes the pace and the longest queue, from the next permit on. What was spent counts on, so old and new together
     /// stay within the limit that holds when a permit is granted.
     pub fn configure(&self, pace: Pace, max_queue: usize) {
-        self.0.backoff.lock().set_pace(pace);
+        self.parts().backoff.lock().set_pace(pace);
         self.0.tell(|dispatcher| dispatcher.configure(max_queue));
     }
 
@@ -190,7 +201,7 @@ impl Budget {
 
     /// The pace when nothing slows it down.
     pub fn pace(&self) -> Pace {
-        self.0.backoff.lock().pace()
+        self.parts().backoff.lock().pace()
     }
 
     /// A new flight's standing: of a task that has a `snapshot` since that instant, or of one never seen.
@@ -213,7 +224,7 @@ impl Budget {
 
     /// Takes over what upstream's 429s did to another budget: a key that spent that one spends this one from now on.
     pub fn take_over(&self, other: &Self, now: Instant) {
-        let Some(backed) = other.0.backoff.lock().backed() else {
+        let Some(backed) = other.parts().backoff.lock().backed() else {
             return;
         };
         self.back_off(now, |backoff| backoff.take_over(backed, now));
@@ -222,12 +233,12 @@ impl Budget {
     /// Changes the backoff, and tells whoever goes by it.
     fn back_off<T>(&self, now: Instant, change: impl FnOnce(&mut Backoff) -> T) -> T {
         let (before, changed, backed) = {
-            let mut backoff = self.0.backoff.lock();
+            let mut backoff = self.parts().backoff.lock();
             let before = backoff.backed();
             (before, change(&mut backoff), backoff.backed())
         };
         // What is no news is kept from the others: they may have heard something since.
-        if let (Some(lane), Some(backed)) = (&self.0.lane, backed.filter(|_| backed != before)) {
+        if let (Some(lane), Some(backed)) = (&self.parts().lane, backed.filter(|_| backed != before)) {
             lane.back_off(backed);
         }
         self.0.tell(|dispatcher| dispatcher.backed_off(now));
@@ -241,13 +252,13 @@ impl Budget {
 
     /// Whether the account is paused at `now`.
     pub fn is_paused(&self, now: Instant) -> bool {
-        self.0.backoff.lock().paused_until(now).is_some()
+        self.parts().backoff.lock().paused_until(now).is_some()
     }
 
     /// Queries a second that the pace allows at `now`: of a shared budget, what this process can count on.
     pub fn rate(&self, now: Instant) -> f64 {
         let share = self.share(now);
-        let backoff = self.0.backoff.lock();
+        let backoff = self.parts().backoff.lock();
         share * backoff.rate(now) / backoff.pace().full_second().as_secs_f64()
     }
 
@@ -258,27 +269,28 @@ impl Budget {
 
     /// What part of the limit this process can count on, from 0 to 1: all of it unless replicas share the budget.
     pub fn share(&self, now: Instant) -> f64 {
-        self.0.lane.as_ref().map_or(1.0, |lane| lane.share(now))
+        self.parts().share(now)
     }
 
     /// Whether anybody waits for a permit: here, or at another replica as far as is known at `now`.
     pub fn is_wanted(&self, now: Instant) -> bool {
-        self.waiting() > 0 || self.0.lane.as_ref().is_some_and(|lane| lane.is_contended(now))
+        let lane = self.parts().lane.as_ref();
+        self.waiting() > 0 || lane.is_some_and(|lane| lane.is_contended(now))
     }
 
     /// How many flights wait for a permit.
     pub fn waiting(&self) -> usize {
-        self.0.waiting.load(Ordering::Relaxed)
+        self.parts().waiting.load(Ordering::Relaxed)
     }
 
     /// Queries written in each of the [`HISTORY_SECONDS`] whole seconds before `now`, the oldest first.
     pub fn history(&self, now: Instant) -> Vec<u32> {
-        self.0.ring.history(now)
+        self.parts().ring.history(now)
     }
 
     /// How many they are.
     pub fn recent(&self, now: Instant) -> u64 {
-        self.0.ring.recent(now)
+        self.parts().ring.recent(now)
     }
 
     /// Who waits, and who spends.
@@ -309,7 +321,8 @@ impl Budget {
 
     /// How long nothing is granted from `now` on: until the account's pause ends, or the start's.
     pub fn paused_for(&self, now: Instant) -> Duration {
-        self.0.backoff.lock().resumed().saturating_duration_since(now)
+        let resumed = self.parts().backoff.lock().resumed();
+        resumed.saturating_duration_since(now)
     }
 }
 
@@ -452,7 +465,8 @@ impl Turn {
                 .tell(|dispatcher| dispatcher.connected(held.flight, since, grant));
             let Grant { stamp, is_background } = granted.await.ok()?;
             self.is_used = true;
-            held.shared.metrics.budget_wait[usize::from(is_background)].observe(self.entered.elapsed().as_secs_f64());
+            let waits = &held.shared.desk.parts.metrics.budget_wait;
+            waits[usize::from(is_background)].observe(self.entered.elapsed().as_secs_f64());
             Some(Permit(stamp))
         }
     }

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use governor::clock::Clock;
@@ -26,14 +26,12 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::admission::{Admission, PollId};
-use super::backoff::Backoff;
 use super::connections::Connections;
 use super::fair_queue::{FairQueue, Flight, Shedding};
-use super::ring::{Ring, Room, Stamp};
+use super::ring::{Room, Stamp};
 use super::spending::Spending;
-use super::{Expected, MOST_SHOWN, Pace, Shares};
+use super::{Expected, MOST_SHOWN, Pace, Parts, Shares};
 use crate::account::Client;
-use crate::metrics::AccountMetrics;
 use crate::panics::contain_now;
 use crate::shared::{Demand, Lane, Right, Slot};
 
@@ -98,17 +96,16 @@ pub(super) struct Desk {
     dispatcher: Mutex<Dispatcher>,
     /// The task has to look again: what it sleeps for is no longer the next thing due, or nothing is any more.
     roused: Notify,
-    ring: Arc<Ring>,
-    lane: Option<Arc<Lane>>,
+    pub(super) parts: Arc<Parts>,
 }
 
 impl Desk {
-    pub(super) fn new(dispatcher: Dispatcher) -> Self {
+    pub(super) fn new(max_queue: usize, parts: Parts) -> Self {
+        let parts = Arc::new(parts);
         Self {
+            dispatcher: Mutex::new(Dispatcher::new(max_queue, Arc::clone(&parts))),
             roused: Notify::new(),
-            ring: dispatcher.ring(),
-            lane: dispatcher.lane.clone(),
-            dispatcher: Mutex::new(dispatcher),
+            parts,
         }
     }
 
@@ -151,7 +148,7 @@ impl Desk {
                 let mut dispatcher = self.dispatcher.lock();
                 if dispatcher.is_closed {
                     // A pause may not be over yet.
-                    return dispatcher.metrics.paused.sub(i64::from(dispatcher.is_paused));
+                    return self.parts.metrics.paused.sub(i64::from(dispatcher.is_paused));
                 }
                 dispatcher.look(Instant::now())
             };
@@ -159,8 +156,8 @@ impl Desk {
                 biased;
                 () = self.roused.notified() => {}
                 () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
-                () = self.ring.changed.notified(), if when_changed => {}
-                () = told(self.lane.as_deref()), if self.lane.is_some() => {}
+                () = self.parts.ring.changed.notified(), if when_changed => {}
+                () = told(self.parts.lane.as_ref()), if self.parts.lane.is_some() => {}
             }
         }
     }
@@ -193,18 +190,13 @@ pub(super) struct Dispatcher {
     connections: Connections,
     /// In what time after a poll's arrival its turn has to come.
     leaves: Duration,
-    backoff: Arc<Mutex<Backoff>>,
     is_paused: bool,
-    ring: Arc<Ring>,
-    /// Where replicas share the budget: the way to their permits.
-    lane: Option<Arc<Lane>>,
     /// What the lane was told last.
     wanted: Demand,
     /// Cut off from the others: the queries a second that are this process's own.
     alone: Option<NonZeroU32>,
     spending: Spending,
-    waiting: Arc<AtomicUsize>,
-    metrics: AccountMetrics,
+    parts: Arc<Parts>,
     /// What the gauges show of this account: foreground and background.
     shown: (i64, i64),
     /// What the task sleeps for.
@@ -213,15 +205,9 @@ pub(super) struct Dispatcher {
 }
 
 impl Dispatcher {
-    pub(super) fn new(
-        max_queue: usize,
-        backoff: Arc<Mutex<Backoff>>,
-        waiting: Arc<AtomicUsize>,
-        lane: Option<Arc<Lane>>,
-        metrics: AccountMetrics,
-    ) -> Self {
+    pub(super) fn new(max_queue: usize, parts: Arc<Parts>) -> Self {
         let clock = DueClock::new();
-        let pace = backoff.lock().pace();
+        let pace = parts.backoff.lock().pace();
         Self {
             pace,
             max_queue,
@@ -241,23 +227,14 @@ impl Dispatcher {
             clock,
             connections: Connections::default(),
             leaves: Duration::MAX,
-            backoff,
             is_paused: false,
-            ring: Arc::new(Ring::default()),
-            lane,
             wanted: Demand::default(),
             alone: None,
-            waiting,
-            metrics,
+            parts,
             shown: (0, 0),
             next: Wake::default(),
             is_closed: false,
         }
-    }
-
-    /// The instants at which permits were written.
-    pub(super) fn ring(&self) -> Arc<Ring> {
-        Arc::clone(&self.ring)
     }
 
     /// Does `work`. A panic ends the wait of everybody who waits, and nothing else: what was spent counts on, and whoever
@@ -301,8 +278,8 @@ impl Dispatcher {
     /// Does what is due at `now`. Only the task calls more flights forward because connections open slowly: where it is the
     /// process that is slow, so is the task.
     fn go_on(&mut self, now: Instant, is_task: bool) -> Wake {
-        if let Some(heard) = self.lane.as_deref().and_then(Lane::backed) {
-            self.backoff.lock().take_over(heard, now);
+        if let Some(heard) = self.parts.lane.as_ref().and_then(Lane::backed) {
+            self.parts.backoff.lock().take_over(heard, now);
         }
         let pause_ends = self.watch_pause(now);
         let wake = self.grant_due(now, is_task).or_at(pause_ends).or_at(self.judge(now));
@@ -432,10 +409,10 @@ impl Dispatcher {
 
     /// Shows whether the account is paused; gives when the pause ends.
     fn watch_pause(&mut self, now: Instant) -> Option<Instant> {
-        let pause_ends = self.backoff.lock().paused_until(now);
+        let pause_ends = self.parts.backoff.lock().paused_until(now);
         if pause_ends.is_some() != self.is_paused {
             self.is_paused = pause_ends.is_some();
-            self.metrics.paused.add(if self.is_paused { 1 } else { -1 });
+            self.parts.metrics.paused.add(if self.is_paused { 1 } else { -1 });
         }
         pause_ends
     }
@@ -443,12 +420,12 @@ impl Dispatcher {
     /// Brings the queue's length up to date where others see it. Accounts that are not configured share one gauge, so
     /// that each adds what has changed.
     fn show(&mut self) {
-        self.waiting.store(self.waiting(), Ordering::Relaxed);
+        self.parts.waiting.store(self.waiting(), Ordering::Relaxed);
         let count = |flights: usize| i64::try_from(flights).unwrap_or(i64::MAX);
         let background = count(self.queue.background());
         let foreground = count(self.waiting()) - background;
-        self.metrics.queue_length[0].add(foreground - self.shown.0);
-        self.metrics.queue_length[1].add(background - self.shown.1);
+        self.parts.metrics.queue_length[0].add(foreground - self.shown.0);
+        self.parts.metrics.queue_length[1].add(background - self.shown.1);
         self.shown = (foreground, background);
     }
 
@@ -458,10 +435,10 @@ impl Dispatcher {
         if self.waiting() == 0 {
             return None;
         }
-        let backoff = self.backoff.lock().clone();
+        let backoff = self.parts.backoff.lock().clone();
         let resumed = backoff.resumed();
         let first = now.max(self.due).max(resumed);
-        let stretch = self.pace.full_second().as_secs_f64() / self.share(now);
+        let stretch = self.pace.full_second().as_secs_f64() / self.parts.share(now);
         let paced = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);
             first + backoff.time_for(f64::from(permits) * stretch, first)
@@ -490,7 +467,7 @@ impl Dispatcher {
             return None;
         }
         let limit = self.limit();
-        let paced = self.pace.interval().as_secs_f64() / self.share(now);
+        let paced = self.pace.interval().as_secs_f64() / self.parts.share(now);
         let paced = Duration::try_from_secs_f64(paced).unwrap_or(Duration::MAX);
         let freed = self.connections.apart();
         let in_time = self.leaves.as_nanos() / paced.max(freed).as_nanos().max(1);
@@ -525,11 +502,6 @@ impl Dispatcher {
         None
     }
 
-    /// What part of the limit this process can count on.
-    fn share(&self, now: Instant) -> f64 {
-        self.lane.as_ref().map_or(1.0, |lane| lane.share(now))
-    }
-
     /// Calls a flight forward.
     fn call(&mut self, flight: Flight, call: oneshot::Sender<()>, at: Instant) {
         // Nobody listens when the flight has just given up; its end is on the way.
@@ -558,18 +530,18 @@ impl Dispatcher {
             return Some(Wake::default());
         }
         let (resumed, rate) = {
-            let backoff = self.backoff.lock();
+            let backoff = self.parts.backoff.lock();
             (backoff.resumed(), backoff.rate(now))
         };
         if resumed > now {
             return Some(Wake::at(resumed));
         }
-        let right = self.lane.as_ref().map(|lane| lane.right());
+        let right = self.parts.lane.as_ref().map(Lane::right);
         self.alone(right, now);
         let most = self
             .alone
             .map_or(self.limit(), |slice| usize::try_from(slice.get()).unwrap_or(usize::MAX));
-        match self.ring.room(now, most, self.pace.window()) {
+        match self.parts.ring.room(now, most, self.pace.window()) {
             Room::Free => {}
             Room::Taken { until } => {
                 return Some(Wake {
@@ -590,7 +562,7 @@ impl Dispatcher {
         let latest = now.checked_sub(behind).unwrap_or(now);
         let at = self.due.max(self.ready_since).max(resumed).max(latest).min(now);
         if self.conforms(at, rate) {
-            let latest = self.lane.as_ref().map(|lane| now + lane.patience());
+            let latest = self.parts.lane.as_ref().map(|lane| now + lane.patience());
             self.hand_over(now, latest);
         }
         None
@@ -607,7 +579,7 @@ impl Dispatcher {
         }
         // What is left decides who gets the next.
         self.want(now);
-        if let Some(lane) = &self.lane {
+        if let Some(lane) = &self.parts.lane {
             lane.spent();
         }
         None
@@ -637,8 +609,8 @@ impl Dispatcher {
 
     /// Tells the other replicas how much is wanted here.
     fn want(&mut self, now: Instant) {
-        let Some(lane) = &self.lane else { return };
-        let is_paused = self.backoff.lock().resumed() > now;
+        let Some(lane) = &self.parts.lane else { return };
+        let is_paused = self.parts.backoff.lock().resumed() > now;
         let demand = if self.waiting() == 0 {
             Demand::default()
         } else {
@@ -677,7 +649,7 @@ impl Dispatcher {
     pub(super) fn configure(&mut self, max_queue: usize) {
         self.max_queue = max_queue;
         let (pace, rate) = {
-            let backoff = self.backoff.lock();
+            let backoff = self.parts.backoff.lock();
             (backoff.pace(), backoff.rate(self.last.unwrap_or(self.due)))
         };
         let before = std::mem::replace(&mut self.pace, pace);
@@ -691,7 +663,7 @@ impl Dispatcher {
 
     /// Gives a permit to the earliest flight that has a connection and is still there.
     fn hand_over(&mut self, now: Instant, latest: Option<Instant>) {
-        let mut stamp = self.ring.take(latest);
+        let mut stamp = self.parts.ring.take(latest);
         while let Some(flight) = self.first_ready() {
             let is_background = self.queue.charged(flight).is_none();
             let grant = Grant { stamp, is_background };

@@ -7,14 +7,12 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::super::Pace;
-use super::super::backoff::Backoff;
 use super::super::dispatcher::{Dispatcher, Grant};
 use super::super::ring::Stamp;
+use super::super::{Pace, Parts};
 use crate::account::{Caller, Client};
 use crate::metrics::Metrics;
 
@@ -94,7 +92,7 @@ struct World<'a> {
     plans: &'a Plans,
     start: Instant,
     dispatcher: Dispatcher,
-    backoff: Arc<Mutex<Backoff>>,
+    parts: Arc<Parts>,
     flights: Vec<Flight>,
     events: BinaryHeap<Reverse<(Duration, usize, Event)>>,
     scheduled: usize,
@@ -135,14 +133,14 @@ pub(super) fn play(plans: &Plans) -> History {
         margin: MARGIN,
         not_before: start + hold(),
     };
-    let backoff = Arc::new(Mutex::new(Backoff::new(pace)));
     let metrics = Metrics::new().unwrap().account("world");
-    let dispatcher = Dispatcher::new(MAX_QUEUE, Arc::clone(&backoff), Arc::default(), None, metrics);
+    let parts = Arc::new(Parts::new(pace, None, metrics));
+    let dispatcher = Dispatcher::new(MAX_QUEUE, Arc::clone(&parts));
     let mut world = World {
         plans,
         start,
         dispatcher,
-        backoff,
+        parts,
         flights: plans.flights.iter().map(|_| Flight::default()).collect(),
         events: BinaryHeap::new(),
         scheduled: 0,
@@ -256,9 +254,9 @@ impl World<'_> {
             Event::Limit(limit) => {
                 let pace = Pace {
                     limit: NonZeroU32::new(limit).unwrap(),
-                    ..self.backoff.lock().pace()
+                    ..self.parts.backoff.lock().pace()
                 };
-                self.backoff.lock().set_pace(pace);
+                self.parts.backoff.lock().set_pace(pace);
                 self.tell(now, |dispatcher| dispatcher.configure(MAX_QUEUE));
             }
             Event::Pause(length) => {
@@ -268,7 +266,7 @@ impl World<'_> {
                 self.slowed_until = self.paused_until + RECOVERY;
                 self.wanted_since = self.slowed_until;
                 let at = self.start + now;
-                self.backoff.lock().rate_limited(Some(length), at, at);
+                self.parts.backoff.lock().rate_limited(Some(length), at, at);
                 self.tell(now, |dispatcher| dispatcher.backed_off(at));
             }
         }
