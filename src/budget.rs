@@ -4,20 +4,22 @@
 //! is called forward ([`Turn`]), opens a connection of its own, and only then gets its [`Permit`]. Upstream can be asked
 //! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
-//! One dispatcher an account (`budget/dispatcher.rs`) keeps the pace; `budget/fair_queue.rs` says whose turn it is,
-//! `budget/backoff.rs` what an upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time,
-//! `budget/promised.rs` when they may come back, `budget/connections.rs` when there is a connection, and `budget/ring.rs`
-//! holds the instants at which requests were really written, which is what the promise is about: never more than `limit` of
-//! them in any sliding second.
+//! One dispatcher an account (`budget/dispatcher.rs`) grants the permits; `budget/fair_queue.rs` says whose turn it is,
+//! `budget/called.rs` who has been called forward, `budget/pacer.rs` when the next permit is due, `budget/backoff.rs` what an
+//! upstream 429 does to the pace, `budget/admission.rs` who cannot be served in time, `budget/promised.rs` when they may
+//! come back, `budget/connections.rs` when there is a connection, and `budget/ring.rs` holds the instants at which requests
+//! were really written, which is what the promise is about: never more than `limit` of them in any sliding second.
 //! `budget/history.rs` and `budget/spending.rs` remember the last minutes, for people to look at. What happens to the
 //! answers is none of this module's business.
 
 mod admission;
 mod backoff;
+mod called;
 mod connections;
 mod dispatcher;
 mod fair_queue;
 mod history;
+mod pacer;
 mod promised;
 mod ring;
 mod spending;
@@ -39,7 +41,8 @@ use crate::shared::Lane;
 use crate::task::TaskId;
 use admission::PollId;
 use backoff::Backoff;
-use dispatcher::{Desk, Dispatcher, Grant};
+use called::Grant;
+use dispatcher::{Desk, Dispatcher};
 use fair_queue::Flight;
 pub use history::SECONDS as HISTORY_SECONDS;
 use promised::Promised;

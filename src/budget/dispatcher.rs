@@ -1,62 +1,34 @@
-//! What paces one account: who is called forward, and when the next permit is due.
+//! What serves one account's flights: who is called forward, and who is granted a permit when one is due.
 //!
 //! Whoever says something ([`Desk::tell`]) does what follows from it, there and then, under one lock: a flight that nobody
 //! stands before has its turn and its permit without a task to wait for. What falls due later is done by a task of the
 //! account's own ([`Desk::run`]), which sleeps until then.
-//!
-//! Permits follow the GCRA schedule of a governor quota with burst 1 (`Quota::per_second(15)` would let 29 through in one
-//! second). governor is asked with the instant at which the permit was *due*: where a flight with a connection was waiting
-//! then, a late wake-up does not move the next one, or 1.3 ms of lateness a wake-up would cost 0.3/s. Evenly spaced
-//! queries are safe whatever limiter upstream runs. The quota is the full rate's and outlives every change of it: a lower
-//! rate is a longer wait on top. A quota that configuration changes takes over where the old one stands.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use governor::clock::Clock;
-use governor::middleware::NoOpMiddleware;
-use governor::nanos::Nanos;
-use governor::state::{InMemoryState, NotKeyed};
-use governor::{Quota, RateLimiter};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::admission::{Admission, PollId};
+use super::called::{Called, Grant};
 use super::connections::Connections;
 use super::fair_queue::{FairQueue, Flight, Shedding};
-use super::ring::{Room, Stamp};
+use super::pacer::Pacer;
+use super::ring::Room;
 use super::spending::Spending;
-use super::{Expected, MOST_SHOWN, Pace, Parts, Shares};
+use super::{Expected, MOST_SHOWN, Parts, Shares};
 use crate::account::Client;
 use crate::panics::contain_now;
 use crate::shared::{Demand, Lane, Right, Slot};
 
-/// How far behind now the schedule may be, where an emission interval is shorter than a wake-up is late.
-const LATEST_WAKE_UP: Duration = Duration::from_millis(3);
-
 /// So many flights are called forward, and as many more as keep the pace while connections take up to a second to open. Few,
 /// since whoever is called forward is past every later rule of fairness.
 const READY_AHEAD: usize = 2;
-
-/// A permit, and in whose turn.
-#[derive(Debug)]
-pub(super) struct Grant {
-    pub(super) stamp: Stamp,
-    pub(super) is_background: bool,
-}
-
-/// A flight called forward.
-#[derive(Debug)]
-struct Called {
-    flight: Flight,
-    at: Instant,
-    /// Once it has its connection.
-    grant: Option<oneshot::Sender<Grant>>,
-}
 
 /// What the dispatcher waits for, beside what it is told: by default for nothing, since nobody could use a permit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,8 +59,6 @@ impl Wake {
         self.at.is_some_and(is_earlier) || (self.when_changed && !other.when_changed)
     }
 }
-
-type Limiter = RateLimiter<NotKeyed, InMemoryState, DueClock, NoOpMiddleware<Nanos>>;
 
 /// Where an account's flights and its pacing task meet.
 #[derive(Debug)]
@@ -165,36 +135,19 @@ impl Desk {
 
 #[derive(Debug)]
 pub(super) struct Dispatcher {
-    pace: Pace,
     max_queue: usize,
     queue: FairQueue,
     admission: Admission,
     /// How to call each flight that waits in the queue.
     calls: BTreeMap<Flight, oneshot::Sender<()>>,
-    /// In the order in which they were called forward.
-    called: BTreeMap<u64, Called>,
-    /// Where each of them stands in that order.
-    call_of: BTreeMap<Flight, u64>,
-    next_call: u64,
-    ready: usize,
-    /// From a call to its connection, lately.
-    opening: Duration,
-    /// Since when there has always been a flight with a connection, while there is one.
-    ready_since: Instant,
-    limiter: Limiter,
-    clock: DueClock,
-    /// When the last permit was on schedule.
-    last: Option<Instant>,
-    /// The instant from which the next permit would be on schedule.
-    due: Instant,
+    called: Called,
+    pacer: Pacer,
     connections: Connections,
     /// In what time after a poll's arrival its turn has to come.
     leaves: Duration,
     is_paused: bool,
     /// What the lane was told last.
     wanted: Demand,
-    /// Cut off from the others: the queries a second that are this process's own.
-    alone: Option<NonZeroU32>,
     spending: Spending,
     parts: Arc<Parts>,
     /// What the gauges show of this account: foreground and background.
@@ -206,30 +159,19 @@ pub(super) struct Dispatcher {
 
 impl Dispatcher {
     pub(super) fn new(max_queue: usize, parts: Arc<Parts>) -> Self {
-        let clock = DueClock::new();
-        let pace = parts.backoff.lock().pace();
+        let (pace, now) = (parts.backoff.lock().pace(), Instant::now());
         Self {
-            pace,
             max_queue,
             queue: FairQueue::default(),
             admission: Admission::default(),
             calls: BTreeMap::new(),
-            called: BTreeMap::new(),
-            call_of: BTreeMap::new(),
-            next_call: 0,
-            ready: 0,
-            opening: Duration::ZERO,
-            ready_since: pace.not_before,
-            limiter: limiter(pace, &clock),
-            last: None,
-            due: clock.start,
-            spending: Spending::new(clock.start),
-            clock,
+            called: Called::default(),
+            pacer: Pacer::new(pace, now),
             connections: Connections::default(),
             leaves: Duration::MAX,
             is_paused: false,
             wanted: Demand::default(),
-            alone: None,
+            spending: Spending::new(now),
             parts,
             shown: (0, 0),
             next: Wake::default(),
@@ -252,8 +194,6 @@ impl Dispatcher {
         self.admission = Admission::default();
         self.calls.clear();
         self.called.clear();
-        self.call_of.clear();
-        self.ready = 0;
     }
 
     /// Is told something, and does what follows from it at `now`. Gives whether the task has to look again, or it would
@@ -326,8 +266,8 @@ impl Dispatcher {
         }
         self.admission.enter(flight);
         // Mostly nobody stands before it, and all that a queue does for one alone is not done.
-        if !is_again && self.called.is_empty() && self.max_queue > 0 && self.queue.passes(flight) {
-            return self.call(flight, call, now);
+        if !is_again && self.called.len() == 0 && self.max_queue > 0 && self.queue.passes(flight) {
+            return self.called.call(flight, call, now);
         }
         self.calls.insert(flight, call);
         self.queue.enter(flight, is_again);
@@ -343,23 +283,14 @@ impl Dispatcher {
 
     /// Called forward, it has its connection, `since`.
     pub(super) fn connected(&mut self, flight: Flight, since: Instant, grant: oneshot::Sender<Grant>) {
-        let call = self.call_of.get(&flight).and_then(|call| self.called.get_mut(call));
-        if let Some(called) = call {
-            called.grant = Some(grant);
-            let took = since.saturating_duration_since(called.at);
-            self.opening = (self.opening * 7 + took) / 8;
-            if self.ready == 0 {
-                self.ready_since = since;
-            }
-            self.ready += 1;
-        }
+        self.called.connected(flight, since, grant);
     }
 
     /// It gives its turn up.
     pub(super) fn withdraw(&mut self, flight: Flight) {
         self.calls.remove(&flight);
         self.queue.withdraw(flight);
-        self.forget(flight);
+        self.called.forget(flight);
     }
 
     /// It is over.
@@ -400,13 +331,6 @@ impl Dispatcher {
         self.queue.waiting() + self.called.len()
     }
 
-    fn forget(&mut self, flight: Flight) -> Option<oneshot::Sender<Grant>> {
-        let call = self.call_of.remove(&flight)?;
-        let grant = self.called.remove(&call)?.grant;
-        self.ready -= usize::from(grant.is_some());
-        grant
-    }
-
     /// Shows whether the account is paused; gives when the pause ends.
     fn watch_pause(&mut self, now: Instant) -> Option<Instant> {
         let pause_ends = self.parts.backoff.lock().paused_until(now);
@@ -437,8 +361,8 @@ impl Dispatcher {
         }
         let backoff = self.parts.backoff.lock().clone();
         let resumed = backoff.resumed();
-        let first = now.max(self.due).max(resumed);
-        let stretch = self.pace.full_second().as_secs_f64() / self.parts.share(now);
+        let first = now.max(self.pacer.due()).max(resumed);
+        let stretch = self.pacer.pace().full_second().as_secs_f64() / self.parts.share(now);
         let paced = |position: usize| {
             let permits = u32::try_from(position).unwrap_or(u32::MAX);
             first + backoff.time_for(f64::from(permits) * stretch, first)
@@ -449,9 +373,8 @@ impl Dispatcher {
         }
         let not_yet = self.admission.not_yet(now);
         if not_yet.is_none() {
-            let with = |connection| (self.called.values()).filter(move |called| called.grant.is_some() == connection);
-            let called = with(true).chain(with(false)).enumerate();
-            let called = called.map(|(position, called)| (called.flight, position == 0 && resumed <= now));
+            let called = self.called.flights().enumerate();
+            let called = called.map(|(position, flight)| (flight, position == 0 && resumed <= now));
             let waiting = self.queue.forecast().map(|flight| (flight, false));
             self.admission.judge(called.chain(waiting), turn, now);
         }
@@ -466,8 +389,9 @@ impl Dispatcher {
         if self.queue.waiting() == 0 {
             return None;
         }
-        let limit = self.limit();
-        let paced = self.pace.interval().as_secs_f64() / self.parts.share(now);
+        let limit = usize::try_from(self.pacer.pace().limit.get()).unwrap_or(usize::MAX);
+        let interval = self.pacer.pace().interval();
+        let paced = interval.as_secs_f64() / self.parts.share(now);
         let paced = Duration::try_from_secs_f64(paced).unwrap_or(Duration::MAX);
         let freed = self.connections.apart();
         let in_time = self.leaves.as_nanos() / paced.max(freed).as_nanos().max(1);
@@ -485,32 +409,20 @@ impl Dispatcher {
                 return until;
             }
             let extra = u32::try_from(extra).unwrap_or(u32::MAX);
-            let served_in = self.pace.interval().saturating_mul(extra);
-            if served_in > self.opening {
-                let mut without = self.called.values().filter(|called| called.grant.is_none());
-                let slowest = without.next().filter(|_| self.ready < ahead)?;
-                let may_come = slowest.at + served_in;
+            let served_in = interval.saturating_mul(extra);
+            if served_in > self.called.opening() {
+                let slowest = self.called.slowest().filter(|_| self.called.ready() < ahead)?;
+                let may_come = slowest + served_in;
                 if may_come > now || !is_task {
                     return (self.queue.waiting() > 0).then_some(may_come);
                 }
             }
             let flight = self.queue.pop()?;
             if let Some(call) = self.calls.remove(&flight) {
-                self.call(flight, call, now);
+                self.called.call(flight, call, now);
             }
         }
         None
-    }
-
-    /// Calls a flight forward.
-    fn call(&mut self, flight: Flight, call: oneshot::Sender<()>, at: Instant) {
-        // Nobody listens when the flight has just given up; its end is on the way.
-        if call.send(()).is_ok() {
-            self.next_call += 1;
-            let grant = None;
-            self.called.insert(self.next_call, Called { flight, at, grant });
-            self.call_of.insert(flight, self.next_call);
-        }
     }
 
     /// Grants every permit that is due.
@@ -526,9 +438,9 @@ impl Dispatcher {
 
     /// Grants the next permit, or says what it waits for.
     fn grant_next(&mut self, now: Instant) -> Option<Wake> {
-        if self.ready == 0 {
+        let Some(ready_since) = self.called.ready_since() else {
             return Some(Wake::default());
-        }
+        };
         let (resumed, rate) = {
             let backoff = self.parts.backoff.lock();
             (backoff.resumed(), backoff.rate(now))
@@ -537,11 +449,14 @@ impl Dispatcher {
             return Some(Wake::at(resumed));
         }
         let right = self.parts.lane.as_ref().map(Lane::right);
-        self.alone(right, now);
-        let most = self
-            .alone
-            .map_or(self.limit(), |slice| usize::try_from(slice.get()).unwrap_or(usize::MAX));
-        match self.parts.ring.room(now, most, self.pace.window()) {
+        let alone = match right {
+            Some(Right::Alone(slice)) => NonZeroU32::new(slice),
+            Some(Right::Slot(_) | Right::Nothing) | None => None,
+        };
+        self.pacer.set_alone(alone, now);
+        let pace = self.pacer.own_pace();
+        let most = usize::try_from(pace.limit.get()).unwrap_or(usize::MAX);
+        match self.parts.ring.room(now, most, pace.window()) {
             Room::Free => {}
             Room::Taken { until } => {
                 return Some(Wake {
@@ -555,13 +470,11 @@ impl Dispatcher {
             Some(Right::Slot(slot)) => return self.grant_slot(slot, now),
             Some(Right::Alone(_)) | None => {}
         }
-        if self.due > now {
-            return Some(Wake::at(self.due));
+        let due = self.pacer.due();
+        if due > now {
+            return Some(Wake::at(due));
         }
-        let behind = self.own_pace().interval().max(LATEST_WAKE_UP);
-        let latest = now.checked_sub(behind).unwrap_or(now);
-        let at = self.due.max(self.ready_since).max(resumed).max(latest).min(now);
-        if self.conforms(at, rate) {
+        if self.pacer.spend(ready_since.max(resumed), rate, now) {
             let latest = self.parts.lane.as_ref().map(|lane| now + lane.patience());
             self.hand_over(now, latest);
         }
@@ -570,7 +483,7 @@ impl Dispatcher {
 
     /// Spends a permit that replicas share, at its slot; one that is late is as good as none.
     fn grant_slot(&mut self, slot: Slot, now: Instant) -> Option<Wake> {
-        self.due = slot.due;
+        self.pacer.set_due(slot.due);
         if slot.due > now {
             return Some(Wake::at(slot.due));
         }
@@ -585,28 +498,6 @@ impl Dispatcher {
         None
     }
 
-    /// Takes notice of whether the process spends its slice. It begins, and ends, with a second in which nobody spends it.
-    fn alone(&mut self, right: Option<Right>, now: Instant) {
-        let alone = match right {
-            Some(Right::Alone(slice)) => NonZeroU32::new(slice),
-            Some(Right::Slot(_) | Right::Nothing) | None => None,
-        };
-        if alone != self.alone {
-            self.alone = alone;
-            self.limiter = limiter(self.own_pace(), &self.clock);
-            self.last = None;
-            self.due = now;
-        }
-    }
-
-    /// The pace of what is this process's own.
-    fn own_pace(&self) -> Pace {
-        Pace {
-            limit: self.alone.unwrap_or(self.pace.limit),
-            ..self.pace
-        }
-    }
-
     /// Tells the other replicas how much is wanted here.
     fn want(&mut self, now: Instant) {
         let Some(lane) = &self.parts.lane else { return };
@@ -615,8 +506,8 @@ impl Dispatcher {
             Demand::default()
         } else {
             Demand {
-                weight: self.queue.weight(self.called.values().map(|called| called.flight)),
-                flights: if is_paused { 0 } else { self.ready },
+                weight: self.queue.weight(self.called.flights()),
+                flights: if is_paused { 0 } else { self.called.ready() },
                 is_queue: self.waiting() > 1,
             }
         };
@@ -626,65 +517,23 @@ impl Dispatcher {
         }
     }
 
-    /// Spends a cell at the instant `at`, and learns when the next one is due: when it conforms, and at a lower `rate`
-    /// later.
-    fn conforms(&mut self, at: Instant, rate: f64) -> bool {
-        self.clock.set(at);
-        let conforms = self.limiter.check().is_ok();
-        if let Err(not_until) = self.limiter.check() {
-            self.due = self.clock.instant(not_until.earliest_possible());
-        }
-        if conforms {
-            self.last = Some(at);
-            let limit = f64::from(self.pace.limit.get());
-            if rate < limit {
-                let own = f64::from(self.own_pace().limit.get()) / limit;
-                self.due = self.due.max(at + self.pace.full_second().div_f64(rate * own));
-            }
-        }
-        conforms
-    }
-
-    /// Takes a changed pace over. A new quota starts with the last permit spent, or changing it would grant one more.
+    /// The pace and the longest queue have changed.
     pub(super) fn configure(&mut self, max_queue: usize) {
         self.max_queue = max_queue;
-        let (pace, rate) = {
-            let backoff = self.parts.backoff.lock();
-            (backoff.pace(), backoff.rate(self.last.unwrap_or(self.due)))
-        };
-        let before = std::mem::replace(&mut self.pace, pace);
-        if before.interval() != pace.interval() {
-            self.limiter = limiter(self.own_pace(), &self.clock);
-            if let Some(last) = self.last {
-                self.conforms(last, rate);
-            }
-        }
+        self.pacer.configure(&self.parts.backoff.lock());
     }
 
     /// Gives a permit to the earliest flight that has a connection and is still there.
     fn hand_over(&mut self, now: Instant, latest: Option<Instant>) {
         let mut stamp = self.parts.ring.take(latest);
-        while let Some(flight) = self.first_ready() {
+        while let Some((flight, to)) = self.called.pop_ready() {
             let is_background = self.queue.charged(flight).is_none();
-            let grant = Grant { stamp, is_background };
-            match self.forget(flight).map(|to| to.send(grant)) {
-                Some(Err(back)) => stamp = back.stamp,
-                Some(Ok(())) => {
-                    self.connections.spend(now);
-                    return self.spending.charge(self.queue.charged(flight), now);
-                }
-                None => return,
-            }
+            let Err(back) = to.send(Grant { stamp, is_background }) else {
+                self.connections.spend(now);
+                return self.spending.charge(self.queue.charged(flight), now);
+            };
+            stamp = back.stamp;
         }
-    }
-
-    fn first_ready(&self) -> Option<Flight> {
-        let mut called = self.called.values();
-        called.find_map(|called| called.grant.is_some().then_some(called.flight))
-    }
-
-    fn limit(&self) -> usize {
-        usize::try_from(self.pace.limit.get()).unwrap_or(usize::MAX)
     }
 }
 
@@ -692,47 +541,5 @@ impl Dispatcher {
 async fn told(lane: Option<&Lane>) {
     if let Some(lane) = lane {
         lane.told().await;
-    }
-}
-
-/// A quota with burst 1, of which nothing is spent.
-fn limiter(pace: Pace, clock: &DueClock) -> Limiter {
-    // An interval below a nanosecond is beyond `budget.limit`'s range; a minimum keeps the quota defined.
-    let quota = Quota::with_period(pace.interval().max(Duration::from_nanos(1)))
-        .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
-        .allow_burst(NonZeroU32::MIN);
-    RateLimiter::direct_with_clock(quota, clock.clone())
-}
-
-/// governor's clock: it shows the instant that the dispatcher sets, on tokio's clock, so that pacing follows paused time.
-#[derive(Clone, Debug)]
-struct DueClock {
-    start: Instant,
-    shown: Arc<AtomicU64>,
-}
-
-impl DueClock {
-    fn new() -> Self {
-        Self {
-            start: Instant::now(),
-            shown: Arc::default(),
-        }
-    }
-
-    fn set(&self, at: Instant) {
-        let since_start = at.saturating_duration_since(self.start);
-        self.shown.store(Nanos::from(since_start).as_u64(), Ordering::Relaxed);
-    }
-
-    fn instant(&self, shown: Nanos) -> Instant {
-        self.start + Duration::from(shown)
-    }
-}
-
-impl Clock for DueClock {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        Nanos::from(self.shown.load(Ordering::Relaxed))
     }
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::super::dispatcher::{Dispatcher, Grant};
+use super::super::called::Grant;
+use super::super::dispatcher::Dispatcher;
 use super::super::ring::Stamp;
 use super::super::{Pace, Parts};
 use crate::account::{Caller, Client};
