@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use prometheus::IntGauge;
+use scopeguard::{ScopeGuard, defer, guard};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
@@ -78,7 +79,8 @@ impl Breaker {
     ///
     /// Cancel safe.
     pub async fn next_probe(self: &Arc<Self>, task: &TaskId) -> Option<Probe> {
-        let _connected = Connected::new(self);
+        self.state.lock().connected();
+        defer! { self.state.lock().no_longer_connected() }
         while self.is_open() {
             let now = Instant::now();
             let begun = self.state.lock().probe_connected(task, now);
@@ -131,7 +133,8 @@ impl Breaker {
         opening: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
         let began = Instant::now();
-        let connecting = Connecting::new(self, began);
+        self.state.lock().connecting(began);
+        let given_up = guard((), |()| self.state.lock().gave_up(Instant::now()));
         tokio::pin!(opening);
         let result = loop {
             let look = self.state.lock().next_look();
@@ -141,7 +144,9 @@ impl Breaker {
                 () = sleep_until(look.unwrap_or(began)), if look.is_some() => self.look(),
             }
         };
-        connecting.ended();
+        // It was not: it is there, or has failed.
+        ScopeGuard::into_inner(given_up);
+        self.state.lock().no_longer_connecting(Instant::now());
         match &result {
             Ok(_) => self.state.lock().reached(Instant::now()),
             Err(error) => {
@@ -182,54 +187,6 @@ impl Breaker {
     fn show(&self, is_open: bool) {
         self.gauge.set(i64::from(is_open));
         self.is_open.send_replace(is_open);
-    }
-}
-
-/// A connection that is being opened, or was given up when this is dropped.
-struct Connecting<'a> {
-    breaker: &'a Breaker,
-    has_ended: bool,
-}
-
-impl<'a> Connecting<'a> {
-    fn new(breaker: &'a Breaker, now: Instant) -> Self {
-        breaker.state.lock().connecting(now);
-        Self {
-            breaker,
-            has_ended: false,
-        }
-    }
-
-    /// It failed, or is there.
-    fn ended(mut self) {
-        self.has_ended = true;
-    }
-}
-
-impl Drop for Connecting<'_> {
-    fn drop(&mut self) {
-        let (now, mut state) = (Instant::now(), self.breaker.state.lock());
-        if self.has_ended {
-            state.no_longer_connecting(now);
-        } else {
-            state.gave_up(now);
-        }
-    }
-}
-
-/// Somebody who has a connection and waits to probe with it.
-struct Connected<'a>(&'a Breaker);
-
-impl<'a> Connected<'a> {
-    fn new(breaker: &'a Breaker) -> Self {
-        breaker.state.lock().connected();
-        Self(breaker)
-    }
-}
-
-impl Drop for Connected<'_> {
-    fn drop(&mut self) {
-        self.0.state.lock().no_longer_connected();
     }
 }
 
