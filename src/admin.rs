@@ -28,6 +28,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::gateway::{Gateway, Status};
+use crate::listen::{Failing, is_of_one_connection};
 use crate::metrics::Metrics;
 use page::Page;
 
@@ -166,20 +167,15 @@ struct Told {
 /// end would push out a probe that has only come.
 async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
     let mut connections: VecDeque<JoinHandle<()>> = VecDeque::with_capacity(MOST_CONNECTIONS);
-    let mut is_failing = false;
+    let mut failing = Failing::default();
     for newcomer in 1_u64.. {
         let stream = match listener.accept().await {
-            Ok((stream, _)) => {
-                is_failing = false;
-                stream
-            }
+            Ok((stream, _)) => stream,
+            Err(error) if is_of_one_connection(&error) => continue,
             Err(error) => {
-                // Once for as long as it lasts.
-                if !is_failing {
-                    tracing::warn!(%error, "the admin port cannot accept");
-                }
-                is_failing = true;
-                sleep(Duration::from_millis(100)).await;
+                failing
+                    .rest(|| tracing::warn!(%error, "the admin port cannot accept"))
+                    .await;
                 continue;
             }
         };

@@ -9,7 +9,7 @@
 //! cache  disk  flight  upstream  watch  otlp   the parts: know nothing of each other
 //! budget                                       who may ask upstream, and when
 //! stored  shared                               what is kept of an answer · what replicas share: a budget and answers, in a store
-//! config  error  metrics  dial                 checked config · one enum · one struct · how we connect
+//! config  error  metrics  dial  listen         checked config · one enum · one struct · how we connect · how others are let in
 //! task  account  outcome  trace                words: pure, no I/O
 //! panics                                       what a panic ends, and what goes on
 //! ```
@@ -24,6 +24,7 @@ pub mod disk;
 pub mod error;
 pub mod flight;
 pub mod gateway;
+pub mod listen;
 pub mod log;
 pub mod metrics;
 pub mod otlp;
@@ -72,9 +73,9 @@ impl Listeners {
     /// When an address is taken, not this host's, or not allowed.
     pub fn bind(config: &Config) -> anyhow::Result<Self> {
         Ok(Self {
-            clients: server::bind(config.listen).with_context(|| format!("listen: {}", config.listen))?,
+            clients: listen::bind(config.listen).with_context(|| format!("listen: {}", config.listen))?,
             // A probe that finds the queue for being accepted full waits a second before it tries again.
-            admin: server::bind(config.admin)
+            admin: listen::bind(config.admin)
                 .and_then(TcpListener::into_std)
                 .with_context(|| format!("admin: {}", config.admin))?,
         })

@@ -18,13 +18,13 @@ mod tls;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -32,6 +32,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
 use crate::gateway::{Gateway, refusal};
+use crate::listen::{Failing, is_of_one_connection};
 use crate::metrics::Metrics;
 use crate::outcome::EdgeRefusal;
 use crate::panics;
@@ -44,32 +45,8 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How long, at a stop, the listener stays open and an idle connection may still ask.
 pub const GRACE: Duration = Duration::from_secs(2);
 
-/// After an accept that failed for want of descriptors or memory: spinning would make both worse.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
-
-/// So long without one, the next is news.
-const ACCEPT_MENDED: Duration = Duration::from_mins(1);
-
 /// Connections that are told at once why they are not let in; beyond, they are closed without a word.
 const MOST_TURNED_AWAY: usize = 64;
-
-/// Connections that the kernel holds until they are accepted.
-const BACKLOG: u32 = 4096;
-
-/// Binds an address; a restart need not wait until the last connections of the one before are forgotten.
-///
-/// # Errors
-/// When the address is taken, not this host's, or not allowed.
-pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
 
 /// Accepts and serves clients until `draining` is cancelled, then drains: returns when the last connection has closed, or
 /// `drain` has passed, or `now` is cancelled.
@@ -122,19 +99,17 @@ struct Server {
 
 impl Server {
     async fn accept_all(&self, listener: &TcpListener) {
-        let mut failed = None::<Instant>;
+        let mut failing = Failing::default();
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => self.admit(stream, peer.ip()),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
                     self.metrics.refused(EdgeRefusal::Accept);
-                    // Once for as long as it lasts; in between some may be let in.
-                    if failed.is_none_or(|failed| failed.elapsed() > ACCEPT_MENDED) {
+                    let say = || {
                         tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
-                    }
-                    failed = Some(Instant::now());
-                    sleep(ACCEPT_BACKOFF).await;
+                    };
+                    failing.rest(say).await;
                 }
             }
         }
@@ -255,14 +230,6 @@ where
     let answer = refusal(&Error::TooManyConnections(limit));
     timeout(GRACE, stream.write_all(&answer)).await??;
     closing::close(&mut stream, may_go_on).await
-}
-
-/// Whether an accept failed because of the one connection, which is gone, and not of us.
-fn is_of_one_connection(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
-    )
 }
 
 /// Sleeps until `deadline`, for ever without one.

@@ -1,5 +1,6 @@
 //! Many connections, few file descriptors: whoever is too many is told so, everybody else and the platform are served.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -194,6 +195,36 @@ async fn an_accept_without_descriptors_waits_and_does_not_spin() {
         sleep(Duration::from_millis(5)).await;
     }
     assert_eq!(gateway.admin("/readyz").await.0, 200);
+}
+
+#[tokio::test]
+async fn that_the_admin_port_cannot_accept_is_said_once_though_some_are_let_in_between() {
+    let upstream = quick().await;
+    let gateway = Gateway::start_with_descriptors(&upstream.url, "", 40, 40).await;
+    let mut kept = Raw::connect(gateway.admin).await;
+    let held: usize = metric(&mut kept, "process_open_fds").await.to_string().parse().unwrap();
+    let mut asking = Vec::new();
+    for _ in 0..60 {
+        let mut admin = Raw::connect(gateway.admin).await;
+        admin.send("GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        asking.push(admin);
+    }
+    let cannot = "the admin port cannot accept";
+    gateway.logged(cannot, 1).await;
+    let mut let_in = VecDeque::new();
+    for mut admin in asking {
+        assert!(admin.reply().await.is(200));
+        let_in.push_back(admin);
+        // One goes, the next is let in, and after that there is no room again.
+        if let_in.len() + held > 40 - 3 {
+            let_in.pop_front();
+        }
+    }
+    drop(let_in);
+    // Whatever was logged before is there when this is.
+    gateway.reconfigure("max_accounts: 7");
+    let log = gateway.logged("the changed configuration is taken over", 1).await;
+    assert_eq!(log.matches(cannot).count(), 1, "{log}");
 }
 
 #[tokio::test]
