@@ -77,7 +77,7 @@ use account::Account;
 use accounts::Accounts;
 use answered::Answered;
 use asker::Asker;
-use attempt::{Attempt, outcome};
+use attempt::Attempt;
 pub use body::{Body, Data};
 use clearance::{is_in_vain, is_refused_key};
 use elsewhere::Way;
@@ -574,7 +574,7 @@ impl Gateway {
                     continue;
                 }
                 Some(Landed::Fetched(answer, _)) if answer.class().yields_to_snapshot() => {
-                    let detail = outcome(answer.class()).into();
+                    let detail = answer.class().into();
                     Ok(self
                         .stand_in(poll, detail)
                         .unwrap_or_else(|| Answered::forwarded(answer, was_stale, collapsed)))

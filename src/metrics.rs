@@ -16,7 +16,8 @@ use prometheus::{
 };
 use strum::{AsRefStr, VariantArray};
 
-use crate::outcome::{EdgeRefusal, Outcome, Served, Shed};
+use crate::outcome::{EdgeRefusal, Served, Shed};
+use crate::task::Class;
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use elsewhere::Elsewhere;
 use families::{Families, opts};
@@ -367,7 +368,8 @@ impl Metrics {
     pub fn account(&self, account: &str) -> AccountMetrics {
         AccountMetrics {
             request_duration: self.request_duration.clone(),
-            upstream_requests: Outcome::VARIANTS
+            // Classes with one word share a series.
+            upstream_requests: Class::VARIANTS
                 .iter()
                 .map(|outcome| self.upstream_requests.with_label_values(&[account, outcome.as_ref()]))
                 .collect(),
@@ -513,7 +515,7 @@ impl AccountMetrics {
     }
 
     /// Counts an attempt made upstream.
-    pub fn attempted(&self, outcome: Outcome, took: Duration) {
+    pub fn attempted(&self, outcome: Class, took: Duration) {
         self.upstream_requests[outcome as usize].inc();
         self.upstream_request_duration.observe(took.as_secs_f64());
     }

@@ -1,31 +1,9 @@
-//! The words for how things ended: what an answer of upstream's meant, and how a poll was answered.
+//! The words for how things ended: how a poll was answered, and why the budget or the edge went no further.
 //!
 //! Pure. One enum serves metric label, log field and header alike: the word is the variant's name.
 
 use strum::{AsRefStr, IntoStaticStr, VariantArray};
 use thiserror::Error;
-
-/// What upstream's answer to one attempt meant, after its body was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsRefStr, IntoStaticStr, VariantArray)]
-#[strum(serialize_all = "snake_case")]
-pub enum Outcome {
-    /// The task is pending or running (or a success whose media are not there yet).
-    Live,
-    /// The task has ended, well or badly.
-    Terminal,
-    /// Effective code 404.
-    NotFound,
-    /// Effective code 429.
-    RateLimited,
-    /// Effective code 401, 402, 403 or 422.
-    Refused,
-    /// Effective code 455, 502, 503 or 504; no connection; a time-out.
-    Unavailable,
-    /// Effective code 500, 505, 408, 501 of a task that has not failed, or any other code of 500 and above.
-    Failed,
-    /// Anything else: passed on, never stored.
-    Unrecognised,
-}
 
 /// How a poll was answered: the `cache` label of the request metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsRefStr, IntoStaticStr, VariantArray)]

@@ -14,18 +14,21 @@ use std::borrow::Cow;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use strum::{AsRefStr, IntoStaticStr, VariantArray};
 
 pub use id::{TaskId, TaskIdError};
 pub use lifetime::{Timestamp, media_lifetime};
 use object::{Member, Object, members};
 pub use retry_after::retry_after;
 
-/// What an answer of upstream's means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// What an answer of upstream's means, or that there is none: the `outcome` of metrics, log and spans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsRefStr, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Class {
     /// The task goes on.
     Live,
     /// The task succeeded, but none of its media are there: they may follow.
+    #[strum(serialize = "live")]
     Settling,
     /// The task has ended, well or badly.
     Terminal,
@@ -35,7 +38,7 @@ pub enum Class {
     RateLimited,
     /// Effective code 401, 402, 403 or 422.
     Refused,
-    /// Effective code 455, 502, 503 or 504.
+    /// Effective code 455, 502, 503 or 504; no connection; a time-out.
     Unavailable,
     /// Effective code 408 or 500 and above that is not another class: 501 of a task that has not failed is one.
     Failed,
@@ -43,6 +46,7 @@ pub enum Class {
     Unrecognised,
     /// HTTP 200 to 203 with a body that is not one JSON object with one integer `code` and at most one `data`; or any other
     /// 2xx, which brings a part of something, or nothing (RFC 9110 §15.3).
+    #[strum(serialize = "unrecognised")]
     Unreadable,
 }
 

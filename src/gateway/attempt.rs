@@ -12,7 +12,6 @@ use super::traced::FlightTrace;
 use super::{Gateway, MOST_ATTEMPTS, unix_now};
 use crate::budget::Permit;
 use crate::error::Error;
-use crate::outcome::Outcome;
 use crate::stored::{Answer, Draft, Keeping};
 use crate::task::{self, Class, TaskId};
 use crate::upstream::{Failed, Fetched, Ready};
@@ -56,16 +55,16 @@ impl Gateway {
                 let room = fetched.room.take();
                 let answer = self.keep(account, task, fetched);
                 self.remember(account, key, task, &answer);
-                let outcome = outcome(answer.class());
+                let outcome = answer.class();
                 account.metrics.attempted(outcome, took);
                 query.answered(&answer, outcome);
                 log_attempt(account, task, &attempt, outcome.as_ref(), Some(&answer), took);
-                if outcome == Outcome::RateLimited {
+                if outcome == Class::RateLimited {
                     pause(account, &answer);
                 }
                 learn(account, key, &answer);
                 // Closed only now: whoever asks from here on finds the answer kept and the account paused.
-                if outcome == Outcome::Unavailable {
+                if outcome == Class::Unavailable {
                     breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
                 } else {
                     breaker.answered(sent);
@@ -83,7 +82,7 @@ impl Gateway {
                 account.metrics.attempted(outcome, took);
                 query.failed(&failed.error, outcome);
                 log_attempt(account, task, &attempt, detail, None, took);
-                if outcome != Outcome::Unavailable {
+                if outcome != Class::Unavailable {
                     breaker.answered(sent);
                 } else if !failed.unanswered || attempt.number >= MOST_ATTEMPTS {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
@@ -178,29 +177,15 @@ fn log_attempt(
     );
 }
 
-/// What an answer of upstream's counts as.
-pub(super) fn outcome(class: Class) -> Outcome {
-    match class {
-        Class::Live | Class::Settling => Outcome::Live,
-        Class::Terminal => Outcome::Terminal,
-        Class::NotFound => Outcome::NotFound,
-        Class::RateLimited => Outcome::RateLimited,
-        Class::Refused => Outcome::Refused,
-        Class::Unavailable => Outcome::Unavailable,
-        Class::Failed => Outcome::Failed,
-        Class::Unrecognised | Class::Unreadable => Outcome::Unrecognised,
-    }
-}
-
 /// What an attempt without an answer counts as.
-fn failure(error: &Error) -> Outcome {
+fn failure(error: &Error) -> Class {
     if matches!(
         error,
         Error::UpstreamHeadTooLarge | Error::UpstreamTooLarge | Error::UpstreamEncoding | Error::NoRoom
     ) {
-        Outcome::Unrecognised
+        Class::Unrecognised
     } else {
-        Outcome::Unavailable
+        Class::Unavailable
     }
 }
 
@@ -210,7 +195,7 @@ mod tests {
 
     #[test]
     fn want_of_room_is_no_outage() {
-        assert_eq!(failure(&Error::UpstreamTimeout), Outcome::Unavailable);
-        assert_eq!(failure(&Error::NoRoom), Outcome::Unrecognised);
+        assert_eq!(failure(&Error::UpstreamTimeout), Class::Unavailable);
+        assert_eq!(failure(&Error::NoRoom), Class::Unrecognised);
     }
 }

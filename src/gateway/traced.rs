@@ -26,9 +26,9 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use super::{Gateway, Progress};
 use crate::error::Error;
 use crate::otlp::{Exporter, Kind, Span};
-use crate::outcome::{Outcome, Served};
+use crate::outcome::Served;
 use crate::stored::Answer;
-use crate::task::TaskId;
+use crate::task::{Class, TaskId};
 use crate::trace::{BAGGAGE, TRACEPARENT, TRACESTATE, TraceContext, TraceId};
 use crate::upstream::TASK_INFO_PATH;
 
@@ -291,13 +291,13 @@ pub(super) struct Query {
 }
 
 impl Query {
-    pub(super) fn answered(&self, answer: &Answer, outcome: Outcome) {
+    pub(super) fn answered(&self, answer: &Answer, outcome: Class) {
         said(&self.span, answer.status());
         self.span.say(CODE, answer.code());
         self.span.say(OUTCOME, <&str>::from(outcome));
     }
 
-    pub(super) fn failed(&self, error: &Error, outcome: Outcome) {
+    pub(super) fn failed(&self, error: &Error, outcome: Class) {
         failed(&self.span, error);
         self.span.say(OUTCOME, <&str>::from(outcome));
     }

@@ -161,6 +161,28 @@ async fn what_may_be_kept_is_kept_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn what_clients_are_told_alike_is_counted_alike() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    for (outcome, tasks) in [
+        ("live", ["running.a", "no-media.a"]),
+        ("terminal", ["ended.a", "ended-failed.a"]),
+        ("unrecognised", ["data-null.a", "html.a"]),
+    ] {
+        for task in tasks {
+            poll(gateway.address, task).await;
+        }
+        let series = format!("crun_gateway_upstream_requests_total{{account=\"other\",outcome=\"{outcome}\"}}");
+        assert_eq!(gateway.metric(&series).await.to_string(), "2", "{outcome}");
+    }
+    let (_, metrics) = gateway.admin("/metrics").await;
+    let series = metrics
+        .matches("\ncrun_gateway_upstream_requests_total{account=\"other\"")
+        .count();
+    assert_eq!(series, 8, "{metrics}");
+}
+
+#[tokio::test]
 async fn both_forms_of_an_error_come_through_in_their_own_form() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(&upstream.url, "budget: { limit: 1000 }").await;
