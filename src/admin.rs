@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::gateway::{Gateway, Status};
 use crate::listen::{Failing, is_of_one_connection};
 use crate::metrics::Metrics;
+use crate::moment::millis;
 use page::Page;
 
 /// How long the main runtime may stand still before `/livez` says so.
@@ -93,7 +94,7 @@ impl Health {
     }
 
     fn ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+        millis(self.started.elapsed())
     }
 }
 

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::metrics::{DiskMetrics, DiskRead, DiskStep};
+use crate::moment::{millis, unix_now};
 use crate::panics::{blocking, supervise};
 use crate::stored::MOST_AHEAD;
 use file::{Book, Bounds, File, Gone, Sealed, Trouble};
@@ -78,20 +79,14 @@ impl Settings {
         Bounds {
             bytes: self.max_bytes,
             oldest_ms: self.oldest_ms(),
-            newest_ms: ms(SystemTime::now().checked_add(MOST_AHEAD)).unwrap_or(u64::MAX),
+            newest_ms: millis(unix_now() + MOST_AHEAD),
         }
     }
 
     /// What was said before (milliseconds since 1970) is too old.
     fn oldest_ms(&self) -> u64 {
-        ms(SystemTime::now().checked_sub(self.max_age)).unwrap_or(0)
+        millis(unix_now().saturating_sub(self.max_age))
     }
-}
-
-/// In milliseconds since 1970.
-fn ms(time: Option<SystemTime>) -> Option<u64> {
-    let since = time?.duration_since(UNIX_EPOCH).ok()?;
-    u64::try_from(since.as_millis()).ok()
 }
 
 /// The answers on disk.

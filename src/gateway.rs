@@ -48,7 +48,7 @@ use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures_util::future::{FutureExt as _, OptionFuture};
@@ -794,11 +794,6 @@ async fn until(is_so: impl Fn() -> bool) {
         }
     })
     .await;
-}
-
-/// Since 1970, by the wall clock.
-fn unix_now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// What a poll gets for an error; logged.

@@ -11,7 +11,7 @@
 //! stored  shared                               what is kept of an answer · what replicas share: a budget and answers, in a store
 //! config  error  metrics  dial  listen         checked config · one enum · one struct · how we connect · how others are let in
 //! task  account  outcome  trace                words: pure, no I/O
-//! panics                                       what a panic ends, and what goes on
+//! panics  moment                               what a panic ends, and what goes on · an instant on both clocks
 //! ```
 
 pub mod account;
@@ -27,6 +27,7 @@ pub mod gateway;
 pub mod listen;
 pub mod log;
 pub mod metrics;
+pub mod moment;
 pub mod otlp;
 pub mod outcome;
 pub mod panics;
@@ -112,7 +113,7 @@ pub async fn run(
     let tls = tls.transpose()?;
     let dial = upstream::tcp(config.upstream.url.clone());
     metrics.config_reload_success.set(1);
-    metrics.config_reload_timestamp.set(reload::unix_now());
+    metrics.config_reload_timestamp.set(moment::unix_now().as_secs_f64());
     let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;
     let health = Health::new(shutdown.drain.clone());
     let stop_admin = CancellationToken::new();

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use crate::config::{Config, Limits, Problems, may_be_read_anew};
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
+use crate::moment::unix_now;
 use crate::panics;
 
 /// How often the configuration is read anew. The kubelet takes up to a minute to bring a change into a pod.
@@ -117,7 +118,7 @@ fn take_over(
         gateway.configure(config);
         // Not before: what a panic has kept from being taken over is taken over the next time.
         source.written = written;
-        metrics.config_reload_timestamp.set(unix_now());
+        metrics.config_reload_timestamp.set(unix_now().as_secs_f64());
         tracing::info!(limit, accounts, "the changed configuration is taken over");
     } else if said.problems.is_some() {
         tracing::info!("the configuration says again what is in force");
@@ -134,11 +135,4 @@ fn take_over(
         }
         said.needs_restart = needs_restart;
     }
-}
-
-/// Seconds since 1970.
-pub(crate) fn unix_now() -> f64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0.0, |since| since.as_secs_f64())
 }

@@ -48,7 +48,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::config::Config;
 use crate::metrics::{Metrics, SharedCall, SharedMetrics};
 use crate::panics::supervise;
-pub use answers::{Answers, Away, Claim, Clock, Found, Label, Wanted, Whose};
+pub use answers::{Answers, Away, Claim, Found, Label, Wanted, Whose};
 pub use lease::Standing;
 use link::{Exchanged, Link};
 pub use process::{Backed, Demand, Slot};

@@ -22,7 +22,7 @@ use crate::account::AccountId;
 use crate::config;
 use crate::task::{Class, Reading, Stage, TaskId, Timestamp, media_lifetime};
 pub use block::Block;
-pub use encoding::{MOST_AHEAD, Moment, Owner, Seal};
+pub use encoding::{MOST_AHEAD, Owner, Seal};
 
 /// How long a success without media is kept like a live answer, from first sight: the media may land after the flip.
 const SETTLING: Duration = Duration::from_mins(10);

@@ -24,8 +24,7 @@ fn metrics() -> (Arc<Metrics>, DiskMetrics) {
 }
 
 fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    u64::try_from(now.as_millis()).unwrap()
+    millis(unix_now())
 }
 
 fn text(sealed: Vec<u8>) -> Option<String> {

@@ -25,6 +25,7 @@ use crate::budget::Budget;
 use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{Metrics, OTHER};
+use crate::moment::millis;
 use crate::shared::Shared;
 use crate::upstream::Upstream;
 use known::Known;
@@ -362,7 +363,7 @@ impl Accounts {
     }
 
     fn ms(&self, now: Instant) -> u64 {
-        u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
+        millis(now.saturating_duration_since(self.started))
     }
 }
 

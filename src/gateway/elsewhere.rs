@@ -22,8 +22,8 @@ use super::{FlightKey, Gateway, Phase, Poll, Progress};
 use crate::budget::Turn;
 use crate::flight::Leader;
 use crate::metrics::{SharedFlight, SharedRead};
-use crate::shared::{Answers, Away, Claim, Clock, Found, Label, Wanted, Whose};
-use crate::stored::{Answer, Moment, Owner};
+use crate::shared::{Answers, Away, Claim, Found, Label, Wanted, Whose};
+use crate::stored::{Answer, Owner};
 use crate::task::{Stage, TaskId};
 
 /// How a flight goes on whose turn has come.
@@ -188,8 +188,7 @@ impl Gateway {
         };
         let owner = owner(store, account);
         let (seal, task, answer) = (Arc::clone(&key.seal), task.clone(), answer.clone());
-        store.publish(owner.place(&task), move |clock| {
-            let now = moment(clock);
+        store.publish(owner.place(&task), move |now| {
             let label = Label {
                 stage: answer.stage().unwrap_or(Stage::NotFound) as u8,
                 live: answer.is_live(),
@@ -212,7 +211,7 @@ impl Gateway {
     /// Opens what was found, and keeps it, or what it does not take the place of; `None` on any doubt.
     fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Answer> {
         let owner = owner(store, account).within(found.label());
-        let (now, config) = (moment(found.clock), self.config());
+        let (now, config) = (found.clock, self.config());
         let (key, answer) = account.open(owner, task, found.sealed().to_vec(), now, &config.cache)?;
         key.heard(answer.asked());
         let (mut had_ended, mut stands) = (false, None);
@@ -236,8 +235,4 @@ fn owner(store: &Answers, account: &Account) -> Owner {
 
 fn place(store: &Answers, account: &Account, task: &TaskId) -> u128 {
     owner(store, account).place(task)
-}
-
-fn moment(Clock { at, unix }: Clock) -> Moment {
-    Moment { at, unix }
 }

@@ -11,9 +11,10 @@ use tokio::time::Instant;
 
 use super::account::Account;
 use super::keys::Key;
-use super::{Gateway, Poll, unix_now};
+use super::{Gateway, Poll};
 use crate::error::Error;
-use crate::stored::{Answer, Moment};
+use crate::moment::Moment;
+use crate::stored::Answer;
 use crate::task::TaskId;
 
 /// How long a poll waits for the disk at most; and no more than a quarter of `budget.max_wait`, so that there is time to
@@ -39,7 +40,7 @@ impl Gateway {
         let Some(disk) = self.disk.as_ref().filter(|_| answer.has_ended()) else {
             return;
         };
-        let (owner, now) = (account.owner, now());
+        let (owner, now) = (account.owner, Moment::now());
         let (seal, task) = (Arc::clone(&key.seal), task.clone());
         // Without what it may hold of `limits.body_bytes` for its clients: what waits to be written has room of its own, and a
         // disk that stands still keeps no answer from anybody.
@@ -102,7 +103,7 @@ impl Gateway {
         let patience = PATIENCE.min(config.budget.max_wait / 4);
         let (account, asked) = (Arc::clone(account), task.clone());
         let opened = disk.get(place, patience, move |sealed| {
-            let (key, answer) = account.open(account.owner, &asked, sealed, now(), &config.cache)?;
+            let (key, answer) = account.open(account.owner, &asked, sealed, Moment::now(), &config.cache)?;
             answer.has_ended().then(|| (account.id, Arc::clone(key), answer))
         });
         let Some((account, key, answer)) = opened.await else {
@@ -112,12 +113,5 @@ impl Gateway {
         let answer = self.cache.put(account, task, &answer, Instant::now());
         self.hold(&answer).await.map_err(|failed| failed.error)?;
         Ok(Some(answer))
-    }
-}
-
-fn now() -> Moment {
-    Moment {
-        at: Instant::now(),
-        unix: unix_now(),
     }
 }

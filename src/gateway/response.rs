@@ -11,8 +11,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::body::{Body, Data};
-use super::unix_now;
 use crate::error::{Error, envelope};
+use crate::moment::{millis, unix_now};
 use crate::stored::{Answer, Freshness};
 use crate::upstream::{Streamed, connection_options};
 
@@ -424,8 +424,7 @@ fn new_id(unix: Duration) -> Uuid {
     }
     let random = NEXT.with(|next| next.replace(next.get().wrapping_add(1)));
     let [_, _, _, _, _, _, random @ ..] = random.to_be_bytes();
-    let ms = u64::try_from(unix.as_millis()).unwrap_or(0);
-    uuid::Builder::from_unix_timestamp_millis(ms, &random).into_uuid()
+    uuid::Builder::from_unix_timestamp_millis(millis(unix), &random).into_uuid()
 }
 
 /// Rounded up, and at least 1: never an invitation to come too early.

@@ -1,11 +1,12 @@
 //! One span: begun, told of, and ended when it is dropped. Where nobody exports it, it is nothing, and costs nothing.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::Exporter;
+use crate::moment::unix_now;
 use crate::trace::{SpanId, TraceContext};
 
 /// A part of a request's life, that goes on until this is dropped.
@@ -101,7 +102,7 @@ impl Span {
         Self(Some(Box::new(Open {
             exporter: exporter.clone(),
             began: Instant::now(),
-            began_unix: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+            began_unix: unix_now(),
             context,
             parent,
             name,

@@ -45,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 use super::connect::{Connection, Dialer};
 use crate::config::Config;
 use crate::metrics::{AnswerMetrics, Metrics, SharedWrite};
+use crate::moment::{Moment, millis};
 use crate::panics::supervise;
 use claims::Claims;
 
@@ -106,7 +107,7 @@ struct Inner {
     renew: Script,
     /// `None` while the store is away.
     line: Mutex<Option<Arc<Line>>>,
-    clock: Mutex<Option<Clock>>,
+    clock: Mutex<Option<Moment>>,
     claims: Claims,
     next_claim: AtomicU64,
     writes: Arc<Semaphore>,
@@ -134,25 +135,6 @@ impl Line {
             return Duration::ZERO;
         }
         since.get_or_insert(begun).elapsed()
-    }
-}
-
-/// The store's clock: since 1970, as of an instant of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Clock {
-    /// Our instant.
-    pub at: Instant,
-    /// What the store's clock said.
-    pub unix: Duration,
-}
-
-impl Clock {
-    /// The clock as of `now`.
-    fn on(self, now: Instant) -> Self {
-        Self {
-            at: now,
-            unix: self.unix + now.saturating_duration_since(self.at),
-        }
     }
 }
 
@@ -197,11 +179,11 @@ pub struct Found {
     value: Vec<u8>,
     sealed_at: usize,
     /// The store's clock when it was read.
-    pub clock: Clock,
+    pub clock: Moment,
 }
 
 impl Found {
-    fn new(value: Vec<u8>, clock: Clock) -> Self {
+    fn new(value: Vec<u8>, clock: Moment) -> Self {
         let spaces = value.iter().enumerate().filter(|(_, byte)| **byte == b' ');
         let sealed_at = spaces.map(|(at, _)| at + 1).nth(3).unwrap_or(0);
         Self {
@@ -407,7 +389,7 @@ impl Answers {
     /// itself and how long it is kept, and runs in a task of its own; nobody waits for it.
     pub fn publish<S>(&self, place: u128, seal: S)
     where
-        S: FnOnce(Clock) -> Option<(Label, Vec<u8>, Duration)> + Send + 'static,
+        S: FnOnce(Moment) -> Option<(Label, Vec<u8>, Duration)> + Send + 'static,
     {
         let (inner, writes) = (Arc::clone(&self.0), Arc::clone(&self.0.writes));
         let clock = inner.clock();
@@ -446,7 +428,7 @@ impl Inner {
         self.line.lock().clone()
     }
 
-    fn clock(&self) -> Option<Clock> {
+    fn clock(&self) -> Option<Moment> {
         *self.clock.lock()
     }
 
@@ -468,15 +450,16 @@ impl Inner {
         wanted: Wanted,
         doubtful: &[u8],
     ) -> Result<(Option<Found>, String), Away> {
-        let after = wanted.after.zip(self.clock()).map_or(0, |(asked, clock)| {
-            millis(clock.on(Instant::now()).unix.saturating_sub(asked.elapsed()))
-        });
+        let after = wanted
+            .after
+            .zip(self.clock())
+            .map_or(0, |(asked, clock)| clock.on(Instant::now()).unix_ms(asked));
         let mut call = self.look.key(self.answer(place));
         call.key(self.flight(place)).arg(how).arg(who).arg(millis(CLAIM));
         call.arg(millis(wanted.fresh)).arg(after).arg(doubtful);
         let begun = Instant::now();
         let (now, value, whose): (u64, Vec<u8>, String) = self.call(line, &call).await?;
-        let clock = Clock {
+        let clock = Moment {
             at: Instant::now(),
             unix: Duration::from_micros(now),
         };
@@ -583,7 +566,7 @@ impl Inner {
     }
 
     /// Lets calls go over a connection until it fails; says why it did.
-    async fn use_line(&self, mut connection: Connection, clock: Clock) -> String {
+    async fn use_line(&self, mut connection: Connection, clock: Moment) -> String {
         let line = Arc::new(Line {
             calls: connection.calls.clone(),
             late_since: Mutex::default(),
@@ -655,7 +638,7 @@ impl Inner {
 }
 
 /// A connection on which a key could be written in time, and the time there.
-async fn open(dialer: &Dialer) -> anyhow::Result<(Connection, Clock)> {
+async fn open(dialer: &Dialer) -> anyhow::Result<(Connection, Moment)> {
     let mut connection = dialer.connect().await?;
     let mut probe = redis::pipe();
     probe.cmd("SET").arg(format!("{}written", dialer.prefix())).arg("");
@@ -663,13 +646,9 @@ async fn open(dialer: &Dialer) -> anyhow::Result<(Connection, Clock)> {
     let reply = timeout(PATIENCE, probe.query_async::<((u64, u64),)>(&mut connection.calls));
     let reply = reply.await.map_err(|_| anyhow::anyhow!("no reply within {PATIENCE:?}"));
     let ((seconds, micros),) = reply??;
-    let clock = Clock {
+    let clock = Moment {
         at: Instant::now(),
         unix: Duration::from_secs(seconds) + Duration::from_micros(micros),
     };
     Ok((connection, clock))
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

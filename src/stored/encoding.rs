@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use super::{Answer, Draft, Keeping};
 use crate::account::ApiKey;
 use crate::config;
+use crate::moment::{Moment, millis};
 use crate::task::{self, TaskId};
 
 /// The first byte. What is sealed under another version is a miss, so a change of the form needs no migration.
@@ -71,31 +72,6 @@ impl fmt::Debug for Owner {
     }
 }
 
-/// Now, on both clocks.
-#[derive(Clone, Copy, Debug)]
-pub struct Moment {
-    /// Ages count on this one.
-    pub at: Instant,
-    /// Since 1970, on the wall clock: this machine's, or that of a store which replicas share.
-    pub unix: Duration,
-}
-
-impl Moment {
-    /// The wall clock's time when it was `then`, in milliseconds since 1970.
-    pub fn unix_ms(&self, then: Instant) -> u64 {
-        ms(self.unix.saturating_sub(self.at.saturating_duration_since(then)))
-    }
-
-    /// The instant that was `unix_ms`; now for one that is just ahead, `None` for one further ahead.
-    fn then(&self, unix_ms: u64) -> Option<Instant> {
-        let then = Duration::from_millis(unix_ms);
-        if then > self.unix + MOST_AHEAD {
-            return None;
-        }
-        self.at.checked_sub(self.unix.saturating_sub(then))
-    }
-}
-
 /// What is sealed before the body, as JSON: small beside a body, and it says what it means.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -129,7 +105,7 @@ impl Seal {
             content_type: content_type.map(|value| value.as_bytes().iter().copied().map(char::from).collect()),
             asked: now.unix_ms(answer.asked()),
             received: now.unix_ms(answer.received()),
-            keep: ms(keeping.keep),
+            keep: millis(keeping.keep),
             settling_since: keeping.settling_since.map(|since| now.unix_ms(since)),
         })
         .ok()?;
@@ -189,9 +165,9 @@ impl fmt::Debug for Seal {
 
 impl Head {
     fn answer(self, body: Bytes, task: &TaskId, now: Moment, cache: &config::Cache) -> Option<Draft> {
-        let (asked, received) = (now.then(self.asked)?, now.then(self.received)?);
+        let (asked, received) = (instant(self.asked, now)?, instant(self.received, now)?);
         let settling_since = match self.settling_since {
-            Some(since) => Some(now.then(since)?),
+            Some(since) => Some(instant(since, now)?),
             None => None,
         };
         let reading = task::read(self.status, &body, task);
@@ -234,8 +210,13 @@ fn sha256(parts: &[&[u8]]) -> [u8; digest::SHA256_OUTPUT_LEN] {
     digest
 }
 
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+/// The instant that was `unix_ms`; now for one that is just ahead, `None` for one further ahead.
+fn instant(unix_ms: u64, now: Moment) -> Option<Instant> {
+    let then = Duration::from_millis(unix_ms);
+    if then > now.unix + MOST_AHEAD {
+        return None;
+    }
+    now.at.checked_sub(now.unix.saturating_sub(then))
 }
 
 #[cfg(test)]
