@@ -70,7 +70,7 @@ use crate::panics;
 use crate::shared::{Answers, Claim, Shared};
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
-use crate::trace::{TraceContext, TraceId};
+use crate::trace::TraceContext;
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
 use abandoned::Unanswered;
 use account::Account;
@@ -208,28 +208,30 @@ impl Gateway {
 
     /// The answer to a request that goes no further, or to what is none; counted and logged. `headers` may name it.
     pub fn refuse(&self, error: &Error, headers: &HeaderMap) -> Response<Body> {
-        self.refuse_named(error, response::request_id(headers), Trace::of(headers).id())
+        let request_id = response::request_id(headers);
+        let mut response = self.refused(error, None, &request_id, &Trace::of(headers));
+        response.headers_mut().insert(REQUEST_ID, request_id);
+        response
     }
 
-    /// Counts a request that goes no further because of `error`, if that is one of the edge's.
-    fn count_refusal(&self, error: &Error) {
+    /// The answer to a request that goes no further; counted, if the edge counts such an error, and logged. A poll is on an
+    /// `account`.
+    fn refused(&self, error: &Error, account: Option<&str>, request_id: &HeaderValue, trace: &Trace) -> Response<Body> {
         if let Some(reason) = error.edge_refusal() {
             self.metrics.refused(reason);
         }
-    }
-
-    fn refuse_named(&self, error: &Error, request_id: HeaderValue, trace: TraceId) -> Response<Body> {
-        self.count_refusal(error);
         tracing::debug!(
             request_id = request_id.to_str().unwrap_or_default(),
-            trace_id = %trace,
+            trace_id = %trace.id(),
+            account,
+            cache = account.map(|_| Served::None.as_ref()),
             code = error.status().as_u16(),
             detail = error.detail(),
-            "request refused"
+            "{} refused",
+            if account.is_some() { "poll" } else { "request" }
         );
-        let mut response = response::error(error);
-        response.headers_mut().insert(REQUEST_ID, request_id);
-        response
+        trace.refused(error);
+        response::error(error)
     }
 
     /// The process is told to stop: its part of a shared budget is its successor's.
@@ -271,7 +273,7 @@ impl Gateway {
                 if is_poll {
                     let terms = self.terms(request.method(), request.uri(), request.headers());
                     let reply = self.poll(terms, None, caller, &request_id, &trace).await;
-                    let refused = broken().map(|error| self.refuse_named(&error, request_id.clone(), trace.id()));
+                    let refused = broken().map(|error| self.refused(&error, None, &request_id, &trace));
                     refused.map_or(reply, Reply::from)
                 } else {
                     // On the heap: a poll, which almost every request is, takes no room for it.
@@ -331,18 +333,17 @@ impl Gateway {
         most: Duration,
         late: impl Fn() -> Error,
     ) -> Reply {
+        let begun = Instant::now();
         let unanswered = Unanswered::new(self, request_id, trace, is_poll);
         let in_time = panics::contain(timeout(most, answering)).await;
         unanswered.answered();
         let reply = match in_time {
             Some(Ok(reply)) => reply,
-            Some(Err(_)) => {
-                let error = late();
-                self.count_unanswered(is_poll, &error, most);
-                trace.refused(&error);
-                Reply::from(self.refuse_named(&error, request_id.clone(), trace.id()))
+            late_or_panicked => {
+                let error = late_or_panicked.map_or(Error::Internal, |_| late());
+                self.count_unanswered(is_poll, &error, begun.elapsed());
+                Reply::from(self.refused(&error, None, request_id, trace))
             }
-            None => Reply::from(response::error(&Error::Internal)),
         };
         trace.ended(reply.status());
         reply
@@ -412,10 +413,9 @@ impl Gateway {
         let mut poll = match terms.and_then(|terms| self.take_up(terms, seen, caller, arrived, trace)) {
             Ok(poll) => poll,
             Err(error) => {
-                self.count_refusal(&error);
                 let (metrics, requests) = &self.strangers;
                 metrics.answered(requests, Served::None, error.status().as_u16(), arrived.elapsed());
-                return Reply::from(refuse(&error, OTHER, request_id, trace));
+                return Reply::from(self.refused(&error, Some(OTHER), request_id, trace));
             }
         };
         let answered = loop {
@@ -457,7 +457,7 @@ impl Gateway {
                 }
                 let (requests, code) = (poll.asker.requests(caller), error.status().as_u16());
                 account.answered(&requests, Served::None, poll.has_flown, code, arrived.elapsed());
-                Reply::from(refuse(&error, &account.label, request_id, trace))
+                Reply::from(self.refused(&error, Some(&account.label), request_id, trace))
             }
         }
     }
@@ -794,19 +794,4 @@ async fn until(is_so: impl Fn() -> bool) {
         }
     })
     .await;
-}
-
-/// What a poll gets for an error; logged.
-fn refuse(error: &Error, account: &str, request_id: &HeaderValue, trace: &Trace) -> Response<Body> {
-    tracing::debug!(
-        request_id = request_id.to_str().unwrap_or_default(),
-        trace_id = %trace.id(),
-        account,
-        cache = Served::None.as_ref(),
-        code = error.status().as_u16(),
-        detail = error.detail(),
-        "poll refused"
-    );
-    trace.refused(error);
-    response::error(error)
 }

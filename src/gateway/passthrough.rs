@@ -66,10 +66,7 @@ impl Gateway {
             Err(error) => Err(error),
         };
         // Upstream's end of it, or ours, is but what came of that.
-        let result = broken().map_or(result, |error| {
-            self.count_refusal(&error);
-            Err(error)
-        });
+        let result = broken().map_or(result, Err);
         let response = match result {
             Ok(response) => {
                 tracing::debug!(
@@ -81,17 +78,7 @@ impl Gateway {
                 trace.passed(response.status());
                 response::streamed(response, request_id)
             }
-            Err(error) => {
-                tracing::debug!(
-                    request_id = request_id.to_str().unwrap_or_default(),
-                    trace_id = %trace.id(),
-                    code = error.status().as_u16(),
-                    detail = error.detail(),
-                    "request refused"
-                );
-                trace.refused(&error);
-                response::error(&error)
-            }
+            Err(error) => self.refused(&error, None, request_id, trace),
         };
         self.metrics.passed_through(response.status().as_u16());
         response

@@ -132,9 +132,13 @@ impl Span {
         self.0.as_ref().map(|open| open.context)
     }
 
-    /// Says something of it. Never a key, and of what a client sent only what has been checked.
+    /// Says something of it, in place of what was said by that name. Never a key, and of what a client sent only what has
+    /// been checked.
     pub fn say<V: Into<Value>>(&self, name: &'static str, value: V) {
-        self.with(|said| said.attributes.push((name, value.into())));
+        self.with(|said| {
+            said.attributes.retain(|(known, _)| *known != name);
+            said.attributes.push((name, value.into()));
+        });
     }
 
     /// It had to do with another one, of this trace or not.

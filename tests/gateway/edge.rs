@@ -1,5 +1,6 @@
 //! What the RFCs call an error, byte for byte: refused in words, the connection closed, and upstream none the wiser.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::Method;
@@ -661,7 +662,13 @@ async fn an_answer_that_has_begun_is_cut_when_the_requests_time_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_is_a_500_for_that_request_and_nothing_else() {
+async fn a_panic_is_a_500_for_that_request_and_nothing_else_counted_and_logged() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let lines = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_ansi(false)
+        .with_writer(Arc::new(log.reopen().unwrap()));
+    let _logging = tracing::subscriber::set_default(lines.finish());
     let paused = Paused::start(
         Behaviour {
             opening: |number| {
@@ -680,6 +687,27 @@ async fn a_panic_is_a_500_for_that_request_and_nothing_else() {
         upload
     };
     paused.ask(upload()).await.assert_is_our_error(500);
+    for (series, times) in [
+        ("refused_total{reason=\"internal\"}", 2.0),
+        (
+            "requests_total{account=\"other\",cache=\"none\",client=\"other\",code=\"5xx\"}",
+            1.0,
+        ),
+        ("passthrough_requests_total{code=\"5xx\"}", 1.0),
+    ] {
+        let counted = paused.metric(&format!("crun_gateway_{series}"));
+        assert!((counted - times).abs() < 0.1, "{series}: {counted}");
+    }
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    for refused in [": poll refused", ": request refused"] {
+        let mut lines = log.lines().filter(|line| line.contains(refused));
+        let line = lines.next().unwrap_or_else(|| panic!("no{refused} in {log}"));
+        assert!(
+            line.contains(" code=500 detail=\"internal\"") && line.contains(" request_id="),
+            "{line}"
+        );
+        assert_eq!(lines.next(), None);
+    }
     // The same task, the same account, the same path.
     assert_eq!(paused.poll(KEY, "a").await.status, 200);
     assert_eq!(paused.ask(upload()).await.status, 200);

@@ -227,6 +227,31 @@ async fn whatever_is_not_answered_in_time_has_failed() {
 }
 
 #[tokio::test]
+async fn what_a_client_is_told_of_its_broken_body_is_told_of_its_poll() {
+    let collector = Collector::start(Takes::Everything);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let gateway = Gateway::start(&url, &to(collector.address, ALL)).await;
+    let mut client = Raw::connect(gateway.address).await;
+    let head = format!("GET {TASK_INFO}?task_id=a HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\n");
+    client.send(head + "transfer-encoding: chunked\r\n\r\n").await.unwrap();
+    // Upstream has the query, and hangs up on both attempts only when the body is broken.
+    for attempt in 1..=2 {
+        let mut upstream = Raw::over(listener.accept().await.unwrap().0);
+        upstream.head().await.unwrap();
+        if attempt == 1 {
+            client.send("no size\r\n").await.unwrap();
+        }
+    }
+    assert!(client.reply().await.is(400));
+    let is_poll = |span: &Span| span.name == POLL;
+    let spans = collector.until("poll", |spans| spans.iter().any(is_poll)).await;
+    let poll = named(&spans, POLL);
+    assert_eq!(poll.says("http.response.status_code"), "400");
+    assert_eq!(poll.says("crun_gateway.detail"), "malformed");
+}
+
+#[tokio::test]
 async fn an_answer_that_breaks_off_has_failed() {
     let collector = Collector::start(Takes::Everything);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
