@@ -18,7 +18,6 @@
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s, and
 //! what the gateway tells of itself `gateway::status`'s.
 
-mod abandoned;
 mod account;
 mod accounts;
 mod admission;
@@ -53,6 +52,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use futures_util::future::{FutureExt as _, OptionFuture};
 use http::{HeaderMap, HeaderValue, Request, Response};
+use scopeguard::{ScopeGuard, guard};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::account::{AccountId, Caller};
@@ -72,7 +72,6 @@ use crate::stored::Answer;
 use crate::task::{Class, TaskId};
 use crate::trace::TraceContext;
 use crate::upstream::{Breaker, Dial, TASK_INFO_PATH, Upstream};
-use abandoned::Unanswered;
 use account::Account;
 use accounts::Accounts;
 use answered::Answered;
@@ -334,9 +333,9 @@ impl Gateway {
         late: impl Fn() -> Error,
     ) -> Reply {
         let begun = Instant::now();
-        let unanswered = Unanswered::new(self, request_id, trace, is_poll);
+        let unanswered = guard((), |()| self.abandoned(is_poll, request_id, trace));
         let in_time = panics::contain(timeout(most, answering)).await;
-        unanswered.answered();
+        ScopeGuard::into_inner(unanswered);
         let reply = match in_time {
             Some(Ok(reply)) => reply,
             late_or_panicked => {
@@ -347,6 +346,21 @@ impl Gateway {
         };
         trace.ended(reply.status());
         reply
+    }
+
+    /// Tells of a request whose client has left before its answer was there: what it asks upstream for may be done all the
+    /// same.
+    fn abandoned(&self, is_poll: bool, request_id: &HeaderValue, trace: &Trace) {
+        // A poll costs upstream nothing that its flight does not tell of.
+        if !is_poll {
+            self.metrics.abandoned();
+        }
+        tracing::debug!(
+            request_id = request_id.to_str().unwrap_or_default(),
+            trace_id = %trace.id(),
+            "{} abandoned: its client left before the answer",
+            if is_poll { "poll" } else { "request" }
+        );
     }
 
     /// Counts a request for which there was no answer to count.
