@@ -489,7 +489,10 @@ impl Gateway {
             poll.trace.look_up(look)
         };
         let kept = match kept {
-            None if !on_trial => self.look_further(poll, live).await?,
+            None if !on_trial => match self.recall(poll).await? {
+                None => self.look_grounded(poll, live).await,
+                recalled => recalled,
+            },
             // Another replica may have heard more since, and here nobody might ask any more.
             Some(stale) if !on_trial && !stale.is_fresh(poll.arrived, live) => {
                 Some(self.look_grounded(poll, live).await.unwrap_or(stale))

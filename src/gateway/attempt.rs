@@ -55,7 +55,8 @@ impl Gateway {
             Ok(mut fetched) => {
                 let room = fetched.room.take();
                 let answer = self.keep(account, task, fetched);
-                self.remember(account, key, task, &answer);
+                self.publish(account, key, task, &answer);
+                self.keep_on_disk(account, key, task, &answer);
                 let outcome = answer.class();
                 account.metrics.attempted(outcome, took);
                 query.answered(&answer, outcome);

@@ -29,12 +29,6 @@ pub(super) enum Recall {
 }
 
 impl Gateway {
-    /// Has an answer, fetched with `key`, kept beyond this process: for other replicas, and an ended task's on disk.
-    pub(super) fn remember(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
-        self.publish(account, key, task, answer);
-        self.keep_on_disk(account, key, task, answer);
-    }
-
     /// Has an ended task's answer, fetched with `key` here or by another replica, kept on disk.
     pub(super) fn keep_on_disk(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
         let Some(disk) = self.disk.as_ref().filter(|_| answer.has_ended()) else {
@@ -51,27 +45,13 @@ impl Gateway {
         });
     }
 
-    /// What is kept elsewhere of a task of which memory has nothing: on disk or, where nobody may fly, at another replica.
+    /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
     ///
     /// # Errors
     /// [`Error::NoRoom`] when there is none to send it from.
     ///
-    /// Cancel safe.
-    pub(super) async fn look_further(
-        self: &Arc<Self>,
-        poll: &Poll<'_>,
-        live: Duration,
-    ) -> Result<Option<Answer>, Error> {
-        match self.recall(poll).await? {
-            None => Ok(self.look_grounded(poll, live).await),
-            recalled => Ok(recalled),
-        }
-    }
-
-    /// What the disk has of a task of which memory has nothing; from then on memory has it, too.
-    ///
     /// Cancel safe: reading goes on, for whoever else waits.
-    async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Option<Answer>, Error> {
+    pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Option<Answer>, Error> {
         let account = &poll.asker.account;
         let place = account.owner.place(&poll.task);
         if self.disk.as_ref().is_none_or(|disk| !disk.may_hold(place)) {
