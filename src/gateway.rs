@@ -456,7 +456,7 @@ impl Gateway {
                     request_id = request_id.to_str().unwrap_or_default(),
                     trace_id = %trace.id(),
                     account = &*account.label,
-                    task = poll.task.as_str(),
+                    task = poll.terms.task.as_str(),
                     cache = served.as_ref(),
                     code,
                     took_s = took.as_secs_f64(),
@@ -479,10 +479,10 @@ impl Gateway {
     /// The answer for one poll, by its deadline at the latest. Upstream does not refuse its key, or it is on trial.
     async fn answer(self: &Arc<Self>, poll: &mut Poll<'_>) -> Result<Answered, Error> {
         let account = &poll.asker.account;
-        account.watch.asked(poll.task.as_str(), poll.arrived);
+        account.watch.asked(poll.terms.task.as_str(), poll.arrived);
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
-        let look = || self.cache.get(account.id, &poll.task, poll.arrived, live);
+        let look = || self.cache.get(account.id, &poll.terms.task, poll.arrived, live);
         let kept = if std::mem::take(&mut poll.is_looked_up) {
             poll.kept.take()
         } else {
@@ -521,11 +521,11 @@ impl Gateway {
         let deadline = poll.arrived + max_wait;
         let account = &poll.asker.account;
         let mut asker = poll.asker.clone();
-        let name = poll.name.as_ref().filter(|name| !self.accounts.is_secret(name));
+        let name = poll.terms.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(poll.caller, name);
         let takes = self.upstream_takes();
         // Half of what upstream leaves is for newcomers, though none of those who were told to come back ever does.
-        let kept = account.budget.kept(&client, &poll.task, poll.arrived);
+        let kept = account.budget.kept(&client, &poll.terms.task, poll.arrived);
         let kept = kept.min(max_wait.saturating_sub(takes) / 2);
         self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
@@ -535,12 +535,12 @@ impl Gateway {
                 return Ok(answered);
             }
             if self.upstream.breaker().is_open() {
-                let error = self.turn_away(&asker, &poll.task);
+                let error = self.turn_away(&asker, &poll.terms.task);
                 return self.stand_in(poll, error.detail()).ok_or(error);
             }
             let alone = asker.is_refused().then_some(asker.key.number);
             let mut trace = None;
-            let (progress, leader) = self.flights.join((account.id, poll.task.clone(), alone), || {
+            let (progress, leader) = self.flights.join((account.id, poll.terms.task.clone(), alone), || {
                 let trace = trace.insert(poll.trace.flight());
                 Progress::new(account.budget.standing(snapshot), trace.link(), snapshot.is_some())
             });
@@ -552,7 +552,7 @@ impl Gateway {
             let mut carried = if let (Some(leader), Some(trace)) = (leader, trace) {
                 let puts = poll.puts;
                 let sought = alone.is_none().then_some(Sought { live, puts });
-                Some(self.launch(leader, &asker, &poll.task, sought, trace))
+                Some(self.launch(leader, &asker, &poll.terms.task, sought, trace))
             } else {
                 poll.trace.joined(&progress.borrow());
                 None
@@ -606,7 +606,7 @@ impl Gateway {
     fn lifetime_for(&self, poll: &Poll<'_>) -> Duration {
         let account = &*poll.asker.account;
         let lifetime = account.lifetime(poll.arrived);
-        match poll.max_age {
+        match poll.terms.max_age {
             Some(max_age) if !account.budget.is_wanted(poll.arrived) => {
                 lifetime.min(max_age.max(self.config.load().cache.fresh.floor))
             }
@@ -620,7 +620,7 @@ impl Gateway {
             return None;
         }
         let now = Instant::now();
-        let snapshot = self.cache.snapshot(poll.asker.account.id, &poll.task, now)?;
+        let snapshot = self.cache.snapshot(poll.asker.account.id, &poll.terms.task, now)?;
         let max_stale = self.config.load().cache.max_stale;
         snapshot
             .may_stand_in(now, max_stale)

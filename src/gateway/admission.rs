@@ -91,7 +91,7 @@ impl Gateway {
         Error::Shed {
             why,
             limit: self.config.load().budget.limit,
-            retry_after: budget.retry_after(client, poll.asker.weight(), &poll.task, late_by, now),
+            retry_after: budget.retry_after(client, poll.asker.weight(), &poll.terms.task, late_by, now),
         }
     }
 }

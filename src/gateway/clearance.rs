@@ -57,7 +57,7 @@ impl Gateway {
             key = account.place(key),
             "key not confirmed lately"
         );
-        let flight = (account.id, poll.task.clone(), Some(key.number));
+        let flight = (account.id, poll.terms.task.clone(), Some(key.number));
         let mut trace = None;
         let (mut progress, leader) = self.flights.join(flight, || {
             let trace = trace.insert(poll.trace.flight());
@@ -66,7 +66,7 @@ impl Gateway {
         if let (Some(leader), Some(trace)) = (leader, trace) {
             let asker = poll.asker.with(key);
             // Nobody waits for it here.
-            drop(self.launch(leader, &asker, &poll.task, None, trace));
+            drop(self.launch(leader, &asker, &poll.terms.task, None, trace));
         }
         progress.borrow().standing.keep();
         // Somebody has to wait for it, or it would be given up.

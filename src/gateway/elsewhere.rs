@@ -67,7 +67,7 @@ impl Gateway {
             return None;
         }
         let _looking = poll.trace.part("shared store");
-        self.look_elsewhere(account, &poll.task, live).await
+        self.look_elsewhere(account, &poll.terms.task, live).await
     }
 
     /// Whether memory has a snapshot of a task that is being fetched, for all that is known another replica's.

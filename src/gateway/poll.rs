@@ -36,10 +36,7 @@ pub(super) struct Poll<'t> {
     pub(super) asker: Asker,
     /// Whose connection it came on.
     pub(super) caller: &'t Caller,
-    pub(super) key: ApiKey,
-    pub(super) name: Option<HeaderValue>,
-    pub(super) task: TaskId,
-    pub(super) max_age: Option<Duration>,
+    pub(super) terms: Terms,
     /// Whether this is known already: what the cache has.
     pub(super) is_looked_up: bool,
     pub(super) kept: Option<Answer>,
@@ -73,26 +70,17 @@ impl Gateway {
         arrived: Instant,
         trace: &'t Trace,
     ) -> Result<Poll<'t>, Error> {
-        let Terms {
-            key,
-            task,
-            name,
-            max_age,
-        } = terms;
-        self.trace_task(trace, &task);
+        self.trace_task(trace, &terms.task);
         let is_looked_up = seen.is_some();
         let (asker, puts, kept) = match seen {
             Some(Seen { asker, puts, kept, .. }) => (asker, puts, kept),
-            None => (self.accounts.of(&key, arrived)?, self.cache.puts(), None),
+            None => (self.accounts.of(&terms.key, arrived)?, self.cache.puts(), None),
         };
         Ok(Poll {
             arrived,
             asker,
             caller,
-            key,
-            name,
-            task,
-            max_age,
+            terms,
             is_looked_up,
             kept,
             puts,
@@ -114,7 +102,7 @@ impl Gateway {
             // The keys that a token stands for may be others.
             Ok(answered) => before.has_token() && is_refused_key(&answered.answer),
         };
-        let since = may_be_over.then(|| self.accounts.of(&poll.key, poll.arrived));
+        let since = may_be_over.then(|| self.accounts.of(&poll.terms.key, poll.arrived));
         let is_the_same = |asker: &Asker| Arc::ptr_eq(&asker.account, &before.account);
         since.filter(|since| !since.as_ref().is_ok_and(is_the_same))
     }

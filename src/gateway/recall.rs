@@ -53,14 +53,16 @@ impl Gateway {
     /// Cancel safe: reading goes on, for whoever else waits.
     pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Option<Answer>, Error> {
         let account = &poll.asker.account;
-        let place = account.owner.place(&poll.task);
+        let place = account.owner.place(&poll.terms.task);
         if self.disk.as_ref().is_none_or(|disk| !disk.may_hold(place)) {
             return Ok(None);
         }
         let _reading = poll.trace.part("disk");
-        let (mut recall, leader) = self.recalls.join((account.id, poll.task.clone()), || Recall::UnderWay);
+        let (mut recall, leader) = self
+            .recalls
+            .join((account.id, poll.terms.task.clone()), || Recall::UnderWay);
         if let Some(leader) = leader {
-            let (gateway, account, task) = (Arc::clone(self), Arc::clone(account), poll.task.clone());
+            let (gateway, account, task) = (Arc::clone(self), Arc::clone(account), poll.terms.task.clone());
             tokio::spawn(async move {
                 // 1. a poll finds nothing in memory; 2. the reading that was under way ends; 3. the poll begins this one.
                 let answer = match gateway.cache.snapshot(account.id, &task, Instant::now()) {
