@@ -5,13 +5,15 @@
 //! waits ten seconds for a refusal. What the snapshot stands in for is still wanted, or nobody would ever see it fresher:
 //! its flight goes on in the background.
 
+use std::future::pending;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::account::Account;
-use super::{Answered, Gateway, Phase, Poll, Progress};
+use super::progress::Phase;
+use super::{Answered, Gateway, Poll, Progress};
 use crate::account::Client;
 use crate::budget::Expected;
 use crate::error::Error;
@@ -20,6 +22,9 @@ use crate::outcome::Shed;
 /// What upstream is thought to take before its first answer, if that is a small part of `budget.max_wait`: of the first rush
 /// after a start whoever has the last turns would else wait for an answer that comes too late.
 const UNKNOWN: Duration = Duration::from_millis(300);
+
+/// How long an attempt may take before a poll that has a snapshot is answered with it.
+const SLOW_ATTEMPT: Duration = Duration::from_secs(1);
 
 impl Gateway {
     /// What upstream is thought to take of the time that a poll which comes now may wait, with few exceptions. All of it at
@@ -75,6 +80,38 @@ impl Gateway {
             Phase::Connecting(_) => Error::NoConnection,
             Phase::Elsewhere(_) | Phase::Sent(_) => Error::UpstreamSlow,
         })
+    }
+
+    /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is none, nor comes from another
+    /// replica as the flight goes on.
+    ///
+    /// Cancel safe.
+    pub(super) async fn snapshot_when_slow(
+        &self,
+        poll: &Poll<'_>,
+        mut progress: watch::Receiver<Progress>,
+    ) -> Answered {
+        loop {
+            let slow = match progress.borrow_and_update().phase {
+                Phase::Waiting => None,
+                Phase::Crowded(since) | Phase::Elsewhere(since) | Phase::Connecting(since) | Phase::Sent(since) => {
+                    Some(since + SLOW_ATTEMPT)
+                }
+            };
+            let detail = tokio::select! {
+                biased;
+                Ok(()) = progress.changed() => continue,
+                () = self.upstream.breaker().opened() => self.unavailable(&poll.asker.account).detail(),
+                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => Error::UpstreamSlow.detail(),
+            };
+            if let Some(answered) = self.stand_in(poll, detail) {
+                leave_behind(progress);
+                return answered;
+            }
+            if progress.changed().await.is_err() {
+                return pending().await;
+            }
+        }
     }
 
     /// Answers a poll whose flight gave way in a full queue.

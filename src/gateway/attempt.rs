@@ -5,17 +5,20 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
+use super::Gateway;
 use super::account::Account;
 use super::clearance::learn;
 use super::keys::Key;
 use super::traced::FlightTrace;
-use super::{Gateway, MOST_ATTEMPTS};
 use crate::budget::Permit;
 use crate::error::Error;
 use crate::moment::unix_now;
 use crate::stored::{Answer, Draft, Keeping};
 use crate::task::{self, Class, TaskId};
 use crate::upstream::{Failed, Fetched, Ready};
+
+/// A flight makes at most two attempts, both paid.
+pub(super) const MOST_ATTEMPTS: u32 = 2;
 
 /// Which attempt of which flight.
 #[derive(Clone, Copy, Debug)]

@@ -18,7 +18,8 @@ use tokio::time::Instant;
 
 use super::account::Account;
 use super::keys::Key;
-use super::{FlightKey, Gateway, Phase, Poll, Progress};
+use super::progress::Phase;
+use super::{FlightKey, Gateway, Poll, Progress};
 use crate::budget::Turn;
 use crate::flight::Leader;
 use crate::metrics::{SharedFlight, SharedRead};

@@ -1,21 +1,20 @@
-//! What a poll gets while upstream is slow or away, and the probes that find out when it is back.
+//! What a poll gets while upstream is away, and the probes that find out when it is back.
 //!
 //! While the breaker is open, snapshots are served, polls without one are refused at once, and nothing is spent but on
 //! probes: a probe is paid for like every query, its answer is kept like any other, and no client waits for it.
 
-use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
+use super::Gateway;
 use super::account::Account;
-use super::admission::leave_behind;
 use super::asker::Asker;
 use super::attempt::Attempt;
-use super::{Answered, FlightTrace, Gateway, Landed, Phase, Poll, Progress, SLOW_ATTEMPT};
+use super::progress::Landed;
+use super::traced::FlightTrace;
 use crate::budget::{Entry, Permit};
 use crate::error::Error;
 use crate::task::TaskId;
@@ -115,37 +114,5 @@ impl Gateway {
         let turn = timeout_at(latest, standing.enter(Entry::InTurn)).await.ok()?.ok()?;
         let permit = timeout_at(latest, turn.permit(&ready)).await.ok()??;
         Some((probe, ready, permit))
-    }
-
-    /// The snapshot, once an attempt takes long or the breaker opens. Never ends where there is none, nor comes from another
-    /// replica as the flight goes on.
-    ///
-    /// Cancel safe.
-    pub(super) async fn snapshot_when_slow(
-        &self,
-        poll: &Poll<'_>,
-        mut progress: watch::Receiver<Progress>,
-    ) -> Answered {
-        loop {
-            let slow = match progress.borrow_and_update().phase {
-                Phase::Waiting => None,
-                Phase::Crowded(since) | Phase::Elsewhere(since) | Phase::Connecting(since) | Phase::Sent(since) => {
-                    Some(since + SLOW_ATTEMPT)
-                }
-            };
-            let detail = tokio::select! {
-                biased;
-                Ok(()) = progress.changed() => continue,
-                () = self.upstream.breaker().opened() => self.unavailable(&poll.asker.account).detail(),
-                () = sleep_until(slow.unwrap_or_else(Instant::now)), if slow.is_some() => Error::UpstreamSlow.detail(),
-            };
-            if let Some(answered) = self.stand_in(poll, detail) {
-                leave_behind(progress);
-                return answered;
-            }
-            if progress.changed().await.is_err() {
-                return pending().await;
-            }
-        }
     }
 }
