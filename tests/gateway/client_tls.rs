@@ -36,7 +36,7 @@ use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll};
 
 /// A certificate and its key, PEM.
 #[derive(Clone)]
-struct Pair {
+pub struct Pair {
     cert: String,
     key: String,
 }
@@ -48,7 +48,7 @@ impl Pair {
 }
 
 /// A root that vouches for servers and clients, and a folder that is laid out as Kubernetes mounts a Secret.
-struct Authority {
+pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     root: String,
     folder: tempfile::TempDir,
@@ -56,7 +56,7 @@ struct Authority {
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -75,7 +75,7 @@ impl Authority {
         authority
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -132,7 +132,7 @@ impl Authority {
     }
 
     /// A client that trusts the root, offers `alpn`, and has a certificate or not.
-    fn client_with(&self, alpn: &[&str], own: Option<&Pair>) -> Client {
+    pub fn client_with(&self, alpn: &[&str], own: Option<&Pair>) -> Client {
         let mut roots = RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap())
@@ -158,10 +158,10 @@ impl Authority {
 }
 
 #[derive(Clone)]
-struct Client(TlsConnector);
+pub struct Client(TlsConnector);
 
 impl Client {
-    async fn connect(&self, address: SocketAddr) -> io::Result<TlsStream<TcpStream>> {
+    pub async fn connect(&self, address: SocketAddr) -> io::Result<TlsStream<TcpStream>> {
         let stream = TcpStream::connect(address).await?;
         let name = ServerName::try_from("127.0.0.1").unwrap();
         timeout(PATIENCE, self.0.connect(name, stream))

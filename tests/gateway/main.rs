@@ -22,6 +22,7 @@
 //! - `requests`: what a poll may look like, and how bad ones are refused
 //! - `fairness`: clients share the budget, and what a client token stands for
 //! - `sharing`: replicas share answers and flights, whatever becomes of the store
+//! - `simulator`: the simulated upstream, on which the rest of them rely
 //! - `spans`: what a collector is told of requests
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
 //! - `log`: a log that nobody reads holds up nobody
@@ -79,6 +80,7 @@ mod restart;
 mod resting;
 mod secrets;
 mod sharing;
+mod simulator;
 mod spans;
 mod status;
 mod stop;

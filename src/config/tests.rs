@@ -1,17 +1,12 @@
 //! A configuration as an operator meets it: defaults, every kind of mistake, secrets, and what `check` prints.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "the lint's leave for tests does not reach the functions that tests share"
-)]
-
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
-use crun_gateway::account::ApiKey;
-use crun_gateway::config::{ClientCertificates, Config, Demand, KeySource, LogFormat, Problems, Tls, UnknownKeys};
 use proptest::prelude::*;
+
+use super::*;
+use crate::account::ApiKey;
 
 const SECRET: &str = "ak_91f3secret7c";
 
@@ -798,7 +793,7 @@ fn almost_a_configuration() -> impl Strategy<Value = String> {
         Just("-1"),
         Just("\u{feff}"),
     ];
-    proptest::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
+    prop::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
 }
 
 proptest! {
@@ -812,7 +807,7 @@ proptest! {
 
     #[test]
     fn no_value_makes_a_field_panic(value in prop_oneof![any::<String>(), "[0-9a-zA-Z:/. -]{0,24}"]) {
-        let value = serde_json::Value::from(value);
+        let value = Value::from(value);
         for field in ["listen", "drain", "client_header", "unknown_keys", "passthrough", "accounts", "max_accounts"] {
             let _ = Config::parse(&format!("{field}: {value}"), &env);
         }

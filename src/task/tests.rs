@@ -1,14 +1,12 @@
 //! What each answer of upstream's means: every recorded body in both forms of an error, and every trap we know of.
 
-#![allow(clippy::unwrap_used, reason = "a fixture that cannot be read is a failed test")]
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use crun_gateway::task::{Class, Reading, Stage, TaskId, Timestamp, read};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::*;
 use Class::{Failed, Live, NotFound, RateLimited, Refused, Settling, Terminal, Unavailable, Unreadable, Unrecognised};
 
 const SONG: &str = "d6956973-2f17-43d4-8514-af6cc3a2f55d";
@@ -618,7 +616,7 @@ fn the_instants_are_read_as_they_are() {
         read(r#""param":{"complete_at":1768900010},"result":{"create_at":1768900010}"#),
         (Timestamp::Absent, Timestamp::Absent)
     );
-    let running = crun_gateway::task::read(200, &fixture("running.json"), &id(SONG));
+    let running = super::read(200, &fixture("running.json"), &id(SONG));
     assert_eq!(
         (running.complete_at, running.create_at),
         (Timestamp::Absent, Timestamp::At(1_768_900_378))
@@ -787,5 +785,148 @@ proptest! {
         }
         let class = read(200, &body, &id(SONG)).class;
         prop_assert!(!matches!(class, Terminal | Settling), "{class:?}");
+    }
+}
+
+#[test]
+fn only_an_integer_is_an_integer() {
+    assert_eq!(integer("200"), Some(200));
+    assert_eq!(integer("-1"), Some(-1));
+    assert_eq!(integer("0"), Some(0));
+    assert_eq!(integer("-0"), Some(0));
+    assert_eq!(integer("99999999999999999999"), Some(i64::MAX));
+    assert_eq!(integer("-99999999999999999999"), Some(i64::MIN));
+    for json in ["200.0", "2e2", "2E2", "\"200\"", "true", "null", "[200]", "{}"] {
+        assert_eq!(integer(json), None, "{json}");
+    }
+}
+
+#[test]
+fn only_nothing_is_empty() {
+    for json in ["null", "\"\"", "[]", "{}", "[ ]", "{\r\n\t}"] {
+        assert!(is_empty(json), "{json}");
+    }
+    for json in [
+        "0",
+        "false",
+        "\" \"",
+        "[null]",
+        "[[]]",
+        "{\"a\":null}",
+        "\"[]\"",
+        "\"null\"",
+    ] {
+        assert!(!is_empty(json), "{json}");
+    }
+}
+
+#[test]
+fn a_string_is_compared_by_what_it_means() {
+    assert_eq!(string(r#""success""#).as_deref(), Some("success"));
+    assert_eq!(string(r#""\u0073uccess""#).as_deref(), Some("success"));
+    for json in ["success", "null", "1", "[\"success\"]", r#""\ud800""#] {
+        assert_eq!(string(json), None, "{json}");
+    }
+}
+
+#[test]
+fn a_task_moves_forward_through_its_stages() {
+    let path = [
+        Stage::NotFound,
+        Stage::Pending,
+        Stage::Running,
+        Stage::Settling,
+        Stage::Ended,
+    ];
+    assert!(path.is_sorted_by(|earlier, later| earlier < later));
+    assert!(path.iter().all(|stage| stage.class().is_stored()));
+}
+
+#[test]
+fn only_what_a_snapshot_beats_yields_to_it() {
+    for class in [RateLimited, Unavailable, Failed, Unreadable] {
+        assert!(class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
+    }
+    for class in [Live, Settling, Terminal, NotFound] {
+        assert!(!class.yields_to_snapshot() && class.is_stored(), "{class:?}");
+    }
+    for class in [Refused, Unrecognised] {
+        assert!(!class.yields_to_snapshot() && !class.is_stored(), "{class:?}");
+    }
+}
+
+/// A body whose members are mostly what they should be.
+fn body() -> impl Strategy<Value = String> {
+    let any = |usual: &'static str| {
+        prop_oneof![
+            8 => usual.prop_map(|value| value),
+            1 => r#"null|1|-1|1.5|"x"|""|\[\]|\[1\]|\{\}|\{"a":1\}|tru|"\\ud800""#.prop_map(|value| value),
+        ]
+    };
+    let member = |name: &'static str, usual| {
+        let name =
+            prop_oneof![30 => Just(format!("\"{name}\"")), 1 => Just(format!("\"{}\"", name.replace('a', "\\u0061")))];
+        let value = any(usual);
+        let often = prop_oneof![1 => Just(0), 20 => Just(1), 1 => Just(2)];
+        (name, prop::collection::vec(value, 2), often).prop_map(|(name, values, often)| {
+            values
+                .into_iter()
+                .take(often)
+                .map(|value| format!("{name}:{value}"))
+                .collect::<Vec<_>>()
+        })
+    };
+    let object = |members: Vec<Vec<String>>| format!("{{{}}}", members.concat().join(","));
+    let media = r#"null|\[\]|\[ \]|\["u"\]|\{\}|\{"a":"u"\}|"""#;
+    let result = vec![
+        member("suno_data", media),
+        member("media_urls", media),
+        member("media_info", media),
+        member("x", "1"),
+    ];
+    let result = prop_oneof![4 => result.prop_map(object), 1 => any("null")];
+    let data = (
+        member("task_id", "\"a\""),
+        member("status", "\"(pending|running|success|success|failed|other)\""),
+        result,
+        member("complete_at", "1800000000|null|5"),
+        member("create_at", "1700000000|null"),
+    );
+    let data = data.prop_map(move |(task_id, status, result, complete_at, create_at)| {
+        object(vec![
+            task_id,
+            status,
+            vec![format!("\"result\":{result}")],
+            complete_at,
+            create_at,
+        ])
+    });
+    let data = prop_oneof![8 => data, 1 => any("null")];
+    (member("code", "200|501|404|2e2"), data, member("message", "\"a\""))
+        .prop_map(move |(code, data, message)| object(vec![code, vec![format!("\"data\":{data}")], message]))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn what_is_usual_is_read_as_anything_is(body in body()) {
+        let asked = TaskId::new("a").unwrap();
+        if let Some(usual) = Envelope::usual(&body) {
+            let any = Envelope::any(&body).unwrap();
+            prop_assert_eq!(usual.code, any.code);
+            prop_assert_eq!(Task::of(&usual.data.unwrap(), &asked), Task::of(&any.data.unwrap(), &asked));
+        }
+    }
+}
+
+#[test]
+fn what_upstream_says_is_usual() {
+    for body in [
+        r#"{"code":200,"message":"success","data":{"task_id":"a","status":"running"}}"#,
+        r#"{"code":200,"data":{"task_id":"a","status":"pending","result":null,"complete_at":null,"create_at":1}}"#,
+        r#"{"code":200,"data":{"task_id":"a","status":"success","result":{"code":200,"suno_data":[{"a":"\ud83d"}]}}}"#,
+    ] {
+        assert!(Envelope::usual(body).is_some(), "{body}");
     }
 }
