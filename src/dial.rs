@@ -17,13 +17,11 @@ use http::uri::Scheme;
 use rustls_pki_types::{ServerName, TrustAnchor};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
-use tokio_util::task::AbortOnDropHandle;
 
-use crate::panics::looked_up;
+use crate::panics::blocking;
 
 /// How long one of several is waited for before the next is tried beside it (RFC 8305, section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -74,12 +72,7 @@ pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
 }
 
 async fn look_up(name: String, port: u16) -> io::Result<Vec<SocketAddr>> {
-    looked_up(async move {
-        // Given up before a thread was free for it, it takes none.
-        let asked = AbortOnDropHandle::new(spawn_blocking(move || (name, port).to_socket_addrs()));
-        Ok(asked.await??.collect())
-    })
-    .await
+    Ok(blocking(move || (name, port).to_socket_addrs()).await??.collect())
 }
 
 /// As the resolver prefers them, but IPv6 and IPv4 in turn: one of the two may be out of reach as a whole.

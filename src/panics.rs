@@ -1,8 +1,8 @@
 //! What a panic ends, and what goes on.
 //!
-//! A panic is a bug, or tokio's answer where the process may have no thread more: [`spawn_blocking`] and the look-up of a
-//! name panic then. Neither may end more than the work at hand, and least of all a task that nobody would start again.
-//! That it happened is counted and logged where all panics come by, in `log`'s hook.
+//! A panic is a bug, or tokio's answer where the process may have no thread more: [`spawn_blocking`] panics then. Neither
+//! may end more than the work at hand, and least of all a task that nobody would start again. That it happened is counted
+//! and logged where all panics come by, in `log`'s hook.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
+use tokio_util::task::AbortOnDropHandle;
 
 /// How long a task that panicked rests, twice as long each time: what it ran into may last, and its lines fill the log.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -48,29 +49,22 @@ pub async fn supervise(task: &'static str, mut work: impl AsyncFnMut()) {
 
 /// Does `work` on a thread where it may take its time.
 ///
+/// Cancel safe: what has begun is done to its end; dropped before a thread was free, it takes none.
+///
 /// # Errors
 /// When it panics, or no thread can be had: then it may be done all the same, as soon as there is one.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    match contain(async { spawn_blocking(work).await }).await {
+    match contain(async { AbortOnDropHandle::new(spawn_blocking(work)).await }).await {
         Some(done) => Ok(done?),
-        None => Err(no_thread()),
+        None => Err(io::Error::new(io::ErrorKind::WouldBlock, "no thread can be had")),
     }
-}
-
-/// What looking a name up gives.
-///
-/// # Errors
-/// Those of `looking`, and when no thread can be had to look the name up.
-pub async fn looked_up<T>(looking: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    contain(looking).await.unwrap_or_else(|| Err(no_thread()))
-}
-
-fn no_thread() -> io::Error {
-    io::Error::new(io::ErrorKind::WouldBlock, "no thread can be had")
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc;
+
     use super::*;
 
     #[tokio::test]
@@ -82,6 +76,30 @@ mod tests {
         assert_eq!(blocking(|| 1).await.unwrap(), 1);
         let panicked = blocking::<()>(|| panic!("a bug, planted")).await;
         assert_eq!(panicked.unwrap_err().kind(), io::ErrorKind::Other);
+    }
+
+    #[test]
+    fn what_is_given_up_before_a_thread_is_free_is_not_done() {
+        let one_thread = tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        one_thread.block_on(async {
+            let (goes_on, held_up) = mpsc::channel::<()>();
+            let mut first = Box::pin(blocking(move || held_up.recv()));
+            assert!((&mut first).now_or_never().is_none());
+            let kept = Arc::new(());
+            let work = Arc::clone(&kept);
+            assert!(
+                blocking(move || panic!("it is done: {work:?}"))
+                    .now_or_never()
+                    .is_none()
+            );
+            drop(goes_on);
+            assert!(first.await.unwrap().is_err());
+            blocking(|| ()).await.unwrap();
+            assert!(Arc::into_inner(kept).is_some());
+        });
     }
 
     #[tokio::test(start_paused = true)]
