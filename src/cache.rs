@@ -157,7 +157,8 @@ impl Cache {
         kept(&self.tasks, self.key(account, task), account, task, now).inspect(Answer::note_read)
     }
 
-    /// What counts at `now` of a task of which this `state` is kept, that is not fresh: a later not-found answer does.
+    /// What counts at `now` for a task whose `state`, if one is kept, is not fresh: the not-found answer that is kept, where it
+    /// was asked for no earlier than the state; else the state.
     pub fn or_not_found(&self, state: Option<Answer>, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
         if !self.may_hold_not_found.load(Ordering::Acquire) {
             return state;

@@ -123,7 +123,7 @@ fn bare(host: &str) -> &str {
 /// The TLS that `url` asks for, if it does, to speak HTTP/1.1, with these extra roots; `section` is where both are configured.
 ///
 /// # Errors
-/// When the URL names no host.
+/// When the URL names no host, or one that no certificate can name; else as [`connector`].
 pub fn tls(url: &Uri, extra: Option<&[TrustAnchor<'static>]>, section: &str) -> anyhow::Result<Option<Handshake>> {
     if url.scheme() != Some(&Scheme::HTTPS) {
         return Ok(None);

@@ -282,6 +282,7 @@ impl Meaning {
         }
     }
 }
+
 /// A message of the gateway's own in upstream's envelope, which every answer of upstream's has in common.
 pub fn envelope(code: u16, message: &impl fmt::Display) -> Bytes {
     #[derive(Serialize)]

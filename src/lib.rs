@@ -97,8 +97,11 @@ pub struct Shutdown {
 
 /// Serves `config`, and what becomes of it at its `source`, until `shutdown` says otherwise; returns when everything is drained, or `config.drain` is over.
 ///
+/// Not cancel safe: what it has started is not stopped. `shutdown` ends it.
+///
 /// # Errors
-/// When the configured upstream cannot be used or the admin port cannot be served.
+/// When the files of `tls` cannot be served, when upstream, the collector or the replicas' store cannot be set up, or when the
+/// admin port cannot be served.
 pub async fn run(
     config: Config,
     source: Option<reload::Source>,

@@ -31,6 +31,8 @@ pub fn contain_now<T>(work: impl FnOnce() -> T) -> Option<T> {
 
 /// Does what goes on for as long as the process, named `task` in the log: after a panic it is begun anew, with a pause.
 /// Ends when `work` does.
+///
+/// Cancel safe, as far as `work` is.
 pub async fn supervise(task: &'static str, mut work: impl AsyncFnMut()) {
     let mut pause = FIRST_PAUSE;
     loop {

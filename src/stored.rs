@@ -1,4 +1,5 @@
-//! What is kept of an answer, and for how long it is fresh: data and arithmetic, no map and no clock.
+//! What is kept of an answer, and for how long it is fresh: data and arithmetic, no map, and no clock but
+//! the instant from which `stored/block.rs` counts all others.
 //!
 //! Terms as in RFC 9111 §4.2: an answer is fresh while its age is below its freshness lifetime, and stale after that.
 //! A live answer's lifetime is its account's at the moment, since it depends on how many tasks are live: whoever asks

@@ -155,6 +155,8 @@ impl Upstream {
 
     /// Room for an answer of so many bytes that is not kept, until the last client has it.
     ///
+    /// Cancel safe.
+    ///
     /// # Errors
     /// [`Error::NoRoom`] when answers that their clients do not take have it all.
     pub async fn hold(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Failed> {

@@ -23,6 +23,8 @@ const DISCARDED: usize = 16 << 10;
 
 /// Sends a FIN and reads until the client's, for as long as [`LINGER`]; from one that goes on sending, for as long as
 /// `may_go_on` says so, and [`MOST_LINGER`].
+///
+/// Not cancel safe: a client that is still sending gets a reset, which may take its answer away.
 pub(super) async fn close<S>(stream: &mut S, may_go_on: impl Fn() -> bool) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -72,8 +74,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         let is_end = buffer.filled().len() == before;
         if is_end && self.phase.is_busy() && !self.has_held_back_end {
-            // To hyper the client's end is the end of its request, too. One that has but said all it has to say gets the
-            // answer that is there at once; for any other answer it looks like one that has left.
+            // To hyper a client whose end has come has left, and gets no answer; yet it may only have said all it has to say.
+            // So the end is held back for one turn, in which an answer that is there is sent; without one, it has left.
             self.has_held_back_end = true;
             cx.waker().wake_by_ref();
             return Poll::Pending;

@@ -129,6 +129,8 @@ impl Tls {
 
     /// The connection behind a handshake, and whose it is if a certificate says so; `None` when the handshake failed, or
     /// took longer than `patience`: then it is counted, and the connection closed.
+    ///
+    /// Cancelled, it closes the connection, too, and counts nothing.
     pub(super) async fn handshake<S>(&self, stream: S, patience: Duration) -> Option<(TlsStream<S>, Option<Caller>)>
     where
         S: AsyncRead + AsyncWrite + Unpin,

@@ -81,6 +81,8 @@ impl Dialer {
 
     /// A new connection, within `shared.connect_timeout`.
     ///
+    /// Cancel safe.
+    ///
     /// # Errors
     /// When there is none in time, or the store does not let us in.
     pub(super) async fn connect(&self) -> anyhow::Result<Connection> {

@@ -40,7 +40,7 @@ pub(super) struct Exchanged {
 
 impl Link {
     /// # Errors
-    /// When the extra roots cannot be read.
+    /// When TLS cannot be set up.
     pub(super) fn new(store: &Store, terms: Terms) -> anyhow::Result<Self> {
         Ok(Self {
             dialer: Dialer::new(store)?,

@@ -1,4 +1,4 @@
-//! Upstream's `Retry-After`, in both forms of RFC 9110 §10.2.3.
+//! `Retry-After`, upstream's or a collector's, in both forms of RFC 9110 §10.2.3.
 //!
 //! Upstream documents no such header, but its kind sends one. It can only make a pause longer than ours would be, so
 //! whatever asks for no pause at all counts as absent.
