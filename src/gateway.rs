@@ -313,19 +313,18 @@ impl Gateway {
         reply
     }
 
-    /// Tells of a request whose client has left before its answer was there: what it asks upstream for may be done all the
-    /// same.
+    /// Tells of a request whose client has left before its answer was there.
     fn abandoned(&self, is_poll: bool, request_id: &HeaderValue, trace: &Trace) {
-        // A poll costs upstream nothing that its flight does not tell of.
-        if !is_poll {
+        if is_poll {
+            tracing::debug!(
+                request_id = request_id.to_str().unwrap_or_default(),
+                trace_id = %trace.id(),
+                "poll abandoned: its client left before the answer"
+            );
+        } else {
+            // Whatever was sent on has its line already.
             self.metrics.abandoned();
         }
-        tracing::debug!(
-            request_id = request_id.to_str().unwrap_or_default(),
-            trace_id = %trace.id(),
-            "{} abandoned: its client left before the answer",
-            if is_poll { "poll" } else { "request" }
-        );
     }
 
     /// Counts a request for which there was no answer to count.

@@ -6,9 +6,10 @@
 
 use http::header::{EXPECT, HOST, TRANSFER_ENCODING, VIA};
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Request, Response, Uri};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri};
 use hyper::body::Body as _;
 use percent_encoding::percent_decode_str;
+use scopeguard::{ScopeGuard, guard};
 
 use super::Gateway;
 use super::body::Body;
@@ -19,6 +20,7 @@ use super::traced::{self, Trace};
 use crate::account::{API_KEY, ApiKey};
 use crate::error::Error;
 use crate::otlp::Span;
+use crate::upstream::Streamed;
 
 /// Headers by which some servers let a request stand for another path or method: with one, an innocent path could be a
 /// query after all. Which is why a name is read as the most tolerant server reads it: `-` is whatever is no letter or digit.
@@ -59,22 +61,13 @@ impl Gateway {
         broken: impl Fn() -> Option<Error>,
     ) -> Response<Body> {
         let result = match self.admit(&request) {
-            Ok(admitted) => {
-                let call = trace.call(request.method());
-                self.upstream.stream(self.rewritten(request, admitted, call)).await
-            }
+            Ok(admitted) => self.send_on(request, admitted, request_id, trace).await,
             Err(error) => Err(error),
         };
         // Upstream's end of it, or ours, is but what came of that.
         let result = broken().map_or(result, Err);
         let response = match result {
             Ok(response) => {
-                tracing::debug!(
-                    request_id = request_id.to_str().unwrap_or_default(),
-                    trace_id = %trace.id(),
-                    code = response.status().as_u16(),
-                    "request passed through"
-                );
                 trace.passed(response.status());
                 response::streamed(response, request_id)
             }
@@ -82,6 +75,36 @@ impl Gateway {
         };
         self.metrics.passed_through(response.status().as_u16());
         response
+    }
+
+    /// Sends on what may pass; what becomes of it is logged, since upstream may carry out what it does not answer.
+    async fn send_on(
+        &self,
+        request: Request<RequestBody>,
+        admitted: Admitted,
+        request_id: &HeaderValue,
+        trace: &Trace,
+    ) -> Result<Response<Streamed>, Error> {
+        let method = request.method().clone();
+        let log = |code: Option<StatusCode>, detail: Option<&str>| {
+            tracing::info!(
+                request_id = request_id.to_str().unwrap_or_default(),
+                trace_id = %trace.id(),
+                method = method.as_str(),
+                code = code.map(|code| code.as_u16()),
+                detail,
+                "request passed through"
+            );
+        };
+        let left = guard((), |()| log(None, Some("unanswered")));
+        let call = trace.call(request.method());
+        let result = self.upstream.stream(self.rewritten(request, admitted, call)).await;
+        ScopeGuard::into_inner(left);
+        match &result {
+            Ok(response) => log(Some(response.status()), None),
+            Err(error) => log(Some(error.status()), Some(error.detail())),
+        }
+        result
     }
 
     fn admit(&self, request: &Request<RequestBody>) -> Result<Admitted, Error> {

@@ -43,6 +43,18 @@ async fn poll_until_lines_are_dropped(gateway: &Gateway) {
 }
 
 #[tokio::test]
+async fn each_query_is_a_line_at_info_and_no_poll_is() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let gateway = Gateway::start(&upstream.url, "log: { level: info }").await;
+    for task in ["ended.a", "ended.a", "ended.b"] {
+        assert_eq!(poll(gateway.address, task).await.status, 200);
+    }
+    let log = gateway.logged("upstream asked", 2).await;
+    let told = |task: &str| log.lines().filter(|line| line.contains(task)).count();
+    assert_eq!((told("ended.a"), told("ended.b")), (1, 1), "{log}");
+}
+
+#[tokio::test]
 async fn a_log_that_nobody_reads_holds_up_no_request_and_what_it_loses_is_counted() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let mut gateway = Gateway::start(&upstream.url, TALKATIVE).await;

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::client::bare;
+use crate::harness::client::{bare, try_request};
 use crate::harness::raw::{Raw, header};
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Reply, Scripted, Simulator, poll, request};
@@ -404,6 +404,52 @@ async fn a_request_that_upstream_breaks_off_is_never_sent_again() {
     assert_eq!(requests.load(Ordering::SeqCst), 2);
 }
 
+/// Upstream may have carried it out, and be paid for it.
+#[tokio::test]
+async fn what_becomes_of_a_request_that_was_sent_on_is_logged_at_info() {
+    let (url, mut connections) = upstream_by_hand().await;
+    let gateway = Gateway::start(&url, "log: { level: info }").await;
+    let address = gateway.address;
+    let post = async |path| request(address, bare(Method::POST, path)).await;
+
+    assert_eq!(post("/not/served").await.status, 404);
+    let (reply, _) = tokio::join!(post("/api/v1/x"), async {
+        let mut connection = next(&mut connections).await;
+        connection.head().await;
+        connection
+            .send("HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+            .await
+            .unwrap();
+        connection
+    });
+    assert_eq!(reply.status, 201);
+    let (reply, ()) = tokio::join!(post("/api/v1/x"), async {
+        next(&mut connections).await.head().await;
+    });
+    reply.assert_is_our_error(502);
+    let leaving = tokio::spawn(try_request(address, bare(Method::POST, "/api/v1/x")));
+    let mut connection = next(&mut connections).await;
+    connection.head().await;
+    leaving.abort();
+
+    let log = gateway.logged("request passed through", 3).await;
+    let lines: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("request passed through"))
+        .collect();
+    assert!(lines.iter().all(|line| line.contains(r#"method="POST""#)), "{lines:#?}");
+    assert!(lines[0].contains("code=201"), "{lines:#?}");
+    assert!(
+        lines[1].contains("code=502") && lines[1].contains("detail="),
+        "{lines:#?}"
+    );
+    assert!(lines[2].contains(r#"detail="unanswered""#), "{lines:#?}");
+    assert!(
+        !log.contains("request refused"),
+        "what was not sent on is told at debug: {log}"
+    );
+}
+
 #[tokio::test]
 async fn an_answer_that_breaks_off_breaks_off_for_the_client_too() {
     let (url, mut connections) = upstream_by_hand().await;
@@ -636,12 +682,12 @@ async fn a_client_that_leaves_before_the_answer_is_counted_and_logged() {
     let mut upstream = next(&mut connections).await;
     upstream.until("body").await;
     drop(client);
-    let log = gateway.logged("request abandoned", 1).await;
+    let log = gateway.logged("unanswered", 1).await;
     let line = log.lines().find(|line| line.contains("\"left\"")).unwrap();
     let line: serde_json::Value = serde_json::from_str(line).unwrap();
     assert_eq!(
         (&line["level"], &line["trace_id"].as_str().unwrap().len()),
-        (&"DEBUG".into(), &32)
+        (&"INFO".into(), &32)
     );
     assert_eq!(log.matches("\"left\"").count(), 1, "{log}");
     assert_eq!(counted(&gateway, ["499", "5xx"]).await, ["1", "0"]);
@@ -682,7 +728,10 @@ async fn a_client_that_leaves_in_the_middle_of_an_answer_is_logged_once() {
     }
     let log = gateway.logged("answer abandoned", 2).await;
     let lines: Vec<serde_json::Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let told: Vec<_> = lines.iter().filter(|line| line["request_id"] == "left").collect();
+    let told: Vec<_> = lines
+        .iter()
+        .filter(|line| line["request_id"] == "left" && line.get("method").is_none())
+        .collect();
     assert_eq!(told.len(), 3, "{log}");
     for line in &told {
         assert_eq!(
