@@ -18,7 +18,6 @@ mod ask;
 #[path = "growth/process.rs"]
 mod process;
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -31,7 +30,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use ask::ask;
-use process::start;
+use process::{gateway, start};
 
 const CLIENTS: usize = 50;
 
@@ -67,13 +66,7 @@ async fn bench(counted: Duration) -> ExitCode {
         ],
         "http://",
     );
-    let mut config = tempfile::NamedTempFile::new().unwrap();
-    write!(
-        config,
-        "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nupstream: {{ url: \"http://{upstream}\" }}\n"
-    )
-    .unwrap();
-    let (_gateway, address) = start(&["--config", config.path().to_str().unwrap()], " listen=");
+    let (_gateway, address) = gateway(&format!("upstream: {{ url: \"http://{upstream}\" }}"));
     let (answered, is_over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
     let mut clients = JoinSet::new();
     for client in 0..CLIENTS {

@@ -13,23 +13,24 @@
 )]
 #![allow(unreachable_pub, reason = "`pub` says what a file offers the others")]
 
+#[path = "growth/ask.rs"]
+mod ask;
 #[path = "growth/process.rs"]
 mod process;
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use process::start;
+use ask::ask;
+use process::{gateway, start};
 
-const POLL: &str =
-    "GET /api/v1/client/job/TaskInfo?task_id=ended.song HTTP/1.1\r\nhost: gateway\r\nx-api-key: ak_bench\r\n\r\n";
+const PATH: &str = "/api/v1/client/job/TaskInfo?task_id=ended.song";
 
 const POLLERS: usize = 50;
 const SLOW: usize = 500;
@@ -43,34 +44,15 @@ const ROUND: Duration = Duration::from_secs(5);
 /// How much worse the p99 may be in slow company.
 const MOST: f64 = 2.0;
 
-/// Sends one poll and reads its answer, which has to be a 200.
-async fn poll(stream: &mut TcpStream, buffer: &mut Vec<u8>) {
-    stream.write_all(POLL.as_bytes()).await.unwrap();
-    buffer.clear();
-    loop {
-        assert_ne!(stream.read_buf(buffer).await.unwrap(), 0, "closed");
-        let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else {
-            continue;
-        };
-        let head = str::from_utf8(&buffer[..end]).unwrap().to_ascii_lowercase();
-        assert!(head.starts_with("http/1.1 200 "), "{head}");
-        let length = head.split_once("content-length: ").unwrap().1;
-        let length: usize = length.lines().next().unwrap().parse().unwrap();
-        if buffer.len() == end + 4 + length {
-            return;
-        }
-    }
-}
-
 /// Sends a head byte by byte, and again when it is cut off.
 async fn be_slow(address: SocketAddr) {
+    let begin = format!("GET {PATH} HTTP/1.1\r\nhost: gateway\r\nx-api-key: ak_bench");
     loop {
         let Ok(mut stream) = TcpStream::connect(address).await else {
             sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let begun = stream.write_all(&POLL.as_bytes()[..POLL.len() - 4]).await;
-        let mut is_open = begun.is_ok();
+        let mut is_open = stream.write_all(begin.as_bytes()).await.is_ok();
         while is_open {
             sleep(Duration::from_secs(1)).await;
             is_open = stream.write_all(b"a").await.is_ok();
@@ -85,13 +67,13 @@ async fn round(address: SocketAddr) -> (Duration, usize) {
         pollers.spawn(async move {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.set_nodelay(true).unwrap();
-            let (mut buffer, mut took) = (Vec::new(), Vec::new());
+            let mut took = Vec::new();
             // Nobody is in step with anybody.
             sleep(PAUSE * u32::try_from(number).unwrap() / u32::try_from(POLLERS).unwrap()).await;
             let start = Instant::now();
             while start.elapsed() < ROUND {
                 let asked = Instant::now();
-                poll(&mut stream, &mut buffer).await;
+                ask(&mut stream, PATH).await;
                 took.push(asked.elapsed());
                 sleep(PAUSE).await;
             }
@@ -110,15 +92,9 @@ fn median(mut all: Vec<Duration>) -> Duration {
 
 async fn bench() -> ExitCode {
     let (_upstream, upstream) = start(&["upstream", "--listen", "127.0.0.1:0"], "http://");
-    let mut config = tempfile::NamedTempFile::new().unwrap();
-    write!(
-        config,
-        "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nupstream: {{ url: \"http://{upstream}\" }}\n"
-    )
-    .unwrap();
-    let (_gateway, address) = start(&["--config", config.path().to_str().unwrap()], " listen=");
+    let (_gateway, address) = gateway(&format!("upstream: {{ url: \"http://{upstream}\" }}"));
     let mut first = TcpStream::connect(address).await.unwrap();
-    poll(&mut first, &mut Vec::new()).await;
+    ask(&mut first, PATH).await;
     // The first round warms up.
     round(address).await;
     let (mut alone, mut in_company) = (Vec::new(), Vec::new());

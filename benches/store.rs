@@ -19,7 +19,6 @@ mod ask;
 #[path = "growth/process.rs"]
 mod process;
 
-use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -234,15 +233,11 @@ fn answers(server: &str, answers: usize) {
         ],
         " on http://",
     );
-    let mut config = tempfile::NamedTempFile::new().unwrap();
-    writeln!(
-        config,
-        "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nupstream: {{ url: \"http://{upstream}\" }}\n\
+    let (_gateway, gateway) = process::gateway(&format!(
+        "upstream: {{ url: \"http://{upstream}\" }}\n\
          budget: {{ limit: 1000000 }}\nshared: {{ url: \"redis://{}\", max_replicas: 1, max_bytes: \"16GiB\" }}",
         store.address
-    )
-    .unwrap();
-    let (_gateway, gateway) = process::start(&["--config", config.path().to_str().unwrap()], " listen=");
+    ));
     let mut connection = store.connect();
     let kept = |connection: &mut Connection| -> usize {
         let keys: Vec<String> = redis::cmd("KEYS")

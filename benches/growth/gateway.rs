@@ -1,12 +1,11 @@
 //! The binary, with a budget that is no limit.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use tempfile::NamedTempFile;
 
-use crate::process::{Process, start};
+use crate::process::{self, Process};
 
 pub struct Gateway {
     pub address: SocketAddr,
@@ -17,16 +16,12 @@ pub struct Gateway {
 impl Gateway {
     /// Starts it before `upstream`.
     pub fn start(upstream: SocketAddr) -> Self {
-        let mut config = NamedTempFile::new().unwrap();
-        writeln!(
-            config,
-            "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\nworker_threads: 1\n\
+        let ((process, config), address) = process::gateway(&format!(
+            "worker_threads: 1\n\
              upstream: {{ url: \"http://{upstream}\", connections: 64 }}\n\
              budget: {{ limit: 1000000, max_queue: 100000 }}\ncache: {{ max_bytes: 6GiB }}\n\
              max_accounts: 20000\nlimits: {{ requests: 20000 }}"
-        )
-        .unwrap();
-        let (process, address) = start(&["--config", config.path().to_str().unwrap()], " listen=");
+        ));
         Self {
             address,
             process,

@@ -1,9 +1,11 @@
 //! The binary in a process of its own.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+
+use tempfile::NamedTempFile;
 
 /// A process that ends with the bench.
 pub struct Process(pub Child);
@@ -14,6 +16,14 @@ impl Drop for Process {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Starts a gateway with this configuration (YAML); gives it with the file, which it goes on to watch, and its address.
+pub fn gateway(config: &str) -> ((Process, NamedTempFile), SocketAddr) {
+    let mut file = NamedTempFile::new().unwrap();
+    writeln!(file, "listen: \"127.0.0.1:0\"\nadmin: \"127.0.0.1:0\"\n{config}").unwrap();
+    let (process, address) = start(&["--config", file.path().to_str().unwrap()], " listen=");
+    ((process, file), address)
 }
 
 /// Starts the binary; gives the address that its first line with `mark` names behind it.

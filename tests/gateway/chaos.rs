@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Gateway, PATIENCE, Simulator};
+use crate::harness::{Gateway, PATIENCE, Simulator, value_of};
 
 /// What all have a part in.
 pub struct Chaos {
@@ -121,11 +121,7 @@ impl Sample {
     async fn of(gateway: &Gateway) -> Self {
         let (status, text) = gateway.admin("/metrics").await;
         assert_eq!(status, 200);
-        let value = |series: &str| {
-            let mut lines = text.lines();
-            let line = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-            line.unwrap_or_else(|| panic!("no {series}")).parse().unwrap()
-        };
+        let value = |series| value_of(series, &text);
         assert!(text.contains("\ncrun_gateway_panics_total 0\n"), "a panic");
         Self {
             memory: value("process_resident_memory_bytes") / f64::from(1 << 20),

@@ -14,6 +14,17 @@ pub use process::{Gateway, PATIENCE, Simulator};
 pub use raw::Raw;
 pub use scripted::Scripted;
 
+/// The value of one series in what `/metrics` tells, named as there.
+#[track_caller]
+pub fn value_of(series: &str, metrics: &str) -> f64 {
+    let mut lines = metrics.lines();
+    let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no series {series} in\n{metrics}"))
+        .parse()
+        .unwrap()
+}
+
 /// The key of tests that need but one account.
 pub const KEY: &str = "ak_test_0000000000000000000000000001";
 

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::process::{BINARY, config_file};
 use crate::harness::raw::{self, Raw};
-use crate::harness::{Gateway, KEY, PATIENCE, Simulator, TASK_INFO, poll};
+use crate::harness::{Gateway, KEY, PATIENCE, Simulator, TASK_INFO, poll, value_of};
 
 async fn quick() -> Simulator {
     Simulator::start(&["--latency", "0ms"]).await
@@ -19,14 +19,7 @@ async fn quick() -> Simulator {
 async fn metric(admin: &mut Raw, series: &str) -> f64 {
     admin.send("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let reply = admin.reply().await;
-    let text = String::from_utf8(reply.body).unwrap();
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-    value
-        .unwrap_or_else(|| panic!("no {series} in {text}"))
-        .parse()
-        .unwrap()
+    value_of(series, str::from_utf8(&reply.body).unwrap())
 }
 
 #[tokio::test]

@@ -2,35 +2,18 @@
 
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::harness::client::poll_request;
 use crate::harness::process::Reader;
-use crate::harness::{Gateway, KEY, PATIENCE, Simulator, poll};
+use crate::harness::raw::keep_hitting;
+use crate::harness::{Gateway, PATIENCE, Simulator, poll};
 
 const DROPPED: &str = "crun_gateway_log_lines_dropped_total";
 const TALKATIVE: &str = "log: { level: debug }";
 
 /// Polls on some connections, all of which have to be answered, until lines are dropped.
 async fn poll_until_lines_are_dropped(gateway: &Gateway) {
-    let mut clients = JoinSet::new();
-    for _ in 0..8 {
-        let address = gateway.address;
-        clients.spawn(async move {
-            let stream = TcpStream::connect(address).await.unwrap();
-            let (mut sender, connection) = hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-                .await
-                .unwrap();
-            tokio::spawn(connection);
-            loop {
-                let response = sender.send_request(poll_request(KEY, "ended.a")).await.unwrap();
-                assert_eq!(response.status(), 200);
-                http_body_util::BodyExt::collect(response).await.unwrap();
-            }
-        });
-    }
+    let mut clients = keep_hitting(gateway.address);
     let dropped = async {
         while gateway.metric(DROPPED).await < 1000.0 {
             if let Some(ended) = clients.try_join_next() {

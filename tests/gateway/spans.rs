@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::client::{bare, poll_request, request};
 use crate::harness::collector::{Collector, Span, Takes, socket};
+use crate::harness::raw::keep_hitting;
 use crate::harness::scripted::response;
 use crate::harness::{Gateway, KEY, PATIENCE, Raw, Scripted, Simulator, TASK_INFO, poll};
 use crate::tls::Identity;
@@ -356,33 +357,13 @@ async fn reaches(gateway: &Gateway, series: &str, least: f64) {
     assert!(is_there, "{series} is {}", gateway.metric(series).await);
 }
 
-/// Hits that are kept in the trace, on a few connections, until told to stop; each has to be answered.
-fn keep_hitting(gateway: &Gateway) -> JoinSet<()> {
-    let mut clients = JoinSet::new();
-    for _ in 0..8 {
-        let address = gateway.address;
-        clients.spawn(async move {
-            let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-            let io = hyper_util::rt::TokioIo::new(stream);
-            let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
-            tokio::spawn(connection);
-            loop {
-                let response = sender.send_request(poll_request(KEY, "ended.a")).await.unwrap();
-                assert_eq!(response.status(), 200);
-                http_body_util::BodyExt::collect(response).await.unwrap();
-            }
-        });
-    }
-    clients
-}
-
 #[tokio::test]
 async fn a_collector_that_hangs_holds_up_neither_requests_nor_a_stop() {
     let collector = Collector::start(Takes::Hangs);
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let mut gateway = Gateway::start(&upstream.url, &to(collector.address, ALL)).await;
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
-    let mut clients = keep_hitting(&gateway);
+    let mut clients = keep_hitting(gateway.address);
     // What does not fit into the queue is dropped, and counted.
     reaches(&gateway, &dropped("queue_full"), 1000.0).await;
     assert!(clients.try_join_next().is_none(), "all of them were answered");

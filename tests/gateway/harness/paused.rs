@@ -17,9 +17,8 @@ use crun_gateway::reload::{self, Source};
 use crun_gateway::server::{Tls, serve_connection, serve_tls_connection};
 use crun_gateway::upstream::{Dial, Stream};
 use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::client::conn::http1 as client;
 use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -29,8 +28,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::client::{Reply, poll_request};
+use super::client::{Reply, over, poll_request};
 use super::raw::Raw;
+use super::value_of;
 
 /// A buffer that holds any answer of these tests.
 const PIPE: usize = 1 << 16;
@@ -181,15 +181,7 @@ impl Paused {
         let limits = self.config.limits.clone();
         let gateway = Arc::clone(&self.gateway);
         tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, CancellationToken::new()).await });
-        let (mut sender, connection) = client::handshake(TokioIo::new(near)).await.unwrap();
-        tokio::spawn(connection);
-        let (head, body) = sender.send_request(request).await.unwrap().into_parts();
-        let body = body.collect().await.unwrap().to_bytes();
-        Reply {
-            status: head.status,
-            headers: head.headers,
-            body,
-        }
+        over(near, request).await.unwrap()
     }
 
     /// Takes over a configuration that lists these accounts, each with its keys.
@@ -252,13 +244,7 @@ impl Paused {
     pub fn metric(&self, series: &str) -> f64 {
         self.gateway.refresh_metrics();
         let text = String::from_utf8(self.metrics.render().unwrap()).unwrap();
-        let value = text
-            .lines()
-            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        value
-            .unwrap_or_else(|| panic!("no series {series} in\n{text}"))
-            .parse()
-            .unwrap()
+        value_of(series, &text)
     }
 
     /// Each query that arrived upstream, in order.

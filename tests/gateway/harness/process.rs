@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::client::{bare, request};
+use super::value_of;
 
 /// Longer than anything here takes: a test that hangs shall say where.
 pub const PATIENCE: Duration = Duration::from_mins(1);
@@ -271,12 +272,7 @@ impl Gateway {
     /// The value of one series, named as in `/metrics`.
     pub async fn metric(&self, series: &str) -> f64 {
         let (_, text) = self.admin("/metrics").await;
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("no series {series} in\n{text}"))
-            .parse()
-            .unwrap()
+        value_of(series, &text)
     }
 }
 

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::process::PATIENCE;
@@ -191,4 +192,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
 /// A poll of `task`, on a connection that stays open.
 pub fn poll(task: &str) -> String {
     format!("GET {TASK_INFO}?task_id={task} HTTP/1.1\r\nhost: gateway\r\nx-api-key: {KEY}\r\n\r\n")
+}
+
+/// Polls an ended task over some connections, without a pause, until what this gives is dropped; each answer has to be a 200.
+pub fn keep_hitting(address: SocketAddr) -> JoinSet<()> {
+    let mut clients = JoinSet::new();
+    for _ in 0..8 {
+        clients.spawn(async move {
+            let mut client = Raw::connect(address).await;
+            loop {
+                let reply = client.poll("ended.a").await;
+                assert!(reply.is(200), "{reply:?}");
+            }
+        });
+    }
+    clients
 }
