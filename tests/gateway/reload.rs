@@ -457,6 +457,7 @@ async fn changes_ten_times_a_second_never_bring_more_than_the_limit_upstream() {
         sleep(Duration::from_millis(100)).await;
     }
     gateway.reconfigure(&configs[2]);
+    gateway.logged(TAKEN_OVER, 45).await;
     for reply in polls.join_all().await {
         assert_eq!(reply.status, 200, "{reply:?}");
     }

@@ -258,16 +258,24 @@ fn content() -> (Vec<u8>, HashMap<u128, Vec<u8>>) {
     (std::fs::read(at(&folder)).unwrap(), answers.collect())
 }
 
-/// Opens what `content` has become; gives how many answers can be read. Whatever happens is an error, and no panic.
+/// What comes of it, unless the file is corrupt. Any other trouble would be met again and again, and never be over.
+fn unless_corrupt<T>(tried: Result<T, Trouble>) -> Option<T> {
+    match tried {
+        Ok(done) => Some(done),
+        Err(Trouble::Corrupt(_)) => None,
+        Err(trouble) => panic!("{trouble:?}"),
+    }
+}
+
+/// Opens what `content` has become, and uses it; gives how many answers can be read.
 fn readable(content: &[u8], answers: &HashMap<u128, Vec<u8>>) -> Option<usize> {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(at(&folder), content).unwrap();
-    let (file, _) = File::open(&at(&folder), ANY, |_| {}).ok()?;
+    let (file, _) = unless_corrupt(File::open(&at(&folder), ANY, |_| {}))?;
     let as_written =
-        |(place, bytes): &(&u128, &Vec<u8>)| file.read(**place, 0).is_ok_and(|read| read.as_ref() == Some(bytes));
+        |(place, bytes): &(&u128, &Vec<u8>)| unless_corrupt(file.read(**place, 0)).flatten().as_ref() == Some(bytes);
     let found = answers.iter().filter(as_written).count();
-    // Whatever it makes of it.
-    let _ = file.write(&[sealed(1000, 10)], ANY);
+    unless_corrupt(file.write(&[sealed(1000, 10)], ANY));
     Some(found)
 }
 
@@ -290,7 +298,6 @@ proptest! {
         if let Some(cut) = cut {
             content.truncate(cut.index(content.len()));
         }
-        let found = readable(&content, &answers);
-        prop_assert!(found.is_none_or(|found| found <= 200));
+        readable(&content, &answers);
     }
 }

@@ -137,6 +137,7 @@ pub fn judge(task: &str, due: Due, known: Option<&[u8]>, reply: &RawReply) -> Re
     Ok(kind.map_or("forwarded", |(_, kind)| kind).to_owned())
 }
 
-fn prefix(task: &str) -> &str {
+/// The word that a task's id begins with.
+pub fn prefix(task: &str) -> &str {
     task.split('.').next().unwrap_or(task)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use socket2::SockRef;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::answers::{BAD, Due, GOOD, LIMITED, judge};
+use super::answers::{BAD, Due, GOOD, LIMITED, judge, prefix};
 use super::{Account, Chaos};
 use crate::harness::TASK_INFO;
 use crate::harness::raw::Raw;
@@ -76,7 +76,11 @@ pub async fn polls(chaos: Arc<Chaos>, account: Arc<Account>, client: usize) {
         match answered.await {
             Ok(Some(reply)) => {
                 let known = account.known.get(&task).map(Vec::as_slice);
-                chaos.count(judge(&task, due, known, &reply));
+                let judged = judge(&task, due, known, &reply);
+                if judged.as_ref().is_ok_and(|kind| !kind.starts_with("refused")) {
+                    *chaos.told.lock().entry(prefix(&task).to_owned()).or_default() += 1;
+                }
+                chaos.count(judged);
                 if started.elapsed() > PATIENCE {
                     chaos.count(Err(format!("{task}: answered after {:?}", started.elapsed())));
                 }
