@@ -19,6 +19,7 @@ use crate::harness::collector::{Collector, Takes};
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::process::{config_file, run};
 use crate::harness::raw::Raw;
+use crate::harness::store::Store;
 use crate::harness::{Gateway, PATIENCE, Reply, Simulator, TASK_INFO};
 
 /// Of the first and the last so many characters nothing may be seen either.
@@ -33,8 +34,10 @@ const UNLISTED_KEY: &str = "xC3vB7nM1qW9eR5tZ2uJ";
 const UNLISTED_REFUSED: &str = "kJ8hG4fD-refused-sA6p";
 const BEARER: &str = "gF5dS1aP9oI3uY7tR2eW";
 const PASSWORD: &str = "wE9rT4zU7iO2pA6sD1fG";
+const STORE_PASSWORD: &str = "qL6wX1cV8bN3mK7jH2gF";
+const SENTINEL_PASSWORD: &str = "yU4iO9pZ5xS0dC6vB1nM";
 
-const SECRETS: [&str; 9] = [
+const SECRETS: [&str; 11] = [
     FILE_KEY,
     ENV_KEY,
     REFUSED_KEY,
@@ -44,6 +47,8 @@ const SECRETS: [&str; 9] = [
     UNLISTED_REFUSED,
     BEARER,
     PASSWORD,
+    STORE_PASSWORD,
+    SENTINEL_PASSWORD,
 ];
 
 /// Looks for secrets in whatever comes out.
@@ -196,13 +201,18 @@ impl Files {
     }
 }
 
-const ENV: [(&str, &str); 5] = [
+const ENV: [(&str, &str); 7] = [
     ("ENV_KEY", ENV_KEY),
     ("TOKEN", TOKEN),
     ("SPENDING_TOKEN", SPENDING_TOKEN),
+    ("STORE_PASSWORD", STORE_PASSWORD),
+    ("SENTINEL_PASSWORD", SENTINEL_PASSWORD),
     ("RUST_LOG", "trace"),
     ("RUST_BACKTRACE", "full"),
 ];
+
+/// Of the shared store.
+const LOGIN: &str = "password: { env: STORE_PASSWORD }, sentinel_password: { env: SENTINEL_PASSWORD }";
 
 /// A request with these headers, on this path.
 fn with(method: Method, path: &str, headers: &[(&'static str, &str)]) -> Request<Full<Bytes>> {
@@ -319,6 +329,7 @@ async fn comes_out_clean(upstream: &str, format: &str, more: &str, brings: &[u16
         let reply = request(gateway.admin, with(Method::GET, path, &[("x-api-key", FILE_KEY)])).await;
         scan.reply(path, &reply);
     }
+    gateway.logged(logs, 1).await;
     gateway.terminate();
     assert_eq!(gateway.exit().await.code(), Some(0));
     let patience = Instant::now() + PATIENCE;
@@ -327,7 +338,7 @@ async fn comes_out_clean(upstream: &str, format: &str, more: &str, brings: &[u16
         sleep(Duration::from_millis(5)).await;
     }
     let log = gateway.log();
-    assert!(log.contains("poll refused") && log.contains(logs), "{log}");
+    assert!(log.contains("poll refused"), "{log}");
     scan.look("the log", log);
     assert!(collector.spans().len() > 100, "spans came");
     for spans in collector.bodies() {
@@ -359,6 +370,35 @@ async fn nor_while_upstream_is_away() {
     comes_out_clean(nobody, "text", "", &brings, "upstream connection failed").await;
 }
 
+/// A store behind a sentinel, which let in whoever has these passwords.
+async fn guarded_store(store_password: &str, sentinel_password: &str) -> [Store; 2] {
+    let store = Store::start().await;
+    let sentinel = Store::sentinel(&store).await;
+    store.must(&["CONFIG", "SET", "requirepass", store_password]);
+    sentinel.must(&["SENTINEL", "SET", "main", "auth-pass", store_password]);
+    sentinel.must(&["ACL", "SETUSER", "default", &format!(">{sentinel_password}")]);
+    [store, sentinel]
+}
+
+#[tokio::test]
+async fn nor_where_replicas_share_a_store_whether_it_lets_them_in_or_not() {
+    let upstream = Simulator::start(&["--latency", "0ms"]).await;
+    let shared = "answers and flights are shared";
+    let refused = "cut off from the shared store";
+    for (store_password, sentinel_password, logs) in [
+        (STORE_PASSWORD, SENTINEL_PASSWORD, shared),
+        ("another", SENTINEL_PASSWORD, refused),
+        (STORE_PASSWORD, "another", refused),
+    ] {
+        let [_store, sentinel] = guarded_store(store_password, sentinel_password).await;
+        let more = format!(
+            "shared: {{ max_replicas: 2, url: 'redis+sentinel://{}/main', {LOGIN} }}\n",
+            sentinel.address
+        );
+        comes_out_clean(&upstream.url, "text", &more, &[401, 403, 404, 405, 422], logs).await;
+    }
+}
+
 #[tokio::test]
 async fn no_secret_is_in_what_is_said_of_a_configuration() {
     let files = Files::new();
@@ -370,6 +410,18 @@ async fn no_secret_is_in_what_is_said_of_a_configuration() {
     writeln!(wrong_key, "{FILE_KEY}\n{ENV_KEY}").unwrap();
     for (text, code) in [
         (format!("{right}{tls}"), 0),
+        (
+            format!("{right}shared: {{ max_replicas: 3, url: 'redis+sentinel://store/main', {LOGIN} }}"),
+            0,
+        ),
+        (
+            format!("shared: {{ max_replicas: 3, url: 'redis://store', password: {STORE_PASSWORD} }}"),
+            2,
+        ),
+        (
+            format!("shared: {{ max_replicas: 3, url: 'redis://:{STORE_PASSWORD}@store' }}"),
+            2,
+        ),
         (format!("accounts: [{{ name: a, keys: [{FILE_KEY}] }}]"), 2),
         (format!("accounts: [{{ name: a, keys: [{{ file: {FILE_KEY} }}] }}]"), 2),
         (format!("accounts: [{{ name: a, keys: [{{ env: {ENV_KEY} }}] }}]"), 2),
