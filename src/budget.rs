@@ -131,9 +131,9 @@ impl Parts {
 /// Who waits for an account's permits, and who got them lately.
 #[derive(Clone, Debug)]
 pub struct Shares {
-    /// Clients that stand in the queue.
+    /// Clients of which flights wait.
     pub clients: usize,
-    /// Those with most places in it, and how many each has: a flight has one under every client that waits for it.
+    /// Those with most of them, and how many each has: a flight counts under every client that waits for it.
     pub places: Vec<(Client, usize)>,
     /// Flights that wait on nobody's behalf.
     pub background: usize,

@@ -306,7 +306,7 @@ impl Dispatcher {
     }
 
     fn shares(&mut self, now: Instant) -> Shares {
-        let places = self.queue.places();
+        let (places, background) = self.queue.places(self.called.flights());
         Shares {
             clients: places.len(),
             places: places
@@ -314,7 +314,7 @@ impl Dispatcher {
                 .take(MOST_SHOWN)
                 .map(|(client, places)| (client.clone(), places))
                 .collect(),
-            background: self.queue.background(),
+            background,
             spent: self.spending.spent(now),
         }
     }

@@ -356,12 +356,23 @@ impl FairQueue {
         self.weights.saturating_add(others).saturating_mul(10).max(1)
     }
 
-    /// Clients with places and how many each has, most first.
-    pub(super) fn places(&self) -> Vec<(&Client, usize)> {
+    /// Clients and how many flights of each wait, in the queue or `called` forward, most first; and how many wait on nobody's
+    /// behalf.
+    pub(super) fn places(&self, called: impl Iterator<Item = Flight>) -> (Vec<(&Client, usize)>, usize) {
         let names = self.callers.values().flat_map(|caller| &caller.names);
-        let mut places: Vec<_> = names.map(|(client, name)| (client, name.places.len())).collect();
+        let mut places: BTreeMap<_, _> = names.map(|(client, name)| (client, name.places.len())).collect();
+        let mut nobodys = self.background();
+        // They have no place in any client's queue.
+        let ahead = called.chain(self.again.iter().map(|(_, flight)| *flight));
+        for standing in ahead.filter_map(|flight| self.flights.get(&flight)) {
+            nobodys += usize::from(standing.clients.is_empty());
+            for client in standing.clients.keys() {
+                *places.entry(client).or_default() += 1;
+            }
+        }
+        let mut places: Vec<_> = places.into_iter().collect();
         places.sort_unstable_by_key(|(client, places)| Reverse((*places, *client)));
-        places
+        (places, nobodys)
     }
 
     fn next(&mut self) -> Option<Flight> {

@@ -85,9 +85,9 @@ async fn the_queue_and_what_was_spent_are_told_by_client() {
         (&json!("other #1"), &json!(false))
     );
     assert_eq!(account["waiting"], 110, "{account:#}");
-    // Two have been called forward, who came first: they wait for their permits only.
+    // Two of them have been called forward: they wait for their permits only.
     let places = json!([
-        { "caller": "10.0.0.1", "has_token": false, "name": null, "flights": 98 },
+        { "caller": "10.0.0.1", "has_token": false, "name": null, "flights": 100 },
         { "caller": "10.0.0.2", "has_token": false, "name": null, "flights": 10 },
     ]);
     assert_eq!(account["queue"]["by_client"], places);
@@ -114,6 +114,28 @@ async fn the_queue_and_what_was_spent_are_told_by_client() {
         (&account["spent"]["background"], &account["spent"]["rest"]),
         (&json!(0), &json!(0))
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_whose_flight_waits_for_the_end_of_a_pause_is_told() {
+    let behaviour = Behaviour {
+        answer: |count, task| {
+            let mut limited = answer(&json!({ "code": 429, "message": "slow down", "data": null }));
+            limited.headers_mut().insert("retry-after", "60".parse().unwrap());
+            if count == 0 { limited } else { success(task) }
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, patient));
+    let polls = queue(&gateway, MODEST, KEY, 1);
+    after(10.0).await;
+    let account = gateway.status()["accounts"][0].take();
+    let waits = json!([{ "caller": "10.0.0.2", "has_token": false, "name": null, "flights": 1 }]);
+    assert_eq!(
+        (&account["waiting"], &account["queue"]["by_client"]),
+        (&json!(1), &waits)
+    );
+    polls.join_all().await;
 }
 
 #[tokio::test(start_paused = true)]
