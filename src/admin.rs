@@ -155,7 +155,7 @@ struct Admin {
 
 /// What `/status.json` tells.
 #[derive(Serialize)]
-struct Told {
+struct StatusJson {
     /// What `/livez` and `/readyz` say.
     live: bool,
     ready: bool,
@@ -237,7 +237,7 @@ impl Admin {
     }
 
     fn status(&self) -> Response<Full<Bytes>> {
-        let told = Told {
+        let told = StatusJson {
             live: self.health.is_live(),
             ready: self.health.is_ready(),
             status: self.gateway.status(),

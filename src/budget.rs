@@ -1,6 +1,6 @@
 //! Each account's queries a second, paced and shared out: the only source of [`Permit`]s.
 //!
-//! A flight has a [`Standing`] in its account's queue: a place under every client that waits for it. Its leader enters it,
+//! A flight has a handle, [`QueuedFlight`], in its account's queue: a place under every client that waits for it. Its leader enters it,
 //! is called forward ([`Turn`]), opens a connection of its own, and only then gets its [`Permit`]. Upstream can be asked
 //! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
@@ -37,7 +37,7 @@ use crate::account::Client;
 use crate::metrics::AccountMetrics;
 use crate::outcome::Shed;
 use crate::panics::supervise;
-use crate::shared::Lane;
+use crate::shared::SharedBudget;
 use crate::task::TaskId;
 use admission::PollId;
 use backoff::Backoff;
@@ -87,12 +87,12 @@ impl Pace {
     }
 }
 
-/// One account's budget. Cheap to clone; its task ends when the last clone and the last standing are gone.
+/// One account's budget. Cheap to clone; its task ends when the last clone and the last flight are gone.
 #[derive(Clone, Debug)]
-pub struct Budget(Arc<Shared>);
+pub struct Budget(Arc<Inner>);
 
 #[derive(Debug)]
-struct Shared {
+struct Inner {
     desk: Arc<Desk>,
     next_flight: AtomicU64,
     next_poll: AtomicU64,
@@ -107,24 +107,24 @@ struct Parts {
     waiting: AtomicUsize,
     ring: Arc<Ring>,
     /// Where replicas share the budget: the way to their permits.
-    lane: Option<Lane>,
+    shared: Option<SharedBudget>,
     metrics: AccountMetrics,
 }
 
 impl Parts {
-    fn new(pace: Pace, lane: Option<Lane>, metrics: AccountMetrics) -> Self {
+    fn new(pace: Pace, shared: Option<SharedBudget>, metrics: AccountMetrics) -> Self {
         Self {
             backoff: Mutex::new(Backoff::new(pace)),
             waiting: AtomicUsize::new(0),
             ring: Arc::default(),
-            lane,
+            shared,
             metrics,
         }
     }
 
     /// As [`Budget::share`].
     fn share(&self, now: Instant) -> f64 {
-        self.lane.as_ref().map_or(1.0, |lane| lane.share(now))
+        self.shared.as_ref().map_or(1.0, |shared| shared.share(now))
     }
 }
 
@@ -168,17 +168,17 @@ pub enum Entry {
 pub trait Connected {}
 
 impl Budget {
-    /// A budget with an empty queue; one that replicas share spends what comes by its `lane`.
+    /// A budget with an empty queue; one that replicas share spends what comes by `shared`.
     ///
     /// # Panics
     /// Outside a tokio runtime: the dispatcher's task is spawned here.
-    pub fn new(pace: Pace, max_queue: usize, lane: Option<Lane>, metrics: AccountMetrics) -> Self {
-        let desk = Arc::new(Desk::new(max_queue, Parts::new(pace, lane, metrics)));
+    pub fn new(pace: Pace, max_queue: usize, shared: Option<SharedBudget>, metrics: AccountMetrics) -> Self {
+        let desk = Arc::new(Desk::new(max_queue, Parts::new(pace, shared, metrics)));
         tokio::spawn({
             let desk = Arc::clone(&desk);
             supervise("budget", async move || desk.run().await)
         });
-        Self(Arc::new(Shared {
+        Self(Arc::new(Inner {
             desk,
             next_flight: AtomicU64::new(0),
             next_poll: AtomicU64::new(0),
@@ -207,13 +207,13 @@ impl Budget {
         self.parts().backoff.lock().pace()
     }
 
-    /// A new flight's standing: of a task that has a `snapshot` since that instant, or of one never seen.
-    pub fn standing(&self, snapshot: Option<Instant>) -> Standing {
-        let shared = Arc::clone(&self.0);
-        let flight = shared.next_flight.fetch_add(1, Ordering::Relaxed);
-        shared.tell(|dispatcher| dispatcher.open(flight, snapshot));
-        Standing(Arc::new(Held {
-            shared,
+    /// A new flight: of a task that has a `snapshot` since that instant, or of one never seen.
+    pub fn flight(&self, snapshot: Option<Instant>) -> QueuedFlight {
+        let budget = Arc::clone(&self.0);
+        let flight = budget.next_flight.fetch_add(1, Ordering::Relaxed);
+        budget.tell(|dispatcher| dispatcher.open(flight, snapshot));
+        QueuedFlight(Arc::new(Held {
+            budget,
             flight,
             is_kept: AtomicBool::new(false),
         }))
@@ -241,8 +241,8 @@ impl Budget {
             (before, change(&mut backoff), backoff.backed())
         };
         // What is no news is kept from the others: they may have heard something since.
-        if let (Some(lane), Some(backed)) = (&self.parts().lane, backed.filter(|_| backed != before)) {
-            lane.back_off(backed);
+        if let (Some(shared), Some(backed)) = (&self.parts().shared, backed.filter(|_| backed != before)) {
+            shared.back_off(backed);
         }
         self.0.tell(|dispatcher| dispatcher.backed_off(now));
         changed
@@ -277,8 +277,8 @@ impl Budget {
 
     /// Whether anybody waits for a permit: here, or at another replica as far as is known at `now`.
     pub fn is_wanted(&self, now: Instant) -> bool {
-        let lane = self.parts().lane.as_ref();
-        self.waiting() > 0 || lane.is_some_and(|lane| lane.is_contended(now))
+        let shared = self.parts().shared.as_ref();
+        self.waiting() > 0 || shared.is_some_and(|shared| shared.is_contended(now))
     }
 
     /// How many flights wait for a permit.
@@ -329,45 +329,45 @@ impl Budget {
     }
 }
 
-impl Shared {
+impl Inner {
     fn tell(&self, what: impl FnOnce(&mut Dispatcher)) {
         self.desk.tell(what);
     }
 }
 
-impl Drop for Shared {
+impl Drop for Inner {
     fn drop(&mut self) {
         self.desk.close();
     }
 }
 
-/// A flight's standing in its account's queue. Cheap to clone; when the last clone is gone the flight is over.
+/// A flight in its account's queue. Cheap to clone; when the last clone is gone the flight is over.
 #[derive(Clone, Debug)]
-pub struct Standing(Arc<Held>);
+pub struct QueuedFlight(Arc<Held>);
 
 #[derive(Debug)]
 struct Held {
-    shared: Arc<Shared>,
+    budget: Arc<Inner>,
     flight: Flight,
     is_kept: AtomicBool,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.shared.tell(|dispatcher| dispatcher.close(self.flight));
+        self.budget.tell(|dispatcher| dispatcher.close(self.flight));
     }
 }
 
-impl Standing {
+impl QueuedFlight {
     /// A poll of `client` waits, too, for as long as the result is held: the flight stands in that client's queue. It is to
     /// be answered by its `deadline`, and upstream is thought to take so long: a turn that comes later is of no use to it.
     pub fn join(&self, client: Client, weight: u32, deadline: Instant, takes: Duration) -> Waiting {
-        let shared = &self.0.shared;
-        let poll = (deadline, shared.next_poll.fetch_add(1, Ordering::Relaxed));
+        let budget = &self.0.budget;
+        let poll = (deadline, budget.next_poll.fetch_add(1, Ordering::Relaxed));
         let (late, is_late) = oneshot::channel();
-        shared.tell(|dispatcher| dispatcher.join(self.0.flight, &client, weight, poll, takes, late));
+        budget.tell(|dispatcher| dispatcher.join(self.0.flight, &client, weight, poll, takes, late));
         Waiting {
-            standing: self.clone(),
+            flight: self.clone(),
             client,
             poll,
             late: is_late,
@@ -378,7 +378,7 @@ impl Standing {
     pub fn keep(&self) -> bool {
         let is_first = !self.0.is_kept.swap(true, Ordering::Relaxed);
         if is_first {
-            self.0.shared.tell(|dispatcher| dispatcher.keep(self.0.flight));
+            self.0.budget.tell(|dispatcher| dispatcher.keep(self.0.flight));
         }
         is_first
     }
@@ -394,12 +394,12 @@ impl Standing {
         let (call, called) = oneshot::channel();
         let (flight, is_again, entered) = (self.0.flight, entry == Entry::Again, Instant::now());
         let turn = Turn {
-            standing: self.clone(),
+            flight: self.clone(),
             entered,
             is_used: false,
         };
-        let shared = &self.0.shared;
-        shared.tell(|dispatcher| dispatcher.enter(flight, is_again, call, entered));
+        let budget = &self.0.budget;
+        budget.tell(|dispatcher| dispatcher.enter(flight, is_again, call, entered));
         called.await.map_err(|_| Shed::QueueFull)?;
         Ok(turn)
     }
@@ -408,7 +408,7 @@ impl Standing {
 /// A poll that waits for a flight. Dropping it takes its client's place away, if it was the client's last.
 #[derive(Debug)]
 pub struct Waiting {
-    standing: Standing,
+    flight: QueuedFlight,
     client: Client,
     poll: PollId,
     late: oneshot::Receiver<Duration>,
@@ -430,8 +430,8 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let held = &self.standing.0;
-        held.shared
+        let held = &self.flight.0;
+        held.budget
             .tell(|dispatcher| dispatcher.leave(held.flight, &self.client, self.poll));
     }
 }
@@ -439,7 +439,7 @@ impl Drop for Waiting {
 /// Called forward: the flight opens its connection now. Dropping it lets the next one come forward.
 #[derive(Debug)]
 pub struct Turn {
-    standing: Standing,
+    flight: QueuedFlight,
     entered: Instant,
     /// It has become a permit: there is nothing left to let go.
     is_used: bool,
@@ -447,9 +447,9 @@ pub struct Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let held = &self.standing.0;
+        let held = &self.flight.0;
         if !self.is_used {
-            held.shared.tell(|dispatcher| dispatcher.withdraw(held.flight));
+            held.budget.tell(|dispatcher| dispatcher.withdraw(held.flight));
         }
     }
 }
@@ -462,13 +462,13 @@ impl Turn {
         // It borrows no connection: one that its user drives is not `Sync`, and whoever waits would not be `Send`.
         async move {
             let (grant, granted) = oneshot::channel();
-            let held = &self.standing.0;
+            let held = &self.flight.0;
             let since = Instant::now();
-            held.shared
+            held.budget
                 .tell(|dispatcher| dispatcher.connected(held.flight, since, grant));
             let Grant { stamp, is_background } = granted.await.ok()?;
             self.is_used = true;
-            let waits = &held.shared.desk.parts.metrics.budget_wait;
+            let waits = &held.budget.desk.parts.metrics.budget_wait;
             waits[usize::from(is_background)].observe(self.entered.elapsed().as_secs_f64());
             Some(Permit(stamp))
         }

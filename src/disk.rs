@@ -92,7 +92,7 @@ impl Settings {
 /// The answers on disk.
 #[derive(Debug)]
 pub struct Disk {
-    shared: Arc<Shared>,
+    shared: Arc<Inner>,
     queue: mpsc::Sender<Record>,
     room: Arc<Semaphore>,
     stop: CancellationToken,
@@ -100,7 +100,7 @@ pub struct Disk {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct Inner {
     settings: Settings,
     state: watch::Sender<State>,
     readers: Arc<Semaphore>,
@@ -144,7 +144,7 @@ impl Disk {
     pub fn open(settings: Settings, metrics: DiskMetrics) -> Self {
         let (queue, records) = mpsc::channel(QUEUE);
         let (trouble, troubles) = mpsc::channel(1);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(Inner {
             settings,
             state: watch::Sender::new(State::Opening(None)),
             readers: Arc::new(Semaphore::new(READERS)),
@@ -241,7 +241,7 @@ impl Disk {
     }
 }
 
-impl Shared {
+impl Inner {
     /// `None` when nothing was read. However it ends, the disk does not stand still.
     async fn read<T: Send + 'static>(
         self: Arc<Self>,
@@ -326,7 +326,7 @@ impl Shared {
 
 /// Who opens the file and writes to it.
 struct Keeper {
-    shared: Arc<Shared>,
+    shared: Arc<Inner>,
     records: mpsc::Receiver<Record>,
     troubles: mpsc::Receiver<Trouble>,
     stop: CancellationToken,

@@ -13,7 +13,7 @@
 //! How the leader flies: `gateway::leader`; what follows from the attempt that it makes: `gateway::attempt`. While the
 //! breaker is open nobody flies: `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`.
 //! What upstream thinks of the key stands before it all: `gateway::clearance`. What outlives the process:
-//! `gateway::recall`. What other replicas have: `gateway::elsewhere`.
+//! `gateway::recall`. What other replicas have: `gateway::shared_cache`.
 //! Upstream's word is final, but a live snapshot beats an error. A poll is answered by its deadline at the latest; the
 //! flight goes on, and its answer is kept. Everything that is no TaskInfo query is `gateway::passthrough`'s, and
 //! what the gateway tells of itself `gateway::status`'s.
@@ -27,7 +27,6 @@ mod attempt;
 mod body;
 mod clearance;
 mod credential;
-mod elsewhere;
 mod hit;
 mod keys;
 mod leader;
@@ -40,6 +39,7 @@ mod progress;
 mod recall;
 mod request_body;
 mod response;
+mod shared_cache;
 mod status;
 mod tally;
 mod traced;
@@ -65,7 +65,7 @@ use crate::metrics::{AccountMetrics, ClientRequests, Metrics, OTHER};
 use crate::otlp::Exporter;
 use crate::outcome::Served;
 use crate::panics;
-use crate::shared::{Answers, Shared};
+use crate::shared::{Replica, SharedCache};
 use crate::task::TaskId;
 use crate::trace::TraceContext;
 use crate::upstream::{Dial, TASK_INFO_PATH, Upstream};
@@ -73,7 +73,7 @@ use accounts::Accounts;
 use answered::Answered;
 pub use body::{Body, Data};
 use clearance::is_refused_key;
-use hit::Seen;
+use hit::Lookup;
 pub use hit::{Hit, Looked, Miss, PlainPoll};
 use leader::Sought;
 use poll::{Poll, Terms};
@@ -93,14 +93,14 @@ pub struct Gateway {
     config: ArcSwap<Config>,
     accounts: Accounts,
     /// By which replicas share the budgets.
-    shared: Option<Shared>,
+    replica: Option<Replica>,
     cache: Cache,
     flights: Flights<FlightKey, Progress>,
     /// Answers that outlive the process; `None` unless configured.
     disk: Option<Disk>,
     recalls: Flights<(AccountId, TaskId), Recall>,
     /// Answers and flights that replicas share.
-    elsewhere: Option<Answers>,
+    shared_cache: Option<SharedCache>,
     upstream: Upstream,
     /// Where spans go, if they do.
     exporter: Option<Exporter>,
@@ -120,22 +120,22 @@ impl Gateway {
     pub fn new(config: Config, dial: Dial, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
         metrics.lets_in(config.limits.connections);
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics))?;
-        let shared = Shared::start(&config, &metrics)?;
+        let replica = Replica::start(&config, &metrics)?;
         let accounts = Accounts::new(
             &config,
             upstream.clone(),
-            shared.clone(),
+            replica.clone(),
             Arc::clone(&metrics),
             Instant::now(),
         );
         Ok(Arc::new(Self {
             accounts,
-            shared,
+            replica,
             cache: Cache::new(config.cache.max_bytes, Arc::clone(&metrics)),
             flights: Flights::default(),
             disk: disk::Settings::of(&config.cache).map(|settings| Disk::open(settings, metrics.disk.clone())),
             recalls: Flights::default(),
-            elsewhere: Answers::start(&config, &metrics)?,
+            shared_cache: SharedCache::start(&config, &metrics)?,
             upstream,
             exporter: Exporter::start(&config.otlp, &metrics)?,
             strangers: (metrics.account(OTHER), metrics.client(OTHER, OTHER)),
@@ -200,8 +200,8 @@ impl Gateway {
 
     /// The process is told to stop: its part of a shared budget is its successor's.
     pub fn leave(&self) {
-        if let Some(shared) = &self.shared {
-            shared.leave();
+        if let Some(replica) = &self.replica {
+            replica.leave();
         }
     }
 
@@ -344,7 +344,7 @@ impl Gateway {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let now = Instant::now();
             // What they have of an account's nobody knows, so it may be something.
-            let may_be_kept_elsewhere = self.disk.is_some() || self.elsewhere.is_some();
+            let may_be_kept_elsewhere = self.disk.is_some() || self.shared_cache.is_some();
             let may_hold = |account| may_be_kept_elsewhere || self.cache.holds_any(account);
             self.accounts.sweep(now, may_hold);
             self.accounts.show(now);
@@ -382,7 +382,7 @@ impl Gateway {
     async fn poll(
         self: &Arc<Self>,
         terms: Result<Terms, Error>,
-        seen: Option<Seen>,
+        seen: Option<Lookup>,
         caller: &Caller,
         request_id: &HeaderValue,
         trace: &Trace,
@@ -493,7 +493,7 @@ impl Gateway {
         let kept = kept.min(max_wait.saturating_sub(takes) / 2);
         self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
-        let may_stand_in = snapshot.is_some() || self.elsewhere.is_some();
+        let may_stand_in = snapshot.is_some() || self.shared_cache.is_some();
         loop {
             if let Some(answered) = Self::refused_meanwhile(&mut asker, poll.arrived) {
                 return Ok(answered);
@@ -506,10 +506,10 @@ impl Gateway {
             let mut trace = None;
             let (progress, leader) = self.flights.join((account.id, poll.terms.task.clone(), alone), || {
                 let trace = trace.insert(poll.trace.flight());
-                Progress::new(account.budget.standing(snapshot), trace.link(), snapshot.is_some())
+                Progress::new(account.budget.flight(snapshot), trace.link(), snapshot.is_some())
             });
-            let standing = progress.borrow().standing.clone();
-            let mut place = standing.join(client.clone(), asker.weight(), deadline, takes + kept);
+            let queued = progress.borrow().queued.clone();
+            let mut place = queued.join(client.clone(), asker.weight(), deadline, takes + kept);
             let collapsed = leader.is_none();
             let had_flown = poll.has_flown;
             poll.has_flown |= !collapsed;

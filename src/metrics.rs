@@ -5,8 +5,8 @@
 //! start, so that a first error is an increase.
 
 mod disk;
-mod elsewhere;
 mod families;
+mod pulled;
 mod shared;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,9 +19,9 @@ use strum::{AsRefStr, VariantArray};
 use crate::outcome::{EdgeRefusal, Served, Shed};
 use crate::task::Class;
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
-use elsewhere::Elsewhere;
 use families::{Families, opts};
-pub use shared::{AnswerMetrics, SharedCall, SharedFlight, SharedMetrics, SharedRead, SharedWrite};
+use pulled::Pulled;
+pub use shared::{SharedCacheMetrics, SharedCall, SharedFlight, SharedMetrics, SharedRead, SharedWrite};
 
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
@@ -360,8 +360,8 @@ impl Metrics {
     ///
     /// # Errors
     /// When it was asked for before.
-    pub fn answers(&self) -> prometheus::Result<AnswerMetrics> {
-        AnswerMetrics::new(&Families(&self.registry))
+    pub fn answers(&self) -> prometheus::Result<SharedCacheMetrics> {
+        SharedCacheMetrics::new(&Families(&self.registry))
     }
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.
@@ -437,7 +437,7 @@ impl Metrics {
     /// Only for a bug: it is shown already.
     pub fn log_lines_dropped(&self, count: impl Fn() -> u64 + Send + Sync + 'static) -> prometheus::Result<()> {
         let help = "Lines that the log dropped: nobody read the ones before, or could.";
-        let dropped = Elsewhere::new(opts("log_lines_dropped_total", help), count)?;
+        let dropped = Pulled::new(opts("log_lines_dropped_total", help), count)?;
         self.registry.register(Box::new(dropped))
     }
 

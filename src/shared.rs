@@ -23,10 +23,10 @@
 //! 10. Told to stop, a process owns and lends nothing; it still asks for permits until it has drained.
 //!
 //! They were found by simulation, which is ported to `shared/tests`. Who gets an account's permits within the process is
-//! `budget`'s business. Answers and flights are shared on the way of `shared/answers.rs`, by calls and a connection of
+//! `budget`'s business. Answers and flights are shared on the way of `shared/cache.rs`, by calls and a connection of
 //! their own.
 
-mod answers;
+mod cache;
 mod connect;
 mod lease;
 mod link;
@@ -48,16 +48,16 @@ use tokio::time::{Instant, sleep_until};
 use crate::config::Config;
 use crate::metrics::{Metrics, SharedCall, SharedMetrics};
 use crate::panics::supervise;
-pub use answers::{Answers, Away, Claim, Found, Label, Wanted, Whose};
+pub use cache::{Away, Claim, Found, Label, SharedCache, Wanted, Whose};
 pub use lease::Standing;
 use link::{Exchanged, Link};
 pub use process::{Backed, Demand, Slot};
-use process::{LaneId, Process, Told};
-use script::Terms;
+use process::{BorrowerId, Process, Told};
+use script::Constants;
 
 /// This process's part in the shared budget, for as long as its runtime lasts. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Shared(Arc<Inner>);
+pub struct Replica(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -72,7 +72,7 @@ struct Inner {
     metrics: SharedMetrics,
 }
 
-impl Shared {
+impl Replica {
     /// Starts to take part, as `config` says; `None` where it names no store. A store that is away is no error: then the
     /// slice is spent, from 2 s + margin on.
     ///
@@ -90,7 +90,7 @@ impl Shared {
             return Ok(None);
         };
         let (limit, margin) = (config.budget.limit.get(), config.budget.margin);
-        let terms = Terms {
+        let terms = Constants {
             who: random_name(),
             limit,
             replicas: shared.max_replicas.get(),
@@ -118,12 +118,12 @@ impl Shared {
     }
 
     /// One more account, by a name that every replica gives it and that tells nothing of its keys.
-    pub fn lane(&self, account: &str) -> Lane {
+    pub fn budget(&self, account: &str) -> SharedBudget {
         let now = Instant::now();
         let told = Arc::new(Told::new(now));
         let id = self.0.process.lock().open(account.into(), Arc::clone(&told), now);
-        Lane {
-            shared: self.clone(),
+        SharedBudget {
+            replica: self.clone(),
             id,
             told,
         }
@@ -166,9 +166,9 @@ impl Shared {
 
 /// One account's way to shared permits; dropping it takes the account out.
 #[derive(Debug)]
-pub struct Lane {
-    shared: Shared,
-    id: LaneId,
+pub struct SharedBudget {
+    replica: Replica,
+    id: BorrowerId,
     told: Arc<Told>,
 }
 
@@ -183,19 +183,19 @@ pub enum Right {
     Nothing,
 }
 
-impl Lane {
+impl SharedBudget {
     /// Says who waits for permits from `now` on; with no flights, that none is wanted.
     pub fn want(&self, demand: Demand, now: Instant) {
-        if self.shared.0.process.lock().want(self.id, demand, now) {
-            self.shared.0.wake.notify_one();
+        if self.replica.0.process.lock().want(self.id, demand, now) {
+            self.replica.0.wake.notify_one();
         }
     }
 
     /// What may be spent now.
     pub fn right(&self) -> Right {
-        let process = self.shared.0.process.lock();
+        let process = self.replica.0.process.lock();
         if process.is_alone() {
-            Right::Alone(self.shared.0.slice)
+            Right::Alone(self.replica.0.slice)
         } else {
             process.slot(self.id).map_or(Right::Nothing, Right::Slot)
         }
@@ -203,8 +203,8 @@ impl Lane {
 
     /// The permit is spent, or too late to be.
     pub fn spent(&self) {
-        self.shared.0.process.lock().spent(self.id, Instant::now());
-        self.shared.0.wake.notify_one();
+        self.replica.0.process.lock().spent(self.id, Instant::now());
+        self.replica.0.wake.notify_one();
     }
 
     /// Waits until [`Self::right`], [`Self::share`] or [`Self::backed`] may have changed.
@@ -226,24 +226,24 @@ impl Lane {
 
     /// What upstream's last 429 did to the account, wherever it was heard.
     pub fn backed(&self) -> Option<Backed> {
-        self.shared.0.process.lock().backed(self.id)
+        self.replica.0.process.lock().backed(self.id)
     }
 
     /// Upstream said 429 here: every replica hears of it.
     pub fn back_off(&self, backed: Backed) {
-        self.shared.0.process.lock().back_off(self.id, backed, Instant::now());
-        self.shared.0.wake.notify_one();
+        self.replica.0.process.lock().back_off(self.id, backed, Instant::now());
+        self.replica.0.wake.notify_one();
     }
 
     /// The longest that a granted query may be on its way to the wire: later, it could fall into another second.
     pub fn patience(&self) -> Duration {
-        self.shared.0.third
+        self.replica.0.third
     }
 }
 
-impl Drop for Lane {
+impl Drop for SharedBudget {
     fn drop(&mut self) {
-        self.shared.0.process.lock().close(self.id);
+        self.replica.0.process.lock().close(self.id);
     }
 }
 

@@ -28,16 +28,16 @@ pub fn run(of: usize, times: usize) -> Duration {
         for _ in 0..times {
             let mut flights = JoinSet::new();
             for number in 0..of {
-                let standing = budget.standing(None);
+                let flight = budget.flight(None);
                 let address = Ipv4Addr::from_bits(u32::try_from(number % CLIENTS).unwrap());
                 let client = Client {
                     caller: Caller::from(IpAddr::from(address)),
                     name: None,
                 };
                 flights.spawn(async move {
-                    let _place = standing.join(client, 1, Instant::now() + Duration::from_hours(24), Duration::ZERO);
+                    let _place = flight.join(client, 1, Instant::now() + Duration::from_hours(24), Duration::ZERO);
                     // A turn that is given back lets the next one come forward.
-                    drop(standing.enter(Entry::InTurn).await.unwrap());
+                    drop(flight.enter(Entry::InTurn).await.unwrap());
                 });
             }
             assert_eq!(flights.join_all().await.len(), of);

@@ -17,7 +17,7 @@ pub(super) type PollId = (Instant, u64);
 
 #[derive(Debug, Default)]
 pub(super) struct Admission {
-    polls: BTreeMap<Flight, BTreeMap<PollId, Poll>>,
+    polls: BTreeMap<Flight, BTreeMap<PollId, Waiter>>,
     /// What upstream takes at least, as far as is known by now.
     at_least: Duration,
     /// No poll of a flight that waits needs its turn earlier.
@@ -27,7 +27,7 @@ pub(super) struct Admission {
 }
 
 #[derive(Debug)]
-struct Poll {
+struct Waiter {
     /// What upstream was thought to take, at most, when it came.
     takes: Duration,
     /// Tells it by how much its turn would come too late.
@@ -36,7 +36,7 @@ struct Poll {
 
 /// The latest instant at which a turn serves a poll. Whoever is in the queue is sent away only for what upstream takes
 /// longer than it was thought to: at the edge of what is possible a few waver, and these have waited long.
-fn latest((deadline, _): &PollId, poll: &Poll, at_least: Duration) -> Instant {
+fn latest((deadline, _): &PollId, poll: &Waiter, at_least: Duration) -> Instant {
     let takes = poll.takes.max(at_least);
     deadline.checked_sub(takes).unwrap_or(*deadline)
 }
@@ -45,7 +45,10 @@ impl Admission {
     /// A poll waits for `flight`, and upstream is thought to take so long at most; `late` tells it by how much its turn would
     /// come too late.
     pub(super) fn join(&mut self, flight: Flight, poll: PollId, takes: Duration, late: oneshot::Sender<Duration>) {
-        self.polls.entry(flight).or_default().insert(poll, Poll { takes, late });
+        self.polls
+            .entry(flight)
+            .or_default()
+            .insert(poll, Waiter { takes, late });
         self.enter(flight);
     }
 

@@ -24,7 +24,7 @@ use super::spending::Spending;
 use super::{Expected, MOST_SHOWN, Parts, Shares};
 use crate::account::Client;
 use crate::panics::contain_now;
-use crate::shared::{Demand, Lane, Right, Slot};
+use crate::shared::{Demand, Right, SharedBudget, Slot};
 
 /// So many flights are called forward, and as many more as keep the pace while connections take up to a second to open. Few,
 /// since whoever is called forward is past every later rule of fairness.
@@ -127,7 +127,7 @@ impl Desk {
                 () = self.roused.notified() => {}
                 () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
                 () = self.parts.ring.changed.notified(), if when_changed => {}
-                () = told(self.parts.lane.as_ref()), if self.parts.lane.is_some() => {}
+                () = told(self.parts.shared.as_ref()), if self.parts.shared.is_some() => {}
             }
         }
     }
@@ -146,7 +146,7 @@ pub(super) struct Dispatcher {
     /// In what time after a poll's arrival its turn has to come.
     leaves: Duration,
     is_paused: bool,
-    /// What the lane was told last.
+    /// What the shared budget was told last.
     wanted: Demand,
     spending: Spending,
     parts: Arc<Parts>,
@@ -218,7 +218,7 @@ impl Dispatcher {
     /// Does what is due at `now`. Only the task calls more flights forward because connections open slowly: where it is the
     /// process that is slow, so is the task.
     fn go_on(&mut self, now: Instant, is_task: bool) -> Wake {
-        if let Some(heard) = self.parts.lane.as_ref().and_then(Lane::backed) {
+        if let Some(heard) = self.parts.shared.as_ref().and_then(SharedBudget::backed) {
             self.parts.backoff.lock().take_over(heard, now);
         }
         let pause_ends = self.watch_pause(now);
@@ -448,7 +448,7 @@ impl Dispatcher {
         if resumed > now {
             return Some(Wake::at(resumed));
         }
-        let right = self.parts.lane.as_ref().map(Lane::right);
+        let right = self.parts.shared.as_ref().map(SharedBudget::right);
         let alone = match right {
             Some(Right::Alone(slice)) => NonZeroU32::new(slice),
             Some(Right::Slot(_) | Right::Nothing) | None => None,
@@ -475,7 +475,7 @@ impl Dispatcher {
             return Some(Wake::at(due));
         }
         if self.pacer.spend(ready_since.max(resumed), rate, now) {
-            let latest = self.parts.lane.as_ref().map(|lane| now + lane.patience());
+            let latest = self.parts.shared.as_ref().map(|shared| now + shared.patience());
             self.hand_over(now, latest);
         }
         None
@@ -492,15 +492,15 @@ impl Dispatcher {
         }
         // What is left decides who gets the next.
         self.want(now);
-        if let Some(lane) = &self.parts.lane {
-            lane.spent();
+        if let Some(shared) = &self.parts.shared {
+            shared.spent();
         }
         None
     }
 
     /// Tells the other replicas how much is wanted here.
     fn want(&mut self, now: Instant) {
-        let Some(lane) = &self.parts.lane else { return };
+        let Some(shared) = &self.parts.shared else { return };
         let is_paused = self.parts.backoff.lock().resumed() > now;
         let demand = if self.waiting() == 0 {
             Demand::default()
@@ -513,7 +513,7 @@ impl Dispatcher {
         };
         if demand != self.wanted {
             self.wanted = demand;
-            lane.want(demand, now);
+            shared.want(demand, now);
         }
     }
 
@@ -538,8 +538,8 @@ impl Dispatcher {
 }
 
 /// Waits for news of the shared budget.
-async fn told(lane: Option<&Lane>) {
-    if let Some(lane) = lane {
-        lane.told().await;
+async fn told(shared: Option<&SharedBudget>) {
+    if let Some(shared) = shared {
+        shared.told().await;
     }
 }

@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use tokio::time::Instant;
 
 use crate::account::{Caller, Client};
-use lately::{Lately, Served};
+use lately::{Lately, ServedAt};
 
 /// A flight, by the number it was given.
 pub(super) type Flight = u64;
@@ -73,13 +73,13 @@ struct Place {
 struct Rank {
     places: usize,
     /// If it was lately.
-    served: Option<Served>,
+    served: Option<ServedAt>,
     turn: Turn,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct FairQueue {
-    flights: BTreeMap<Flight, Standing>,
+    flights: BTreeMap<Flight, FlightEntry>,
     callers: HashMap<Caller, CallerQueue>,
     /// Callers with places, the one whose turn it is first.
     turns: BTreeMap<Turn, Caller>,
@@ -102,7 +102,7 @@ pub(super) struct FairQueue {
 }
 
 #[derive(Debug)]
-struct Standing {
+struct FlightEntry {
     /// When upstream said what is known of the task.
     snapshot: Option<Instant>,
     /// Its arrival, once it waits for a turn.
@@ -133,7 +133,7 @@ struct CallerQueue {
     /// Of all its names, together.
     places: usize,
     /// When one of them was served last, if that is remembered.
-    served: Option<Served>,
+    served: Option<ServedAt>,
     turn: Turn,
     names: HashMap<Client, NameQueue>,
     turns: BTreeMap<Turn, Client>,
@@ -141,7 +141,7 @@ struct CallerQueue {
 
 #[derive(Debug)]
 struct NameQueue {
-    served: Option<Served>,
+    served: Option<ServedAt>,
     turn: Turn,
     places: BTreeMap<Order, Flight>,
 }
@@ -166,7 +166,7 @@ impl NameQueue {
     }
 }
 
-impl Standing {
+impl FlightEntry {
     /// Where it stands in the background, if it waits for a turn.
     fn order(&self) -> Option<Order> {
         let (snapshot, arrival) = (self.snapshot, self.arrival?);
@@ -182,7 +182,7 @@ impl Standing {
 impl FairQueue {
     /// A flight that will wait for turns; of a task that has a `snapshot` since that instant, or of one never seen.
     pub(super) fn open(&mut self, flight: Flight, snapshot: Option<Instant>) {
-        let standing = Standing {
+        let entry = FlightEntry {
             snapshot,
             arrival: None,
             is_again: false,
@@ -190,7 +190,7 @@ impl FairQueue {
             is_kept: false,
             charged: None,
         };
-        self.flights.insert(flight, standing);
+        self.flights.insert(flight, entry);
     }
 
     /// Whether the flight is open.
@@ -200,10 +200,10 @@ impl FairQueue {
 
     /// One more poll of `client` waits for `flight`.
     pub(super) fn join(&mut self, flight: Flight, client: &Client, weight: u32) {
-        let Some(standing) = self.flights.get_mut(&flight) else {
+        let Some(entry) = self.flights.get_mut(&flight) else {
             return;
         };
-        if let Some(waiters) = standing.clients.get_mut(client) {
+        if let Some(waiters) = entry.clients.get_mut(client) {
             waiters.polls += 1;
             // Else it has given way, and this poll stands anew.
             if waiters.place.is_some() {
@@ -215,11 +215,11 @@ impl FairQueue {
                 weight,
                 place: None,
             };
-            standing.clients.insert(client.clone(), waiters);
+            entry.clients.insert(client.clone(), waiters);
         }
-        if let Some(order) = standing.order() {
+        if let Some(order) = entry.order() {
             self.background.remove(&(order, flight));
-            if !standing.is_again {
+            if !entry.is_again {
                 self.place(flight, client);
             }
         }
@@ -227,25 +227,25 @@ impl FairQueue {
 
     /// One poll of `client` waits no longer.
     pub(super) fn leave(&mut self, flight: Flight, client: &Client) {
-        let Some(standing) = self.flights.get_mut(&flight) else {
+        let Some(entry) = self.flights.get_mut(&flight) else {
             return;
         };
-        let Some(waiters) = standing.clients.get_mut(client) else {
+        let Some(waiters) = entry.clients.get_mut(client) else {
             return;
         };
         waiters.polls -= 1;
         if waiters.polls > 0 {
             return;
         }
-        let place = standing.clients.remove(client).and_then(|waiters| waiters.place);
+        let place = entry.clients.remove(client).and_then(|waiters| waiters.place);
         self.unplace(place);
         self.stand(flight);
     }
 
     /// Whether nobody waits or not: the flight's answer is wanted.
     pub(super) fn keep(&mut self, flight: Flight) {
-        if let Some(standing) = self.flights.get_mut(&flight) {
-            standing.is_kept = true;
+        if let Some(entry) = self.flights.get_mut(&flight) {
+            entry.is_kept = true;
             self.stand(flight);
         }
     }
@@ -253,13 +253,13 @@ impl FairQueue {
     /// The flight waits for a turn from now on; `again`: it had one, and goes before everybody.
     pub(super) fn enter(&mut self, flight: Flight, again: bool) {
         self.arrivals += 1;
-        let Some(standing) = self.flights.get_mut(&flight) else {
+        let Some(entry) = self.flights.get_mut(&flight) else {
             return;
         };
-        if standing.arrival.replace(self.arrivals).is_none() {
+        if entry.arrival.replace(self.arrivals).is_none() {
             self.waiting += 1;
         }
-        standing.is_again = again;
+        entry.is_again = again;
         if again {
             self.again.insert((self.arrivals, flight));
             return;
@@ -273,13 +273,13 @@ impl FairQueue {
         if self.waiting > 0 {
             return false;
         }
-        let Some(standing) = self.flights.get_mut(&flight) else {
+        let Some(entry) = self.flights.get_mut(&flight) else {
             return false;
         };
-        let Some(client) = standing.clients.keys().next() else {
+        let Some(client) = entry.clients.keys().next() else {
             return false;
         };
-        standing.charged = Some(client.clone());
+        entry.charged = Some(client.clone());
         self.since_background = 0;
         true
     }
@@ -308,7 +308,7 @@ impl FairQueue {
             return Shedding::Nothing;
         };
         self.unplace(Some(place));
-        if self.flights.get(&flight).is_some_and(Standing::has_place) {
+        if self.flights.get(&flight).is_some_and(FlightEntry::has_place) {
             return Shedding::Place;
         }
         self.withdraw(flight);
@@ -344,11 +344,11 @@ impl FairQueue {
     /// those of flights that were `called` forward.
     pub(super) fn weight(&self, called: impl Iterator<Item = Flight>) -> u32 {
         let mut others = BTreeMap::new();
-        for standing in called.filter_map(|flight| self.flights.get(&flight)) {
-            if let Some(client) = &standing.charged
+        for entry in called.filter_map(|flight| self.flights.get(&flight)) {
+            if let Some(client) = &entry.charged
                 && !self.callers.contains_key(&client.caller)
             {
-                let weight = standing.clients.get(client).map_or(1, |waiters| waiters.weight.max(1));
+                let weight = entry.clients.get(client).map_or(1, |waiters| waiters.weight.max(1));
                 others.insert(&client.caller, weight);
             }
         }
@@ -364,9 +364,9 @@ impl FairQueue {
         let mut nobodys = self.background();
         // They have no place in any client's queue.
         let ahead = called.chain(self.again.iter().map(|(_, flight)| *flight));
-        for standing in ahead.filter_map(|flight| self.flights.get(&flight)) {
-            nobodys += usize::from(standing.clients.is_empty());
-            for client in standing.clients.keys() {
+        for entry in ahead.filter_map(|flight| self.flights.get(&flight)) {
+            nobodys += usize::from(entry.clients.is_empty());
+            for client in entry.clients.keys() {
                 *places.entry(client).or_default() += 1;
             }
         }
@@ -418,16 +418,12 @@ impl FairQueue {
 
     /// Takes a flight out of every queue.
     pub(super) fn withdraw(&mut self, flight: Flight) {
-        let Some(standing) = self.flights.get_mut(&flight) else {
+        let Some(entry) = self.flights.get_mut(&flight) else {
             return;
         };
-        let Some(order) = standing.order() else { return };
-        standing.arrival = None;
-        let places: Vec<_> = standing
-            .clients
-            .values_mut()
-            .map(|waiters| waiters.place.take())
-            .collect();
+        let Some(order) = entry.order() else { return };
+        entry.arrival = None;
+        let places: Vec<_> = entry.clients.values_mut().map(|waiters| waiters.place.take()).collect();
         for place in places {
             self.unplace(place);
         }
@@ -439,32 +435,32 @@ impl FairQueue {
     /// Sees to it that a waiting flight stands somewhere: in the queue of everybody who waits for it, also of those who have
     /// given way where others had a place; where nobody waits, in the background if it is to be kept.
     fn stand(&mut self, flight: Flight) {
-        let Some(standing) = self.flights.get(&flight) else {
+        let Some(entry) = self.flights.get(&flight) else {
             return;
         };
-        let Some(order) = standing.order() else { return };
-        if standing.is_again || standing.has_place() {
+        let Some(order) = entry.order() else { return };
+        if entry.is_again || entry.has_place() {
             return;
         }
-        if standing.clients.is_empty() && standing.is_kept {
+        if entry.clients.is_empty() && entry.is_kept {
             self.background.insert((order, flight));
         }
-        let clients: Vec<_> = standing.clients.keys().cloned().collect();
+        let clients: Vec<_> = entry.clients.keys().cloned().collect();
         for client in clients {
             self.place(flight, &client);
         }
     }
 
     fn place(&mut self, flight: Flight, client: &Client) {
-        let Some(standing) = self.flights.get_mut(&flight) else {
+        let Some(entry) = self.flights.get_mut(&flight) else {
             return;
         };
-        let Some(waiters) = standing.clients.get_mut(client) else {
+        let Some(waiters) = entry.clients.get_mut(client) else {
             return;
         };
         self.arrivals += 1;
         let order = Order {
-            snapshot: standing.snapshot,
+            snapshot: entry.snapshot,
             arrival: self.arrivals,
         };
         let queue = self.callers.entry(client.caller.clone()).or_insert_with(|| {

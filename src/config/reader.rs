@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::Config;
 use super::problem::{Problem, Problems, Wrong, quotable, wrong};
-use super::secret::Seen;
+use super::secret::KnownKeys;
 
 /// How alike an unknown name and a known one must be (Jaro-Winkler, 0 to 1) for the one to be offered for the other.
 const SIMILAR: f64 = 0.82;
@@ -78,7 +78,7 @@ pub(super) struct Reader<'a> {
     pub(super) env: &'a dyn Fn(&str) -> Option<String>,
     /// What the process runs with, where it is read anew.
     pub(super) running: Option<&'a Config>,
-    pub(super) keys: Seen,
+    pub(super) keys: KnownKeys,
     here: Here<'a>,
     problems: Vec<Problem>,
     unknown: Vec<Unknown>,
@@ -90,7 +90,7 @@ impl<'a> Reader<'a> {
         Self {
             env,
             running,
-            keys: Seen::new(),
+            keys: KnownKeys::new(),
             here: Here::default(),
             problems: Vec::new(),
             unknown: Vec::new(),

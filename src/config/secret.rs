@@ -36,7 +36,7 @@ pub enum KeySource {
 }
 
 /// Every key and token read so far, and where it stands: each is whose it is, so that none may stand twice.
-pub(super) type Seen = HashMap<ApiKey, String>;
+pub(super) type KnownKeys = HashMap<ApiKey, String>;
 
 /// Reads the list of keys `name`.
 pub(super) fn keys(reader: &mut Reader<'_>, name: &'static str) -> Vec<Key> {

@@ -26,7 +26,7 @@ use crate::config::{Config, UnknownKeys};
 use crate::error::Error;
 use crate::metrics::{Metrics, OTHER};
 use crate::moment::millis;
-use crate::shared::Shared;
+use crate::shared::Replica;
 use crate::upstream::Upstream;
 use known::Known;
 use maker::{Maker, Rules};
@@ -62,7 +62,7 @@ impl Accounts {
     pub(super) fn new(
         config: &Config,
         upstream: Upstream,
-        shared: Option<Shared>,
+        replica: Option<Replica>,
         metrics: Arc<Metrics>,
         started: Instant,
     ) -> Self {
@@ -73,7 +73,7 @@ impl Accounts {
             others: Arc::new(Others::new(OTHER, Arc::clone(&metrics))),
             metrics,
             known: Known::new(started),
-            shared,
+            replica,
             unlisted: AtomicU64::new(0),
         };
         let rules = Rules::of(config, started);
@@ -455,7 +455,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new().unwrap());
         let dial = tcp(config.upstream.url.clone());
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics)).unwrap();
-        let shared = Shared::start(&config, &metrics).unwrap();
+        let shared = Replica::start(&config, &metrics).unwrap();
         Accounts::new(&config, upstream, shared, metrics, Instant::now())
     }
 

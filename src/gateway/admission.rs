@@ -137,7 +137,7 @@ impl Gateway {
 /// behalf.
 pub(super) fn leave_behind(mut progress: watch::Receiver<Progress>) {
     // Sent or not: an attempt that stays unanswered is made once more, and only the second tells the breaker.
-    let is_first = progress.borrow().standing.keep();
+    let is_first = progress.borrow().queued.keep();
     if is_first {
         tokio::spawn(async move { progress.wait_for(|progress| progress.landed.is_some()).await.is_ok() });
     }

@@ -19,18 +19,18 @@ pub enum Body {
     /// Bytes that are there, until they are taken.
     Whole(Option<Data>),
     /// Upstream's, as they come.
-    Streamed(Streamed, Box<Told>),
+    Streamed(Streamed, Box<StreamLog>),
 }
 
 /// What is told of an answer that is streamed through, to its last byte.
 #[derive(Debug)]
-pub struct Told {
+pub struct StreamLog {
     request_id: HeaderValue,
     has_broken_off: bool,
     trace: Trace,
 }
 
-impl Told {
+impl StreamLog {
     /// Upstream has broken off, and its status is with the client already.
     fn breaks_off(&mut self, error: &hyper::Error) {
         self.has_broken_off = true;
@@ -47,7 +47,7 @@ impl Told {
 impl Body {
     /// Upstream's, in answer to the request that is called `request_id`.
     pub(super) fn streamed(body: Streamed, request_id: HeaderValue) -> Self {
-        let told = Told {
+        let told = StreamLog {
             request_id,
             has_broken_off: false,
             trace: Trace::default(),

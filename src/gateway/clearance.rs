@@ -62,14 +62,14 @@ impl Gateway {
         let mut trace = None;
         let (mut progress, leader) = self.flights.join(flight, || {
             let trace = trace.insert(poll.trace.flight());
-            Progress::new(account.budget.standing(None), trace.link(), false)
+            Progress::new(account.budget.flight(None), trace.link(), false)
         });
         if let (Some(leader), Some(trace)) = (leader, trace) {
             let asker = poll.asker.with(key);
             // Nobody waits for it here.
             drop(self.launch(leader, &asker, &poll.terms.task, None, trace));
         }
-        progress.borrow().standing.keep();
+        progress.borrow().queued.keep();
         // Somebody has to wait for it, or it would be given up.
         let key = Arc::clone(key);
         tokio::spawn(async move {

@@ -66,13 +66,13 @@ pub struct Miss {
     pub(super) trace: Trace,
     pub(super) terms: Terms,
     /// What a look has shown.
-    pub(super) seen: Option<Seen>,
+    pub(super) seen: Option<Lookup>,
     pub(super) in_flight: InFlight,
 }
 
 /// What has been found out of a poll whose key upstream accepts.
 #[derive(Debug)]
-pub(super) struct Seen {
+pub(super) struct Lookup {
     pub(super) arrived: Instant,
     pub(super) asker: Asker,
     /// [`Cache::puts`](crate::cache::Cache::puts) before the look.
@@ -113,7 +113,7 @@ impl Gateway {
             };
             let freshness = state.as_ref().map(|answer| answer.freshness(arrived, live));
             let (Some(answer), Some(freshness)) = (&state, freshness.filter(|freshness| freshness.is_fresh())) else {
-                return Err(Some(Seen {
+                return Err(Some(Lookup {
                     arrived,
                     asker: asker.clone(),
                     puts,
@@ -143,10 +143,10 @@ impl Gateway {
     }
 
     /// What has to be kept of `poll`, which asks for `task`, while it waits.
-    fn miss(&self, poll: PlainPoll<'_>, task: &str, seen: Option<Seen>, in_flight: InFlight) -> Option<Looked> {
+    fn miss(&self, poll: PlainPoll<'_>, task: &str, seen: Option<Lookup>, in_flight: InFlight) -> Option<Looked> {
         let key = match &seen {
             // Whoever has no token presents the key itself.
-            Some(Seen { asker, .. }) if !asker.has_token() => asker.key.secret.clone(),
+            Some(Lookup { asker, .. }) if !asker.has_token() => asker.key.secret.clone(),
             Some(_) | None => ApiKey::new(poll.key)?,
         };
         let request_id = response::request_id_of(poll.request_id);

@@ -17,9 +17,9 @@ use super::account::Account;
 use super::asker::Asker;
 use super::attempt::{Attempt, MOST_ATTEMPTS};
 use super::clearance::is_in_vain;
-use super::elsewhere::Way;
 use super::keys::Key;
 use super::progress::{Landed, Phase, Progress, shown};
+use super::shared_cache::Way;
 use super::traced::FlightTrace;
 use super::{FlightKey, Gateway};
 use crate::budget::Entry;
@@ -89,7 +89,7 @@ impl Gateway {
         if let Some(answer) = kept.flatten().filter(is_fresh) {
             return Some(Landed::Kept(answer));
         }
-        self.elsewhere.as_ref()?;
+        self.shared_cache.as_ref()?;
         trace.step("shared store");
         let looking = Box::pin(self.look_elsewhere(account, task, live));
         match while_awaited(leader, account, self.upstream.breaker(), looking).await {
@@ -125,11 +125,11 @@ impl Gateway {
         }
         let breaker = self.upstream.breaker();
         let given_up = || self.given_up(account);
-        let standing = leader.stage().standing.clone();
+        let queued = leader.stage().queued.clone();
         let (mut attempt, mut entry) = (1, Entry::InTurn);
         loop {
             trace.step("wait for turn");
-            let entering = standing.enter(std::mem::replace(&mut entry, Entry::Again));
+            let entering = queued.enter(std::mem::replace(&mut entry, Entry::Again));
             let entered = while_awaited(leader, account, breaker, entering).await;
             let turn = entered.ok_or_else(given_up)?.map_err(|_| Landed::Shed)?;
             if is_in_vain(account, key, launched) {

@@ -107,11 +107,11 @@ impl Gateway {
         if ready.is_closed() {
             return None;
         }
-        let standing = account.budget.standing(None);
+        let queued = account.budget.flight(None);
         // In the background lane: nobody stands in the queue for it.
-        standing.keep();
+        queued.keep();
         let latest = Instant::now() + PROBE_PATIENCE;
-        let turn = timeout_at(latest, standing.enter(Entry::InTurn)).await.ok()?.ok()?;
+        let turn = timeout_at(latest, queued.enter(Entry::InTurn)).await.ok()?.ok()?;
         let permit = timeout_at(latest, turn.permit(&ready)).await.ok()??;
         Some((probe, ready, permit))
     }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::answered::Answered;
 use super::asker::Asker;
 use super::clearance::is_refused_key;
-use super::hit::Seen;
+use super::hit::Lookup;
 use super::traced::Trace;
 use super::{Gateway, max_age};
 use crate::account::{ApiKey, Caller};
@@ -65,7 +65,7 @@ impl Gateway {
     pub(super) fn take_up<'t>(
         &self,
         terms: Terms,
-        seen: Option<Seen>,
+        seen: Option<Lookup>,
         caller: &'t Caller,
         arrived: Instant,
         trace: &'t Trace,
@@ -73,7 +73,7 @@ impl Gateway {
         self.trace_task(trace, &terms.task);
         let is_looked_up = seen.is_some();
         let (asker, puts, kept) = match seen {
-            Some(Seen { asker, puts, kept, .. }) => (asker, puts, kept),
+            Some(Lookup { asker, puts, kept, .. }) => (asker, puts, kept),
             None => (self.accounts.of(&terms.key, arrived)?, self.cache.puts(), None),
         };
         Ok(Poll {

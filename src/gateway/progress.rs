@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::FlightKey;
 use super::keys::Key;
-use crate::budget::Standing;
+use crate::budget::QueuedFlight;
 use crate::error::Error;
 use crate::flight::Leader;
 use crate::stored::Answer;
@@ -18,7 +18,7 @@ use crate::trace::TraceContext;
 /// How far a flight is, as its followers see it.
 #[derive(Clone, Debug)]
 pub(super) struct Progress {
-    pub(super) standing: Standing,
+    pub(super) queued: QueuedFlight,
     /// The span that whoever joins is linked to.
     pub(super) trace: Option<TraceContext>,
     pub(super) phase: Phase,
@@ -60,9 +60,9 @@ pub(super) enum Landed {
 
 impl Progress {
     /// A flight that has just been opened, by who has a stale answer or not.
-    pub(super) fn new(standing: Standing, trace: Option<TraceContext>, was_stale: bool) -> Self {
+    pub(super) fn new(queued: QueuedFlight, trace: Option<TraceContext>, was_stale: bool) -> Self {
         Self {
-            standing,
+            queued,
             trace,
             phase: Phase::Waiting,
             was_stale,

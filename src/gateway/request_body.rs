@@ -12,10 +12,10 @@ use parking_lot::Mutex;
 /// A request's body, as hyper reads it. Whoever has a clone can read on where the others have left it; hyper gives it up with
 /// the last one.
 #[derive(Clone, Debug)]
-pub struct RequestBody(Arc<Shared>);
+pub struct RequestBody(Arc<Inner>);
 
 #[derive(Debug)]
-struct Shared {
+struct Inner {
     incoming: Mutex<Incoming>,
     /// Whoever reads would have more, and there is none.
     is_awaited: AtomicBool,
@@ -26,7 +26,7 @@ struct Shared {
 impl RequestBody {
     /// A body of which nothing is read.
     pub fn new(body: Incoming) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(Inner {
             incoming: Mutex::new(body),
             is_awaited: AtomicBool::new(false),
             has_ended: AtomicBool::new(false),

@@ -168,10 +168,10 @@ impl Gateway {
                 entries: self.metrics.cache_entries.get(),
                 bytes: self.metrics.cache_bytes.get(),
             },
-            shared: self.shared.as_ref().map(|shared| SharedStatus {
-                standing: shared.standing(now).into(),
-                leases: shared.alive(),
-                max_replicas: shared.max_replicas(),
+            shared: self.replica.as_ref().map(|replica| SharedStatus {
+                standing: replica.standing(now).into(),
+                leases: replica.alive(),
+                max_replicas: replica.max_replicas(),
             }),
             accounts,
             other_accounts,

@@ -137,7 +137,7 @@ pub enum SharedFlight {
 
 /// The handles of a process that shares answers and flights.
 #[derive(Clone, Debug)]
-pub struct AnswerMetrics {
+pub struct SharedCacheMetrics {
     up: IntGauge,
     reads: IntCounterVec,
     read_duration: Histogram,
@@ -146,7 +146,7 @@ pub struct AnswerMetrics {
     flights: IntCounterVec,
 }
 
-impl AnswerMetrics {
+impl SharedCacheMetrics {
     pub(super) fn new(make: &Families<'_>) -> prometheus::Result<Self> {
         Ok(Self {
             up: make.gauge(

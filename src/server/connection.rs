@@ -59,14 +59,14 @@ pub async fn serve_connection<S>(
     let refusal = Refusal::default();
     // Its own: every request asks it, and all connections would meet in the lock of one.
     let draining = draining.child_token();
-    let served = Arc::new(Served {
+    let served = Arc::new(ConnectionContext {
         phase: phase.clone(),
         refusal: Arc::clone(&refusal),
         gateway,
         draining: draining.clone(),
         caller: caller.into(),
     });
-    let Served { gateway, caller, .. } = &*served;
+    let ConnectionContext { gateway, caller, .. } = &*served;
     let service = service(Arc::clone(&served));
     let look = |poll: PlainPoll<'_>, head: &mut Vec<u8>| {
         // The last answer says that it is: a hit's does not.
@@ -255,7 +255,7 @@ enum Event {
 }
 
 /// What all requests of a connection have in common.
-struct Served {
+struct ConnectionContext {
     phase: Phases,
     refusal: Refusal,
     gateway: Arc<Gateway>,
@@ -263,7 +263,7 @@ struct Served {
     caller: Caller,
 }
 
-impl Served {
+impl ConnectionContext {
     /// Tells of an answer that is cut.
     fn cut(&self) {
         self.phase.set(Phase::Closing);
@@ -276,7 +276,7 @@ impl Served {
 
 /// Answers a connection's requests.
 fn service(
-    served: Arc<Served>,
+    served: Arc<ConnectionContext>,
 ) -> impl Service<Request<Incoming>, Response = Response<Tracked>, Error = Infallible, Future: Send> + Send {
     service_fn(move |request: Request<Incoming>| {
         let (busy, served) = (served.phase.busy(), Arc::clone(&served));
@@ -308,15 +308,18 @@ fn close_after(response: &mut Response<Body>) {
 }
 
 /// The answer to a plain poll.
-async fn answer_plain(served: Arc<Served>, miss: Box<Miss>) -> (Reply, InFlight) {
-    let Served { gateway, caller, .. } = &*served;
+async fn answer_plain(served: Arc<ConnectionContext>, miss: Box<Miss>) -> (Reply, InFlight) {
+    let ConnectionContext { gateway, caller, .. } = &*served;
     let (reply, in_flight) = gateway.answer_plain(miss, caller, served.phase.request_timeout()).await;
     served.phase.answers(reply.request_id());
     (reply, in_flight)
 }
 
 /// The answer to one request, and whether another may follow it on this connection.
-async fn answer(served: &Served, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>, bool) {
+async fn answer(
+    served: &ConnectionContext,
+    request: Box<Request<RequestBody>>,
+) -> (Response<Body>, Option<InFlight>, bool) {
     // Whoever waits for `100 Continue` has sent nothing yet, and is not asked to.
     let (body, holds_back) = (request.body().clone(), request.headers().contains_key(EXPECT));
     let (response, in_flight) = answer_to(served, request).await;
@@ -341,8 +344,11 @@ async fn comes_to_its_end(body: RequestBody) -> bool {
 }
 
 /// The answer to one request, or to what came in place of one.
-async fn answer_to(served: &Served, request: Box<Request<RequestBody>>) -> (Response<Body>, Option<InFlight>) {
-    let Served { gateway, refusal, .. } = served;
+async fn answer_to(
+    served: &ConnectionContext,
+    request: Box<Request<RequestBody>>,
+) -> (Response<Body>, Option<InFlight>) {
+    let ConnectionContext { gateway, refusal, .. } = served;
     if request.method() == Method::TRACE {
         // Ours: `guard` lets no client's through.
         let error = refusal.get().map_or(Error::Internal, |refused| refused.error.clone());

@@ -54,10 +54,10 @@ struct Last {
 
 /// A connection's phase, as all who change it share it.
 #[derive(Clone, Debug)]
-pub(super) struct Phases(Arc<Shared>);
+pub(super) struct Phases(Arc<Inner>);
 
 #[derive(Debug)]
-struct Shared {
+struct Inner {
     /// The phases' instants count from here.
     begun: Instant,
     /// The phase in the lowest two bits; above, until when it may last, in nanoseconds since `begun`. All who change it are
@@ -84,7 +84,7 @@ struct Shared {
 impl Phases {
     pub(super) fn new(limits: &Limits) -> Self {
         let begun = Instant::now();
-        let phases = Self(Arc::new(Shared {
+        let phases = Self(Arc::new(Inner {
             begun,
             phase: AtomicU64::new(CLOSING),
             is_next_begun: AtomicBool::new(false),

@@ -25,7 +25,7 @@ const STEADY: Duration = Duration::from_secs(1);
 
 /// The store's time, when this process learnt of it.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct LastTime {
     /// In µs on the store's clock.
     time: u64,
     /// When the call was sent, and the reply received.
@@ -64,7 +64,7 @@ pub(super) struct Lease {
     /// A third of the margin: the longest that a reply may take, and a permit be late.
     third: Duration,
     generation: String,
-    seen: Option<Seen>,
+    seen: Option<LastTime>,
     /// From here on nobody else can be spending the slice.
     home: Instant,
     /// Before this nothing is spent and nothing lent.
@@ -183,7 +183,7 @@ impl Lease {
         if self.generation != generation {
             generation.clone_into(&mut self.generation);
         }
-        self.seen = Some(Seen { time, sent, received });
+        self.seen = Some(LastTime { time, sent, received });
         Some(counts)
     }
 

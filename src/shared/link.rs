@@ -9,7 +9,7 @@ use redis::{Script, Value};
 use tokio::time::{Instant, timeout};
 
 use super::connect::{Connection, Dialer};
-use super::script::{self, Call, Reply, Terms};
+use super::script::{self, Call, Constants, Reply};
 use crate::config::Store;
 
 /// The way to the one hash.
@@ -18,7 +18,7 @@ pub(super) struct Link {
     script: Script,
     /// The one hash.
     key: String,
-    terms: Terms,
+    terms: Constants,
     connection: Option<Connection>,
 }
 
@@ -41,7 +41,7 @@ pub(super) struct Exchanged {
 impl Link {
     /// # Errors
     /// When TLS cannot be set up.
-    pub(super) fn new(store: &Store, terms: Terms) -> anyhow::Result<Self> {
+    pub(super) fn new(store: &Store, terms: Constants) -> anyhow::Result<Self> {
         Ok(Self {
             dialer: Dialer::new(store)?,
             script: script::script(),

@@ -49,7 +49,7 @@ pub struct Slot {
 }
 
 /// An account, by a number within the process.
-pub(super) type LaneId = u64;
+pub(super) type BorrowerId = u64;
 
 /// What an account is told, where it can look without a lock that all accounts share.
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl Told {
 }
 
 #[derive(Debug)]
-struct Lane {
+struct Borrower {
     account: Arc<str>,
     demand: Demand,
     slot: Option<Slot>,
@@ -107,12 +107,12 @@ pub(super) struct Process {
     /// What a slice is of the limit, and how many there are.
     slice_share: f64,
     replicas: u32,
-    lanes: HashMap<LaneId, Lane>,
+    borrowers: HashMap<BorrowerId, Borrower>,
     /// Those that want something: of many accounts, most are idle.
-    wanting: BTreeSet<LaneId>,
-    next_lane: LaneId,
+    wanting: BTreeSet<BorrowerId>,
+    next_borrower: BorrowerId,
     /// Whose call is under way.
-    calling: Option<Vec<LaneId>>,
+    calling: Option<Vec<BorrowerId>>,
     /// When the next one is due, though no account wants anything.
     next_call: Instant,
     alive: u32,
@@ -126,9 +126,9 @@ impl Process {
             third,
             slice_share,
             replicas,
-            lanes: HashMap::new(),
+            borrowers: HashMap::new(),
             wanting: BTreeSet::new(),
-            next_lane: 0,
+            next_borrower: 0,
             calling: None,
             next_call: now,
             alive: 0,
@@ -137,10 +137,10 @@ impl Process {
     }
 
     /// One more account.
-    pub(super) fn open(&mut self, account: Arc<str>, told: Arc<Told>, now: Instant) -> LaneId {
-        self.next_lane += 1;
+    pub(super) fn open(&mut self, account: Arc<str>, told: Arc<Told>, now: Instant) -> BorrowerId {
+        self.next_borrower += 1;
         told.share().pay(self.paid());
-        let lane = Lane {
+        let borrower = Borrower {
             account,
             demand: Demand::default(),
             slot: None,
@@ -149,30 +149,30 @@ impl Process {
             is_news: false,
             told,
         };
-        self.lanes.insert(self.next_lane, lane);
-        self.next_lane
+        self.borrowers.insert(self.next_borrower, borrower);
+        self.next_borrower
     }
 
-    pub(super) fn close(&mut self, lane: LaneId) {
-        self.lanes.remove(&lane);
-        self.wanting.remove(&lane);
+    pub(super) fn close(&mut self, borrower: BorrowerId) {
+        self.borrowers.remove(&borrower);
+        self.wanting.remove(&borrower);
     }
 
     /// What is wanted from now on; true if there is a call to be made for it.
-    pub(super) fn want(&mut self, lane: LaneId, demand: Demand, now: Instant) -> bool {
-        let wanted = self.wanting.contains(&lane);
-        self.change(lane, |lane| {
-            lane.demand = demand;
-            lane.told.share().waits(demand.weight > 0, now);
+    pub(super) fn want(&mut self, borrower: BorrowerId, demand: Demand, now: Instant) -> bool {
+        let wanted = self.wanting.contains(&borrower);
+        self.change(borrower, |borrower| {
+            borrower.demand = demand;
+            borrower.told.share().waits(demand.weight > 0, now);
         });
-        !wanted && self.wanting.contains(&lane)
+        !wanted && self.wanting.contains(&borrower)
     }
 
     /// Changes an account, and notes whether it wants something.
-    fn change(&mut self, id: LaneId, change: impl FnOnce(&mut Lane)) {
-        if let Some(lane) = self.lanes.get_mut(&id) {
-            change(lane);
-            if lane.wants() {
+    fn change(&mut self, id: BorrowerId, change: impl FnOnce(&mut Borrower)) {
+        if let Some(borrower) = self.borrowers.get_mut(&id) {
+            change(borrower);
+            if borrower.wants() {
                 self.wanting.insert(id);
             } else {
                 self.wanting.remove(&id);
@@ -180,20 +180,22 @@ impl Process {
         }
     }
 
-    fn wanting(&self) -> impl Iterator<Item = (LaneId, &Lane)> {
-        self.wanting.iter().filter_map(|id| Some((*id, self.lanes.get(id)?)))
+    fn wanting(&self) -> impl Iterator<Item = (BorrowerId, &Borrower)> {
+        self.wanting
+            .iter()
+            .filter_map(|id| Some((*id, self.borrowers.get(id)?)))
     }
 
     /// The permit that the account holds.
-    pub(super) fn slot(&self, lane: LaneId) -> Option<Slot> {
-        self.lanes.get(&lane)?.slot
+    pub(super) fn slot(&self, borrower: BorrowerId) -> Option<Slot> {
+        self.borrowers.get(&borrower)?.slot
     }
 
     /// It is spent, or dropped because it is late; the next may be asked for.
-    pub(super) fn spent(&mut self, lane: LaneId, now: Instant) {
-        self.change(lane, |lane| {
-            lane.slot = None;
-            lane.ask_at = now;
+    pub(super) fn spent(&mut self, borrower: BorrowerId, now: Instant) {
+        self.change(borrower, |borrower| {
+            borrower.slot = None;
+            borrower.ask_at = now;
         });
     }
 
@@ -212,16 +214,16 @@ impl Process {
     }
 
     /// What upstream's 429 did to the account, wherever it was heard.
-    pub(super) fn backed(&self, lane: LaneId) -> Option<Backed> {
-        self.lanes.get(&lane)?.cut
+    pub(super) fn backed(&self, borrower: BorrowerId) -> Option<Backed> {
+        self.borrowers.get(&borrower)?.cut
     }
 
     /// Upstream said 429 here.
-    pub(super) fn back_off(&mut self, lane: LaneId, backed: Backed, now: Instant) {
-        self.change(lane, |lane| {
-            lane.cut = Some(backed);
-            lane.is_news = true;
-            lane.ask_at = now;
+    pub(super) fn back_off(&mut self, borrower: BorrowerId, backed: Backed, now: Instant) {
+        self.change(borrower, |borrower| {
+            borrower.cut = Some(backed);
+            borrower.is_news = true;
+            borrower.ask_at = now;
         });
     }
 
@@ -249,9 +251,9 @@ impl Process {
 
     /// The store has forgotten what upstream said: where a pause is still to come it has to be told, though nobody waits here.
     fn tell_pauses(&mut self, now: Instant) {
-        for (id, lane) in &mut self.lanes {
-            if lane.cut.is_some_and(|cut| cut.until > now) {
-                lane.is_news = true;
+        for (id, borrower) in &mut self.borrowers {
+            if borrower.cut.is_some_and(|cut| cut.until > now) {
+                borrower.is_news = true;
                 self.wanting.insert(*id);
             }
         }
@@ -259,14 +261,14 @@ impl Process {
 
     fn tell_all(&self, now: Instant) {
         let paid = self.paid();
-        for lane in self.lanes.values() {
+        for borrower in self.borrowers.values() {
             if self.lease.is_alone() {
                 // What others want is nothing to this process.
-                *lane.told.share() = Share::new(paid, now);
+                *borrower.told.share() = Share::new(paid, now);
             } else {
-                lane.told.share().pay(paid);
+                borrower.told.share().pay(paid);
             }
-            lane.told.news.notify_one();
+            borrower.told.news.notify_one();
         }
     }
 
@@ -278,11 +280,11 @@ impl Process {
         let mut call = self.lease.call(now);
         let mut callers = Vec::new();
         if call.named.is_some() {
-            let mut wanting: Vec<_> = self.wanting().filter(|(_, lane)| lane.ask_at <= now).collect();
+            let mut wanting: Vec<_> = self.wanting().filter(|(_, borrower)| borrower.ask_at <= now).collect();
             // Who has waited longest goes first, where they are too many for one call.
-            wanting.sort_by_key(|(id, lane)| (lane.ask_at, *id));
-            for (id, lane) in wanting.into_iter().take(MOST_ACCOUNTS) {
-                call.wants.push(lane.want(now));
+            wanting.sort_by_key(|(id, borrower)| (borrower.ask_at, *id));
+            for (id, borrower) in wanting.into_iter().take(MOST_ACCOUNTS) {
+                call.wants.push(borrower.want(now));
                 callers.push(id);
             }
         }
@@ -295,7 +297,7 @@ impl Process {
         if !self.lease.lends(now) {
             return self.next_call;
         }
-        let wanting = self.wanting().map(|(_, lane)| lane.ask_at);
+        let wanting = self.wanting().map(|(_, borrower)| borrower.ask_at);
         wanting.chain([self.next_call]).min().unwrap_or(now)
     }
 
@@ -320,7 +322,7 @@ impl Process {
     fn after_miss(&mut self, next: Instant) {
         self.next_call = next;
         for id in self.calling.take().unwrap_or_default() {
-            self.change(id, |lane| lane.ask_at = next);
+            self.change(id, |borrower| borrower.ask_at = next);
         }
     }
 
@@ -342,9 +344,9 @@ impl Process {
         let has_all = callers.len() == reply.dealt.len();
         let third = self.third;
         for (place, id) in callers.into_iter().enumerate() {
-            self.change(id, |lane| match reply.dealt.get(place).filter(|_| has_all) {
-                Some(dealt) => lane.deal(dealt, counts, sent, received, third),
-                None => lane.ask_at = received + AFTER_NONE,
+            self.change(id, |borrower| match reply.dealt.get(place).filter(|_| has_all) {
+                Some(dealt) => borrower.deal(dealt, counts, sent, received, third),
+                None => borrower.ask_at = received + AFTER_NONE,
             });
         }
         let quiet = self.lease.quiet();
@@ -360,7 +362,7 @@ impl Process {
     }
 }
 
-impl Lane {
+impl Borrower {
     fn wants(&self) -> bool {
         self.is_news || (self.slot.is_none() && self.demand.flights > 0)
     }
@@ -440,22 +442,22 @@ mod tests {
     }
 
     /// A process with one account that has waited for 3 s, and what it calls then.
-    fn waiting() -> (Process, LaneId, Call, Instant, impl Fn(u64) -> Duration) {
+    fn waiting() -> (Process, BorrowerId, Call, Instant, impl Fn(u64) -> Duration) {
         let start = Instant::now();
         let mut process = Process::new(ms(1030), ms(10), 1.0 / 3.0, 3, start);
-        let lane = process.open("music".into(), Arc::new(Told::new(start)), start);
+        let borrower = process.open("music".into(), Arc::new(Told::new(start)), start);
         let demand = Demand {
             weight: 10,
             flights: 3,
             is_queue: true,
         };
-        process.want(lane, demand, start);
+        process.want(borrower, demand, start);
         let mut now = start;
         loop {
             now = process.look(now).unwrap().max(now);
             let call = process.call(now).unwrap();
             if now >= start + ms(3000) {
-                return (process, lane, call, now, move |after| now - start + ms(after));
+                return (process, borrower, call, now, move |after| now - start + ms(after));
             }
             let dealt = call.wants.iter().map(|_| dealt(None)).collect();
             process.heard(now, now + ms(1), &reply("a", now - start, dealt));
@@ -482,14 +484,14 @@ mod tests {
 
     #[test]
     fn a_permit_is_for_its_slot_and_a_third_of_the_margin_after_it_and_the_next_is_asked_for_when_it_is_spent() {
-        let (mut process, lane, call, sent, at) = waiting();
+        let (mut process, borrower, call, sent, at) = waiting();
         assert_eq!(call.wants.len(), 1);
         let received = sent + ms(4);
         process.heard(sent, received, &reply("a", at(1), vec![dealt(Some(ms(60)))]));
-        let slot = process.slot(lane).unwrap();
+        let slot = process.slot(borrower).unwrap();
         assert_eq!((slot.due, slot.latest), (received + ms(60), sent + ms(70)));
         assert_eq!(process.look(received), Some(received + HEARTBEAT));
-        process.spent(lane, slot.due);
+        process.spent(borrower, slot.due);
         assert_eq!(process.look(slot.due), Some(slot.due));
         assert_eq!(process.call(slot.due).unwrap().wants.len(), 1);
     }
@@ -497,31 +499,31 @@ mod tests {
     #[test]
     fn a_permit_of_a_reply_that_is_odd_late_or_not_wanted_any_more_is_dropped() {
         let granted = || vec![dealt(Some(ms(60)))];
-        let (mut process, lane, _, sent, at) = waiting();
+        let (mut process, borrower, _, sent, at) = waiting();
         process.heard(sent, sent + ms(1), &reply("a", at(1), granted()));
-        assert!(process.slot(lane).is_some(), "or else it counts");
-        let (mut process, lane, _, sent, at) = waiting();
+        assert!(process.slot(borrower).is_some(), "or else it counts");
+        let (mut process, borrower, _, sent, at) = waiting();
         process.heard(sent, sent + ms(1), &reply("b", at(1), granted()));
-        assert_eq!(process.slot(lane), None, "a new generation");
-        let (mut process, lane, _, sent, at) = waiting();
+        assert_eq!(process.slot(borrower), None, "a new generation");
+        let (mut process, borrower, _, sent, at) = waiting();
         assert!(!process.heard(sent, sent + ms(11), &reply("a", at(1), granted())));
-        assert_eq!(process.slot(lane), None, "too late");
-        let (mut process, lane, _, sent, at) = waiting();
-        process.want(lane, Demand::default(), sent);
+        assert_eq!(process.slot(borrower), None, "too late");
+        let (mut process, borrower, _, sent, at) = waiting();
+        process.want(borrower, Demand::default(), sent);
         process.heard(sent, sent + ms(1), &reply("a", at(1), granted()));
-        assert_eq!(process.slot(lane), None, "nobody waits");
+        assert_eq!(process.slot(borrower), None, "nobody waits");
     }
 
     #[test]
     fn what_upstream_said_here_is_told_though_a_permit_is_outstanding() {
-        let (mut process, lane, _, sent, at) = waiting();
+        let (mut process, borrower, _, sent, at) = waiting();
         process.heard(sent, sent + ms(1), &reply("a", at(1), vec![dealt(Some(ms(60)))]));
         let backed = Backed {
             until: sent + ms(1002),
             rate: 7.5,
             chosen: ms(1000),
         };
-        process.back_off(lane, backed, sent + ms(2));
+        process.back_off(borrower, backed, sent + ms(2));
         let call = process.call(sent + ms(2)).unwrap();
         let told = (call.wants[0].flights, call.wants[0].cut.unwrap().left_us);
         assert_eq!(told, (0, 1_000_000), "and no second permit asked for");
@@ -543,7 +545,7 @@ mod tests {
 
     #[test]
     fn what_another_replica_heard_is_taken_over_and_not_told_back() {
-        let (mut process, lane, _, sent, at) = waiting();
+        let (mut process, borrower, _, sent, at) = waiting();
         let cut = Cut {
             left_us: 500_000,
             rate: 7.5,
@@ -554,7 +556,7 @@ mod tests {
             ..dealt(None)
         };
         process.heard(sent, sent + ms(1), &reply("a", at(1), vec![refused()]));
-        let backed = process.backed(lane).unwrap();
+        let backed = process.backed(borrower).unwrap();
         assert_eq!((backed.until, backed.rate), (sent + ms(501), 7.5));
         let call = process.call(sent + ms(51)).unwrap();
         assert_eq!(call.wants[0].cut, None);
@@ -562,14 +564,14 @@ mod tests {
 
     #[test]
     fn a_store_that_has_forgotten_a_pause_is_told_of_it_though_nobody_waits() {
-        let (mut process, lane, mut call, mut now, at) = waiting();
+        let (mut process, borrower, mut call, mut now, at) = waiting();
         let (sent, until) = (now, now + ms(40_000));
         let backed = Backed {
             until,
             rate: 7.5,
             chosen: ms(1000),
         };
-        process.back_off(lane, backed, sent);
+        process.back_off(borrower, backed, sent);
         let known = Cut {
             left_us: 39_999_000,
             rate: 7.5,
@@ -580,7 +582,7 @@ mod tests {
             ..dealt(None)
         };
         process.heard(sent, sent + ms(1), &reply("a", at(1), vec![dealt]));
-        process.want(lane, Demand::default(), sent + ms(1));
+        process.want(borrower, Demand::default(), sent + ms(1));
         while call.wants.is_empty() || now == sent {
             assert!(now < sent + ms(3000), "it is not told");
             now = process.look(now).unwrap().max(now);
@@ -594,8 +596,8 @@ mod tests {
     /// The store has forgotten; once the wait is over this process lends again, and no other does.
     #[test]
     fn what_others_are_about_to_lend_again_is_counted_on_and_what_they_do_not_is_not() {
-        let (mut process, lane, mut call, sent, at) = waiting();
-        let told = Arc::clone(&process.lanes[&lane].told);
+        let (mut process, borrower, mut call, sent, at) = waiting();
+        let told = Arc::clone(&process.borrowers[&borrower].told);
         let (mut now, mut lends_since) = (sent, None);
         let mut shares = Vec::new();
         while lends_since.is_none_or(|since| now < since + ms(2500)) {

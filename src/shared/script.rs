@@ -11,7 +11,7 @@ pub(super) const LEND: &str = include_str!("lend.lua");
 
 /// What is the same in every call of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Terms {
+pub(super) struct Constants {
     /// The process, by a random number per start.
     pub(super) who: String,
     /// Queries a second that upstream allows each account.
@@ -91,7 +91,7 @@ pub(super) fn script() -> Script {
 
 impl Call {
     /// The script's invocation on `key`.
-    pub(super) fn invoke<'a>(&self, script: &'a Script, key: &str, terms: &Terms) -> ScriptInvocation<'a> {
+    pub(super) fn invoke<'a>(&self, script: &'a Script, key: &str, terms: &Constants) -> ScriptInvocation<'a> {
         let mut invocation = script.prepare_invoke();
         invocation.key(key);
         for word in self.words(terms) {
@@ -101,7 +101,7 @@ impl Call {
     }
 
     /// The script's ARGV.
-    pub(super) fn words(&self, terms: &Terms) -> Vec<String> {
+    pub(super) fn words(&self, terms: &Constants) -> Vec<String> {
         let mut words = vec![
             terms.who.clone(),
             self.generation.clone(),

@@ -8,13 +8,13 @@ use std::hash::Hash;
 const MOST: u64 = 256;
 
 /// The number of the turn that somebody had last: the greater, the later.
-pub(super) type Served = u64;
+pub(super) type ServedAt = u64;
 
 /// When each of them was served last.
 #[derive(Debug)]
 pub(super) struct Lately<K> {
-    served: HashMap<K, Served>,
-    turns: Served,
+    served: HashMap<K, ServedAt>,
+    turns: ServedAt,
 }
 
 impl<K> Default for Lately<K> {
@@ -28,7 +28,7 @@ impl<K> Default for Lately<K> {
 
 impl<K: Clone + Eq + Hash> Lately<K> {
     /// `who` is served now.
-    pub(super) fn serve(&mut self, who: &K) -> Served {
+    pub(super) fn serve(&mut self, who: &K) -> ServedAt {
         self.turns += 1;
         let turns = self.turns;
         if let Some(served) = self.served.get_mut(who) {
@@ -43,7 +43,7 @@ impl<K: Clone + Eq + Hash> Lately<K> {
     }
 
     /// When `who` was served last, if that is remembered.
-    pub(super) fn last(&self, who: &K) -> Option<Served> {
+    pub(super) fn last(&self, who: &K) -> Option<ServedAt> {
         self.served.get(who).copied()
     }
 }

@@ -338,13 +338,13 @@ fn step() -> impl Strategy<Value = Step> {
 
 /// Whether a flight that waits and is wanted stands where its turn comes from.
 fn stands(queue: &FairQueue, flight: Flight) -> bool {
-    let standing = &queue.flights[&flight];
-    let order = standing.order().unwrap();
-    if standing.is_again {
+    let entry = &queue.flights[&flight];
+    let order = entry.order().unwrap();
+    if entry.is_again {
         return queue.again.contains(&(order.arrival, flight));
     }
-    if standing.clients.is_empty() {
-        return !standing.is_kept || queue.background.contains(&(order, flight));
+    if entry.clients.is_empty() {
+        return !entry.is_kept || queue.background.contains(&(order, flight));
     }
     let mut lanes = queue.callers.values().flat_map(|caller| caller.names.values());
     lanes.any(|lane| lane.places.values().any(|stands| *stands == flight))

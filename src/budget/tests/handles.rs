@@ -40,9 +40,9 @@ fn budget(limit: u32, metrics: AccountMetrics) -> Budget {
 
 /// A flight's whole way to its permit.
 async fn permit(budget: &Budget) -> Permit {
-    let standing = budget.standing(None);
-    let _place = standing.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
-    let turn = standing.enter(Entry::InTurn).await.unwrap();
+    let flight = budget.flight(None);
+    let _place = flight.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
+    let turn = flight.enter(Entry::InTurn).await.unwrap();
     turn.permit(&Open).await.unwrap()
 }
 
@@ -82,13 +82,13 @@ async fn the_dispatcher_ends_when_the_last_budget_and_the_last_standing_are_gone
     let budget = budget(15, metrics());
     let another = budget.clone();
     drop(budget);
-    let standing = another.standing(None);
+    let flight = another.flight(None);
     drop(another);
     settle().await;
     assert_eq!(dispatchers(), 1, "a flight stands");
-    let place = standing.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
-    let turn = standing.enter(Entry::InTurn).await.unwrap();
-    drop((standing, place));
+    let place = flight.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
+    let turn = flight.enter(Entry::InTurn).await.unwrap();
+    drop((flight, place));
     settle().await;
     assert_eq!(dispatchers(), 1, "it has been called forward");
     let permit = turn.permit(&Open).await.unwrap();
@@ -106,7 +106,7 @@ async fn the_gauges_that_accounts_share_lose_what_one_that_goes_added_and_no_mor
     };
     let (goes, stays) = (budget(15, metrics.clone()), budget(15, metrics.clone()));
     let waiting = flights(&goes, 5);
-    let kept = goes.standing(Some(Instant::now()));
+    let kept = goes.flight(Some(Instant::now()));
     kept.keep();
     let entered = tokio::spawn({
         let kept = kept.clone();
@@ -250,13 +250,13 @@ async fn a_panic_of_the_dispatcher_ends_the_wait_of_those_who_wait_and_nothing_e
     while let Some(written) = first.join_next().await {
         last = last.max(written.unwrap());
     }
-    let opened_before = budget.standing(None);
+    let opened_before = budget.flight(None);
     let mut waiting = JoinSet::new();
     for _ in 0..20 {
-        let standing = budget.standing(None);
+        let flight = budget.flight(None);
         waiting.spawn(async move {
-            let _place = standing.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
-            standing.enter(Entry::InTurn).await
+            let _place = flight.join(client(), 1, Instant::now() + FOR_EVER, Duration::ZERO);
+            flight.enter(Entry::InTurn).await
         });
     }
     // None of those called forward says that it has a connection, so that the others wait for good.

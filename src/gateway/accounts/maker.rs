@@ -20,7 +20,7 @@ use crate::account::{AccountId, AccountIds, ApiKey};
 use crate::budget::{Budget, Pace};
 use crate::config::{self, Config, Fresh, UnknownKeys};
 use crate::metrics::{AccountMetrics, Metrics, OTHER};
-use crate::shared::Shared;
+use crate::shared::Replica;
 use crate::stored::Owner;
 use crate::upstream::Upstream;
 use crate::watch::Watch;
@@ -36,7 +36,7 @@ pub(super) struct Maker {
     pub(super) others: Arc<Others>,
     pub(super) known: Known,
     /// By which replicas share the budgets.
-    pub(super) shared: Option<Shared>,
+    pub(super) replica: Option<Replica>,
     /// Unlisted accounts that ever formed.
     pub(super) unlisted: AtomicU64,
 }
@@ -62,7 +62,7 @@ impl Rules {
                 let part = config.budget.limit.get() / shared.max_replicas;
                 (NonZeroU32::new(part).unwrap_or(NonZeroU32::MIN), second)
             }
-            Some(_) => (config.budget.limit, Shared::hold(config)),
+            Some(_) => (config.budget.limit, Replica::hold(config)),
             None => (config.budget.limit, second),
         };
         Self {
@@ -91,21 +91,24 @@ impl Rules {
 impl Maker {
     /// The budget of a configured account.
     pub(super) fn listed_budget(&self, name: &str, rules: &Rules) -> Budget {
-        let lane = self.shared.as_ref().map(|shared| shared.lane(&format!("name:{name}")));
-        Budget::new(rules.pace, rules.max_queue, lane, self.metrics.account(name))
+        let shared = self
+            .replica
+            .as_ref()
+            .map(|replica| replica.budget(&format!("name:{name}")));
+        Budget::new(rules.pace, rules.max_queue, shared, self.metrics.account(name))
     }
 
     /// The budget of an account that an unlisted key forms.
     pub(super) fn unlisted_budget(&self, key: &ApiKey, rules: &Rules) -> Budget {
-        let lane = |shared: &Shared| shared.lane(&format!("key:{}", key.digest()));
-        let lane = self.shared.as_ref().map(lane);
-        Budget::new(rules.pace, rules.max_queue, lane, self.other.clone())
+        let budget = |replica: &Replica| replica.budget(&format!("key:{}", key.digest()));
+        let shared = self.replica.as_ref().map(budget);
+        Budget::new(rules.pace, rules.max_queue, shared, self.other.clone())
     }
 
     /// The same of a key that `account` lists no longer: what it spent before, or, where replicas share budgets, what it
     /// spends at those that never knew it listed.
     pub(super) fn retired_budget(&self, key: &ApiKey, account: &Account, rules: &Rules) -> Budget {
-        match self.shared {
+        match self.replica {
             Some(_) => self.unlisted_budget(key, rules),
             None => account.budget.clone(),
         }

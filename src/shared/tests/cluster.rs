@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::process::{Demand, LaneId, Process, Slot, Told};
-use super::super::script::{Call, Reply, Terms};
+use super::super::process::{BorrowerId, Demand, Process, Slot, Told};
+use super::super::script::{Call, Constants, Reply};
 use super::store::{State, lend};
 use faults::touches;
 pub(super) use faults::{Fault, Kind, Way};
@@ -65,7 +65,7 @@ struct Proc {
     replica: usize,
     who: String,
     process: Process,
-    lanes: [LaneId; 2],
+    borrowers: [BorrowerId; 2],
     told: [Arc<Told>; 2],
     pace: f64,
     zero: f64,
@@ -222,15 +222,16 @@ impl Cluster {
         let share = f64::from(self.limit / replicas) / f64::from(self.limit);
         let mut process = Process::new(window, third, share, replicas, base);
         let told = [(); 2].map(|()| Arc::new(Told::new(base)));
-        let lanes = [0, 1].map(|lane| process.open(ACCOUNTS[lane].into(), Arc::clone(&told[lane]), base));
-        for lane in lanes {
-            process.want(lane, self.demands[replica], base);
+        let borrowers =
+            [0, 1].map(|borrower| process.open(ACCOUNTS[borrower].into(), Arc::clone(&told[borrower]), base));
+        for borrower in borrowers {
+            process.want(borrower, self.demands[replica], base);
         }
         let proc = Proc {
             replica,
             who: self.procs.len().to_string(),
             process,
-            lanes,
+            borrowers,
             told,
             pace,
             zero: self.now,
@@ -287,41 +288,41 @@ impl Cluster {
         if let Some(next) = next {
             self.after(number, next, Event::Look(number, looks));
         }
-        for lane in 0..2 {
+        for borrower in 0..2 {
             let proc = &self.procs[number];
-            let slot = proc.process.slot(proc.lanes[lane]);
-            if let Some(slot) = slot.filter(|slot| proc.scheduled[lane] != Some(*slot)) {
-                self.procs[number].scheduled[lane] = Some(slot);
-                self.after(number, slot.due, Event::Spend(number, lane, slot));
+            let slot = proc.process.slot(proc.borrowers[borrower]);
+            if let Some(slot) = slot.filter(|slot| proc.scheduled[borrower] != Some(*slot)) {
+                self.procs[number].scheduled[borrower] = Some(slot);
+                self.after(number, slot.due, Event::Spend(number, borrower, slot));
             }
             let proc = &mut self.procs[number];
-            if proc.process.is_alone() && !proc.own_runs[lane] {
-                proc.own_runs[lane] = true;
-                self.after(number, now, Event::Alone(number, lane));
+            if proc.process.is_alone() && !proc.own_runs[borrower] {
+                proc.own_runs[borrower] = true;
+                self.after(number, now, Event::Alone(number, borrower));
             }
         }
     }
 
-    fn write(&mut self, number: usize, lane: usize) {
+    fn write(&mut self, number: usize, borrower: usize) {
         let jitter = self.unit() * THIRD;
         let replica = self.procs[number].replica;
-        self.writes[lane].push((self.now + jitter, self.now, replica));
+        self.writes[borrower].push((self.now + jitter, self.now, replica));
     }
 
-    fn spend(&mut self, number: usize, lane: usize, slot: Slot) {
+    fn spend(&mut self, number: usize, borrower: usize, slot: Slot) {
         let now = self.local(number);
         if now <= slot.latest {
-            self.write(number, lane);
+            self.write(number, borrower);
         }
         let proc = &mut self.procs[number];
         let demand = self.demands[proc.replica];
         if demand.is_queue && demand.flights == 1 {
             proc.process
-                .want(proc.lanes[lane], Demand { flights: 0, ..demand }, now);
-            self.at(self.now + self.ready_after, Event::Ready(number, lane));
+                .want(proc.borrowers[borrower], Demand { flights: 0, ..demand }, now);
+            self.at(self.now + self.ready_after, Event::Ready(number, borrower));
         }
         let proc = &mut self.procs[number];
-        proc.process.spent(proc.lanes[lane], now);
+        proc.process.spent(proc.borrowers[borrower], now);
         self.look(number);
     }
 
@@ -360,7 +361,7 @@ impl Cluster {
         if !self.is_up || self.refuses {
             return;
         }
-        let terms = Terms {
+        let terms = Constants {
             who: self.procs[number].who.clone(),
             limit: self.limit,
             replicas: u32::try_from(self.replicas).unwrap(),
@@ -423,37 +424,38 @@ impl Cluster {
                     self.look(number);
                 }
             }
-            Event::Spend(number, lane, slot) => self.spend(number, lane, slot),
-            Event::Ready(number, lane) => {
+            Event::Spend(number, borrower, slot) => self.spend(number, borrower, slot),
+            Event::Ready(number, borrower) => {
                 let now = self.local(number);
                 let proc = &mut self.procs[number];
-                proc.process.want(proc.lanes[lane], self.demands[proc.replica], now);
+                proc.process
+                    .want(proc.borrowers[borrower], self.demands[proc.replica], now);
                 self.look(number);
             }
-            Event::Alone(number, lane) => {
+            Event::Alone(number, borrower) => {
                 let now = self.local(number);
                 let proc = &mut self.procs[number];
                 if !proc.process.is_alone() {
-                    proc.own_runs[lane] = false;
+                    proc.own_runs[borrower] = false;
                     return;
                 }
                 let slice = self.limit / u32::try_from(self.replicas).unwrap();
                 let gap = Duration::from_secs_f64(WINDOW / f64::from(slice));
-                let due = proc.own[lane].map_or(now, |last| last + gap);
+                let due = proc.own[borrower].map_or(now, |last| last + gap);
                 let last = if now >= due { now } else { due - gap };
-                proc.own[lane] = Some(last);
+                proc.own[borrower] = Some(last);
                 if now >= due {
-                    self.write(number, lane);
+                    self.write(number, borrower);
                 }
-                self.after(number, last + gap, Event::Alone(number, lane));
+                self.after(number, last + gap, Event::Alone(number, borrower));
             }
             Event::Want(replica, demand) => {
                 self.demands[replica] = demand;
                 if let Some(&number) = self.running.get(replica) {
                     let now = self.local(number);
                     let proc = &mut self.procs[number];
-                    for lane in proc.lanes {
-                        proc.process.want(lane, demand, now);
+                    for borrower in proc.borrowers {
+                        proc.process.want(borrower, demand, now);
                     }
                     self.look(number);
                 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use proptest::test_runner::{Config, TestRunner};
 use redis::{Connection, ConnectionLike as _, Value};
 
-use super::super::script::{self, Call, Cut, Reply, Terms, Want};
+use super::super::script::{self, Call, Constants, Cut, Reply, Want};
 use super::store::{State, lend};
 use super::*;
 
@@ -59,8 +59,8 @@ fn timed() -> redis::Script {
     redis::Script::new(&text)
 }
 
-fn terms(who: &str, limit: u32, replicas: u32) -> Terms {
-    Terms {
+fn terms(who: &str, limit: u32, replicas: u32) -> Constants {
+    Constants {
         who: who.to_owned(),
         limit,
         replicas,
@@ -68,7 +68,7 @@ fn terms(who: &str, limit: u32, replicas: u32) -> Terms {
     }
 }
 
-fn ask(connection: &mut Connection, script: &redis::Script, now: u64, call: &Call, terms: &Terms) -> Reply {
+fn ask(connection: &mut Connection, script: &redis::Script, now: u64, call: &Call, terms: &Constants) -> Reply {
     let mut invocation = script.prepare_invoke();
     invocation.key(KEY).key(now.to_string());
     for word in call.words(terms) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::super::script::{Call, Cut, Dealt, Reply, Terms, Want};
+use super::super::script::{Call, Constants, Cut, Dealt, Reply, Want};
 
 const LEASE: f64 = 1e6;
 const STEP: f64 = 5e3;
@@ -46,7 +46,7 @@ pub(super) fn lend(
     run: &str,
     now: f64,
     call: &Call,
-    terms: &Terms,
+    terms: &Constants,
     generation: impl FnOnce() -> String,
 ) -> Reply {
     if state

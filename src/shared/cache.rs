@@ -44,14 +44,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::connect::{Connection, Dialer};
 use crate::config::Config;
-use crate::metrics::{AnswerMetrics, Metrics, SharedWrite};
+use crate::metrics::{Metrics, SharedCacheMetrics, SharedWrite};
 use crate::moment::{Moment, millis};
 use crate::panics::supervise;
 use claims::Claims;
 
-const LOOK_LUA: &str = include_str!("answers/look.lua");
-const PUBLISH_LUA: &str = include_str!("answers/publish.lua");
-const RENEW_LUA: &str = include_str!("answers/renew.lua");
+const LOOK_LUA: &str = include_str!("cache/look.lua");
+const PUBLISH_LUA: &str = include_str!("cache/publish.lua");
+const RENEW_LUA: &str = include_str!("cache/renew.lua");
 
 /// How long a poll waits for an answer that may be there: with it none that needs no permit is answered 50 ms later than
 /// without a store.
@@ -92,7 +92,7 @@ const STAMP: usize = 80;
 
 /// This process's part in what replicas share beside the budget. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Answers(Arc<Inner>);
+pub struct SharedCache(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -111,7 +111,7 @@ struct Inner {
     claims: Claims,
     next_claim: AtomicU64,
     writes: Arc<Semaphore>,
-    metrics: AnswerMetrics,
+    metrics: SharedCacheMetrics,
 }
 
 /// A connection that answers in time.
@@ -224,7 +224,7 @@ pub enum Whose {
 /// The right to fetch an answer for all replicas. Dropping it gives it back.
 #[derive(Debug)]
 pub struct Claim {
-    answers: Answers,
+    answers: SharedCache,
     place: u128,
     name: Arc<str>,
     asks: bool,
@@ -257,7 +257,7 @@ impl Drop for Claim {
     }
 }
 
-impl Answers {
+impl SharedCache {
     /// Starts to take part, as `config` says; `None` where it names no store, or lets it hold no answers. A store that is away is no
     /// error.
     ///
@@ -294,7 +294,7 @@ impl Answers {
     }
 
     /// What is counted of it.
-    pub fn metrics(&self) -> &AnswerMetrics {
+    pub fn metrics(&self) -> &SharedCacheMetrics {
         &self.0.metrics
     }
 

@@ -23,7 +23,7 @@ use super::{FlightKey, Gateway, Poll, Progress};
 use crate::budget::Turn;
 use crate::flight::Leader;
 use crate::metrics::{SharedFlight, SharedRead};
-use crate::shared::{Answers, Away, Claim, Found, Label, Wanted, Whose};
+use crate::shared::{Away, Claim, Found, Label, SharedCache, Wanted, Whose};
 use crate::stored::{Answer, Owner};
 use crate::task::{Stage, TaskId};
 
@@ -43,7 +43,7 @@ impl Gateway {
     ///
     /// Cancel safe.
     pub(super) async fn look_elsewhere(&self, account: &Account, task: &TaskId, live: Duration) -> Option<Answer> {
-        let store = self.elsewhere.as_ref()?;
+        let store = self.shared_cache.as_ref()?;
         let (read, answer) = match store
             .look(place(store, account, task), self.wanted(account, task, live))
             .await
@@ -63,7 +63,7 @@ impl Gateway {
     /// What other replicas have, for a poll for which memory has nothing fresh, and nobody may fly.
     pub(super) async fn look_grounded(&self, poll: &Poll<'_>, live: Duration) -> Option<Answer> {
         let account = &poll.asker.account;
-        self.elsewhere.as_ref()?;
+        self.shared_cache.as_ref()?;
         if !self.upstream.breaker().is_open() && !account.credits.stands() {
             return None;
         }
@@ -73,7 +73,7 @@ impl Gateway {
 
     /// Whether memory has a snapshot of a task that is being fetched, for all that is known another replica's.
     pub(super) fn has_taken_over(&self, account: &Account, task: &TaskId) -> bool {
-        self.elsewhere.is_some() && self.cache.snapshot(account.id, task, Instant::now()).is_some()
+        self.shared_cache.is_some() && self.cache.snapshot(account.id, task, Instant::now()).is_some()
     }
 
     /// Claims the flight for this replica, at its `turn`, or waits for the one that has. Where no answer may be shared
@@ -88,7 +88,7 @@ impl Gateway {
         turn: Turn,
         claimed: &mut Option<Claim>,
     ) -> Way {
-        let (Some(store), Some(live), None) = (self.elsewhere.as_ref(), live, claimed.as_ref()) else {
+        let (Some(store), Some(live), None) = (self.shared_cache.as_ref(), live, claimed.as_ref()) else {
             return Way::On(turn);
         };
         // On the heap: a flight has no need of it where there is no store.
@@ -116,7 +116,7 @@ impl Gateway {
     ///
     /// Cancel safe.
     async fn until(&self, spends: bool) {
-        match &self.shared {
+        match &self.replica {
             Some(shared) => shared.until(spends).await,
             None => pending().await,
         }
@@ -124,7 +124,7 @@ impl Gateway {
 
     async fn claim_in(
         &self,
-        store: &Answers,
+        store: &SharedCache,
         leader: &Leader<FlightKey, Progress>,
         (account, task): (&Account, &TaskId),
         live: Duration,
@@ -184,7 +184,7 @@ impl Gateway {
 
     /// Lets other replicas have an answer fetched with `key`, if it may be kept.
     pub(super) fn publish(&self, account: &Account, key: &Key, task: &TaskId, answer: &Answer) {
-        let (Some(store), Some(keeping)) = (&self.elsewhere, answer.keeping()) else {
+        let (Some(store), Some(keeping)) = (&self.shared_cache, answer.keeping()) else {
             return;
         };
         let owner = owner(store, account);
@@ -210,7 +210,7 @@ impl Gateway {
     }
 
     /// Opens what was found, and keeps it, or what it does not take the place of; `None` on any doubt.
-    fn take_over(&self, store: &Answers, account: &Account, task: &TaskId, found: &Found) -> Option<Answer> {
+    fn take_over(&self, store: &SharedCache, account: &Account, task: &TaskId, found: &Found) -> Option<Answer> {
         let owner = owner(store, account).within(found.label());
         let (now, config) = (found.clock, self.config());
         let (key, answer) = account.open(owner, task, found.sealed().to_vec(), now, &config.cache)?;
@@ -230,10 +230,10 @@ impl Gateway {
 }
 
 /// The account, as whoever shares the keys that begin like `store`'s knows it.
-fn owner(store: &Answers, account: &Account) -> Owner {
+fn owner(store: &SharedCache, account: &Account) -> Owner {
     account.owner.within(store.prefix().as_bytes())
 }
 
-fn place(store: &Answers, account: &Account, task: &TaskId) -> u128 {
+fn place(store: &SharedCache, account: &Account, task: &TaskId) -> u128 {
     owner(store, account).place(task)
 }

@@ -4,21 +4,21 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounter, Opts};
 
-pub(super) struct Elsewhere<F> {
+pub(super) struct Pulled<F> {
     opts: Opts,
     /// Describes it.
     empty: IntCounter,
     count: F,
 }
 
-impl<F: Fn() -> u64 + Send + Sync> Elsewhere<F> {
+impl<F: Fn() -> u64 + Send + Sync> Pulled<F> {
     pub(super) fn new(opts: Opts, count: F) -> prometheus::Result<Self> {
         let empty = IntCounter::with_opts(opts.clone())?;
         Ok(Self { opts, empty, count })
     }
 }
 
-impl<F: Fn() -> u64 + Send + Sync> Collector for Elsewhere<F> {
+impl<F: Fn() -> u64 + Send + Sync> Collector for Pulled<F> {
     fn desc(&self) -> Vec<&Desc> {
         self.empty.desc()
     }
