@@ -1,8 +1,8 @@
 //! Each account's queries a second, paced and shared out: the only source of [`Permit`]s.
 //!
-//! A flight has a handle, [`QueuedFlight`], in its account's queue: a place under every client that waits for it. Its leader enters it,
-//! is called forward ([`Turn`]), opens a connection of its own, and only then gets its [`Permit`]. Upstream can be asked
-//! only by giving a permit away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
+//! A [`QueuedFlight`] has a place under every client that waits for it. Its leader enters the queue, is called forward
+//! ([`Turn`]), opens a connection of its own, and only then gets its [`Permit`]. Upstream can be asked only by giving a permit
+//! away, so whatever is added later (a retry, a refresh, a long poll) has paid, or does not compile.
 //!
 //! One dispatcher an account (`budget/dispatcher.rs`) grants the permits; `budget/fair_queue.rs` says whose turn it is,
 //! `budget/called.rs` who has been called forward, `budget/pacer.rs` when the next permit is due, `budget/backoff.rs` what an
