@@ -487,7 +487,7 @@ impl Gateway {
         let mut asker = poll.asker.clone();
         let name = poll.terms.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(poll.caller, name);
-        let takes = self.upstream_takes();
+        let takes = self.upstream_takes(account);
         // Half of what upstream leaves is for newcomers, though none of those who were told to come back ever does.
         let kept = account.budget.kept(&client, &poll.terms.task, poll.arrived);
         let kept = kept.min(max_wait.saturating_sub(takes) / 2);

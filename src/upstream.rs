@@ -76,6 +76,7 @@ struct Inner {
     freed: Notify,
     room: body::Room,
     breaker: Arc<Breaker>,
+    /// Every account's answers: for people to look at, and nobody else.
     recent: Recent,
     metrics: Arc<Metrics>,
 }
@@ -168,30 +169,9 @@ impl Upstream {
         &self.0.breaker
     }
 
-    /// How long upstream takes to answer, lately: nine answers in ten take no longer. Zero before the first.
+    /// How long upstream takes to answer whomever, lately: nine answers in ten take no longer. Zero before the first.
     pub fn p90(&self) -> Duration {
         self.0.recent.p90()
-    }
-
-    /// What all but about one answer in a hundred take less than; nearer to what nine in ten take, where that leaves little
-    /// of `within`. `None` before the first.
-    pub fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
-        self.0.recent.nearly_all(within, now)
-    }
-
-    /// What the next answer is more likely than not to take at least.
-    pub fn at_least(&self, now: Instant) -> Duration {
-        self.0.recent.at_least(now)
-    }
-
-    /// What an answer takes in the mean: for so long a query keeps its connection.
-    pub fn mean(&self, now: Instant) -> Duration {
-        self.0.recent.mean(now).min(self.0.settings.timeout)
-    }
-
-    /// How many connections an account may have.
-    pub fn connections(&self) -> usize {
-        self.0.settings.connections
     }
 
     /// The value of the Host header.
@@ -287,7 +267,7 @@ impl Ready {
         } = &mut *connection.line;
         wire.arm(permit);
         let (mut head, mut has_waited) = (None, false);
-        let query = upstream.recent.ask(asked);
+        let query = connection.pool.recent().ask(asked);
         let answered = {
             // Each move of it would take its room again.
             let exchange = pin!(async {
@@ -322,6 +302,7 @@ impl Ready {
         };
         let received = Instant::now();
         query.answered(received);
+        upstream.recent.note(asked, received);
         Ok(Fetched {
             status: head.status,
             // A copy of its own: hyper's is a slice of the connection's read buffer, which would be kept with it.

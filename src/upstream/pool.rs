@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::Inner;
 use super::line::Line;
+use super::recent::Recent;
 use crate::budget::Connected;
 use crate::error::Error;
 use crate::task::TaskId;
@@ -62,6 +63,8 @@ struct PoolHandle {
     id: u64,
     /// Held by whoever is the next to have a place: the others wait for it in the order in which they came.
     next: tokio::sync::Mutex<()>,
+    /// What its queries took.
+    recent: Recent,
 }
 
 impl Drop for PoolHandle {
@@ -75,8 +78,33 @@ impl Pool {
     /// A new account's, empty. Dropping it closes its idle connections.
     pub(super) fn new(upstream: Arc<Inner>) -> Self {
         let id = upstream.connections.lock().add_pool();
-        let next = tokio::sync::Mutex::default();
-        Self(Arc::new(PoolHandle { upstream, id, next }))
+        Self(Arc::new(PoolHandle {
+            upstream,
+            id,
+            next: tokio::sync::Mutex::default(),
+            recent: Recent::default(),
+        }))
+    }
+
+    /// What all but about one of the account's answers in a hundred take less than; nearer to what nine in ten take, where
+    /// that leaves little of `within`. `None` before the first.
+    pub fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
+        self.0.recent.nearly_all(within, now)
+    }
+
+    /// What the account's next answer is more likely than not to take at least.
+    pub fn at_least(&self, now: Instant) -> Duration {
+        self.0.recent.at_least(now)
+    }
+
+    /// What its answers take in the mean: for so long a query keeps its connection.
+    pub fn mean(&self, now: Instant) -> Duration {
+        self.0.recent.mean(now).min(self.0.upstream.settings.timeout)
+    }
+
+    /// How many connections the account may have.
+    pub fn connections(&self) -> usize {
+        self.0.upstream.settings.connections
     }
 
     /// A connection of one's own, to ask for `task`: an idle one, else a new one; with `fresh`, always a new one. Waits
@@ -125,6 +153,10 @@ impl Pool {
 
     pub(super) fn upstream(&self) -> &Arc<Inner> {
         &self.0.upstream
+    }
+
+    pub(super) fn recent(&self) -> &Recent {
+        &self.0.recent
     }
 
     fn ready(&self, line: Box<Line>) -> Ready {

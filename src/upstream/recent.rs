@@ -1,4 +1,5 @@
-//! How long upstream takes, lately: what admission reckons with beside the wait for a turn.
+//! How long upstream takes, lately: what admission reckons with beside the wait for a turn. Each account knows of its own
+//! queries alone, so that one whose answers are slow has nobody turned away who polls with another.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -22,11 +23,12 @@ const SILENT: usize = 2;
 /// as much as nine in ten take, if that is less: a few that are far slower than all others are no distribution.
 const SLACK: Duration = Duration::from_millis(50);
 
-/// How long the last answers took, and for how long there has been none.
-#[derive(Debug)]
+/// How long the last answers took, and for how long there has been none. There may be thousands: without an answer it is
+/// small.
+#[derive(Debug, Default)]
 pub(super) struct Recent(Mutex<Took>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Took {
     /// When each came, and how long it took.
     answers: VecDeque<(Instant, Duration)>,
@@ -54,23 +56,6 @@ pub(super) struct Query<'r> {
     asked: Instant,
 }
 
-impl Default for Recent {
-    fn default() -> Self {
-        Self(Mutex::new(Took {
-            answers: VecDeque::with_capacity(ANSWERS),
-            noted: 0,
-            mean: Duration::ZERO,
-            median: Duration::ZERO,
-            p90: Duration::ZERO,
-            nearly_all: None,
-            count: 0,
-            holds_until: None,
-            out: 0,
-            silent_since: None,
-        }))
-    }
-}
-
 impl Recent {
     /// A query goes out.
     pub(super) fn ask(&self, asked: Instant) -> Query<'_> {
@@ -80,6 +65,11 @@ impl Recent {
         }
         took.out += 1;
         Query { recent: self, asked }
+    }
+
+    /// One that was `asked` then is answered.
+    pub(super) fn note(&self, asked: Instant, received: Instant) {
+        self.0.lock().note(received, received.saturating_duration_since(asked));
     }
 
     /// What nine answers in ten do not exceed; nothing before the first.

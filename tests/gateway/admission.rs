@@ -326,6 +326,35 @@ async fn a_task_that_hangs_has_nobody_turned_away_who_asks_for_others() {
     hanging.abort();
 }
 
+/// The answers about tasks of this name take 7 s.
+const SLOW: &str = "slow";
+
+/// Answers in 100 ms, but for those.
+fn slow_about_some() -> Arc<Paused> {
+    let behaviour = Behaviour {
+        varies: |task| Duration::from_millis(if task.starts_with(SLOW) { 6900 } else { 0 }),
+        ..Behaviour::default()
+    };
+    Arc::new(Paused::start(behaviour, |_| {}))
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_whose_answers_are_slow_has_nobody_turned_away_who_polls_with_another() {
+    let gateway = slow_about_some();
+    sleep(HOLD).await;
+    let mut slow = JoinSet::new();
+    for task in tasks(SLOW, 30) {
+        let gateway = Arc::clone(&gateway);
+        slow.spawn(async move { gateway.poll_from(GREEDY, "ak_slow", &task).await });
+    }
+    for reply in slow.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    for polled in rush(&gateway, MODEST, tasks("task", 120)).await {
+        assert_eq!(polled.reply.status, 200, "{:?}", polled.reply);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_upstream_slower_than_any_poll_may_wait_is_still_asked() {
     let slow = Behaviour {
