@@ -169,9 +169,9 @@ impl Upstream {
         &self.0.breaker
     }
 
-    /// How long upstream takes to answer whomever, lately: nine answers in ten take no longer. Zero before the first.
-    pub fn p90(&self) -> Duration {
-        self.0.recent.p90()
+    /// How long upstream takes to answer whomever, lately: nine answers in ten take no longer. Zero if nothing is known.
+    pub fn p90(&self, now: Instant) -> Duration {
+        self.0.recent.p90(now)
     }
 
     /// The value of the Host header.

@@ -161,7 +161,7 @@ impl Gateway {
                 host: self.upstream.host().to_str().unwrap_or_default().to_owned(),
                 breaker: if breaker.is_open() { "open" } else { "closed" },
                 next_probe_seconds: breaker.until_probe(now).as_secs_f64(),
-                p90_seconds: self.upstream.p90().as_secs_f64(),
+                p90_seconds: self.upstream.p90(now).as_secs_f64(),
                 connections: self.metrics.upstream_connections.get(),
             },
             cache: CacheStatus {

@@ -87,7 +87,7 @@ impl Pool {
     }
 
     /// What all but about one of the account's answers in a hundred take less than; nearer to what nine in ten take, where
-    /// that leaves little of `within`. `None` before the first.
+    /// that leaves little of `within`. `None` if nothing is known of the last minute.
     pub fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
         self.0.recent.nearly_all(within, now)
     }

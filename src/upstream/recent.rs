@@ -4,17 +4,20 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 /// Answers that count: seven seconds' worth at 15 a second.
 const ANSWERS: usize = 100;
 
+/// For how long they count: what made upstream slow may be over long before a hundred others have come.
+const COUNT: Duration = Duration::from_mins(1);
+
 /// Once there are as many, one in so many is looked at for what has changed.
 const SELDOM: usize = 10;
 
-/// For how long the slowest of them count: whatever made a few slow may be over long before a hundred others have come.
-const SLOWEST_COUNT: Duration = Duration::from_mins(1);
+/// The mean is of so many of them, and mostly of the last ones.
+const FEW: usize = 32;
 
 /// Of so many queries without an answer it is upstream that is silent: one alone may be about a task that hangs.
 const SILENT: usize = 2;
@@ -34,15 +37,10 @@ struct Took {
     answers: VecDeque<(Instant, Duration)>,
     /// How many were noted so far.
     noted: usize,
-    /// Of the last few: connections are in use for so long now.
-    mean: Duration,
     median: Duration,
     p90: Duration,
-    /// What all but a few take less than; nothing before the first.
+    /// What all but a few take less than; nothing where there are none.
     nearly_all: Option<Duration>,
-    /// Of how many it follows, and until when: then one of them is too old.
-    count: usize,
-    holds_until: Option<Instant>,
     /// Queries that are not answered yet.
     out: usize,
     /// Since when there have been as many as are no chance, without an answer to any.
@@ -72,19 +70,16 @@ impl Recent {
         self.0.lock().note(received, received.saturating_duration_since(asked));
     }
 
-    /// What nine answers in ten do not exceed; nothing before the first.
-    pub(super) fn p90(&self) -> Duration {
-        self.0.lock().p90
+    /// What nine answers in ten do not exceed; nothing where there are none.
+    pub(super) fn p90(&self, now: Instant) -> Duration {
+        self.as_of(now).p90
     }
 
     /// What all but about one answer in a hundred take less than. The less of the time that nine in ten leave of `within`
     /// would be left by that, the nearer to what these take: answers that take longer than `within` are lost whenever they
-    /// are asked for. `None` before the first.
+    /// are asked for. `None` where there are none.
     pub(super) fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
-        let mut took = self.0.lock();
-        if took.holds_until.is_some_and(|until| until <= now) {
-            took.reckon(now);
-        }
+        let took = self.as_of(now);
         let (p90, nearly_all) = (took.p90, took.nearly_all?);
         let (half, left) = (within.saturating_sub(p90) / 2, within.saturating_sub(nearly_all));
         let beyond_p90 = nearly_all.saturating_sub(p90);
@@ -100,14 +95,23 @@ impl Recent {
     /// What the next answer is more likely than not to take at least: where upstream has been silent for longer than is
     /// usual, half as long again.
     pub(super) fn at_least(&self, now: Instant) -> Duration {
-        let took = self.0.lock();
+        let took = self.as_of(now);
         took.silence(now).unwrap_or(took.median)
     }
 
     /// What an answer takes in the mean, lately: where upstream has been silent for longer than is usual, half as long again.
     pub(super) fn mean(&self, now: Instant) -> Duration {
-        let took = self.0.lock();
-        took.silence(now).unwrap_or(took.mean)
+        let took = self.as_of(now);
+        took.silence(now).unwrap_or_else(|| took.mean())
+    }
+
+    /// What is known at `now`.
+    fn as_of(&self, now: Instant) -> MutexGuard<'_, Took> {
+        let mut took = self.0.lock();
+        if took.answers.front().is_some_and(|answer| is_old(answer, now)) {
+            took.reckon(now);
+        }
+        took
     }
 }
 
@@ -139,32 +143,34 @@ impl Took {
             self.answers.pop_front();
         }
         self.answers.push_back((received, took));
-        self.mean = if self.noted == 0 {
-            took
-        } else {
-            (self.mean * 7 + took) / 8
-        };
         self.noted += 1;
-        if self.count < ANSWERS || self.noted.is_multiple_of(SELDOM) {
+        if self.answers.len() < ANSWERS || self.noted.is_multiple_of(SELDOM) {
             self.reckon(received);
         }
     }
 
+    fn mean(&self) -> Duration {
+        let before = self.answers.len().saturating_sub(FEW);
+        let last = self.answers.iter().skip(before).map(|(_, took)| *took);
+        last.reduce(|mean, took| (mean * 7 + took) / 8).unwrap_or_default()
+    }
+
     fn reckon(&mut self, now: Instant) {
+        while self.answers.front().is_some_and(|answer| is_old(answer, now)) {
+            self.answers.pop_front();
+        }
         let mut taken = [Duration::ZERO; ANSWERS];
         let taken = &mut taken[..self.answers.len()];
-        (self.count, self.holds_until) = (0, None);
         // The slowest is one in a hundred, or of fewer: it is left out.
         let (mut slowest, mut p99) = (None, None);
-        for (place, (received, took)) in taken.iter_mut().zip(&self.answers) {
+        for (place, (_, took)) in taken.iter_mut().zip(&self.answers) {
             *place = *took;
-            let until = *received + SLOWEST_COUNT;
-            if until > now {
-                self.count += 1;
-                self.holds_until = self.holds_until.into_iter().chain([until]).min();
-                p99 = p99.max(slowest.min(Some(*took)));
-                slowest = slowest.max(Some(*took));
-            }
+            p99 = p99.max(slowest.min(Some(*took)));
+            slowest = slowest.max(Some(*took));
+        }
+        if slowest.is_none() {
+            (self.median, self.p90, self.nearly_all) = Default::default();
+            return;
         }
         // The order of the others is nobody's business.
         let (half, most) = (taken.len() / 2, taken.len() * 9 / 10);
@@ -179,6 +185,11 @@ impl Took {
         let more = p99.saturating_sub(self.median) / 2;
         self.nearly_all = Some(p99 + more.min(self.p90) + SLACK);
     }
+}
+
+/// Whether an answer that came so long ago counts no longer.
+fn is_old((received, _): &(Instant, Duration), now: Instant) -> bool {
+    *received + COUNT <= now
 }
 
 #[cfg(test)]
@@ -201,17 +212,18 @@ mod tests {
     #[test]
     fn the_p90_follows_the_last_hundred_answers() {
         let recent = Recent::default();
-        assert_eq!(recent.p90(), Duration::ZERO);
+        let p90 = || recent.p90(Instant::now());
+        assert_eq!(p90(), Duration::ZERO);
         note(&recent, ms(500));
-        assert_eq!(recent.p90(), ms(500));
+        assert_eq!(p90(), ms(500));
         for took in 0..100 {
             note(&recent, ms(took));
         }
-        assert_eq!(recent.p90(), ms(90));
+        assert_eq!(p90(), ms(90));
         for _ in 0..100 {
             note(&recent, 3 * SECOND);
         }
-        assert_eq!(recent.p90(), 3 * SECOND);
+        assert_eq!(p90(), 3 * SECOND);
     }
 
     #[test]
@@ -296,22 +308,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_slowest_answers_count_for_a_minute() {
+    async fn answers_count_for_a_minute() {
         let recent = Recent::default();
-        note_two_slow(&recent, 3 * SECOND);
-        let within = 10 * SECOND;
-        advance(59 * SECOND).await;
-        assert!(recent.nearly_all(within, Instant::now()) > Some(3 * SECOND));
+        let nearly_all = || recent.nearly_all(10 * SECOND, Instant::now());
+        note(&recent, 3 * SECOND);
+        note(&recent, 3 * SECOND);
+        advance(30 * SECOND).await;
+        for _ in 0..3 {
+            note(&recent, ms(100));
+        }
+        advance(29 * SECOND).await;
+        assert!(nearly_all() > Some(3 * SECOND));
         advance(5 * SECOND).await;
-        assert_eq!(
-            recent.nearly_all(within, Instant::now()),
-            Some(ms(150)),
-            "nine in ten took no longer"
-        );
+        assert_eq!(nearly_all(), Some(ms(150)));
         // One slow answer is left out, however few there are.
         note(&recent, ms(200));
         note(&recent, 3 * SECOND);
-        assert_eq!(recent.nearly_all(within, Instant::now()), Some(ms(300)));
+        assert_eq!(nearly_all(), Some(ms(300)));
+        advance(70 * SECOND).await;
+        let now = Instant::now();
+        assert_eq!(nearly_all(), None, "as at the start");
+        let known = [recent.p90(now), recent.at_least(now), recent.mean(now)];
+        assert_eq!(known, [Duration::ZERO; 3]);
     }
 
     #[test]

@@ -356,6 +356,24 @@ async fn an_account_whose_answers_are_slow_has_nobody_turned_away_who_polls_with
 }
 
 #[tokio::test(start_paused = true)]
+async fn answers_that_are_older_than_a_minute_have_nobody_turned_away() {
+    let gateway = slow_about_some();
+    sleep(HOLD).await;
+    rush(&gateway, MODEST, tasks(SLOW, 30)).await;
+    let served = async |name| {
+        let polled = rush(&gateway, MODEST, tasks(name, 120)).await;
+        polled.iter().filter(|polled| polled.reply.status == 200).count()
+    };
+    sleep(Duration::from_secs(55)).await;
+    let soon = served("soon").await;
+    assert!(soon < 60, "{soon} served: what is known of the last minute counts");
+    sleep(Duration::from_mins(1)).await;
+    rush(&gateway, MODEST, tasks(SLOW, 30)).await;
+    sleep(Duration::from_secs(61)).await;
+    assert_eq!(served("later").await, 120);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_upstream_slower_than_any_poll_may_wait_is_still_asked() {
     let slow = Behaviour {
         latency: Duration::from_secs(3),
