@@ -253,6 +253,11 @@ impl Budget {
         self.0.desk.expect(expected);
     }
 
+    /// Lets what was [expected](Self::expect) last count at once, not with whatever happens next: that may be long.
+    pub fn judge(&self) {
+        self.0.tell(|_| {});
+    }
+
     /// Whether the account is paused at `now`.
     pub fn is_paused(&self, now: Instant) -> bool {
         self.parts().backoff.lock().paused_until(now).is_some()

@@ -1,9 +1,10 @@
 //! One attempt, and all that follows from it: what is kept, counted and logged, and what is learnt of upstream and the
 //! account. Flights and probes make the same ones.
 
+use std::pin::pin;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::Gateway;
 use super::account::Account;
@@ -19,6 +20,9 @@ use crate::upstream::{Failed, Fetched, Ready};
 
 /// A flight makes at most two attempts, both paid.
 pub(super) const MOST_ATTEMPTS: u32 = 2;
+
+/// How often, while an attempt is under way, those who wait hear what its silence says.
+const SILENCE_COUNTS: Duration = Duration::from_millis(250);
 
 /// Which attempt of which flight.
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +54,18 @@ impl Gateway {
         let is_told = self.config.load().upstream.traceparent;
         let query = attempt.trace.query(attempt.number);
         let traceparent = is_told.then(|| query.context.header()).flatten();
-        let result = ready.send(permit, &key.secret, task, traceparent).await;
+        let mut sending = pin!(ready.send(permit, &key.secret, task, traceparent));
+        let result = loop {
+            match timeout(SILENCE_COUNTS, &mut sending).await {
+                Ok(result) => break result,
+                // Where all connections are in use, nothing else may happen before the attempts have ended.
+                Err(_) if account.budget.waiting() > 0 => {
+                    self.reckon(account);
+                    account.budget.judge();
+                }
+                Err(_) => {}
+            }
+        };
         let took = sent.elapsed();
         self.reckon(account);
         let breaker = self.upstream.breaker();

@@ -201,6 +201,25 @@ async fn whoever_waits_for_a_connection_to_come_free_hears_at_once_that_it_will_
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_waits_for_a_silent_upstream_hears_that_it_is_in_vain_though_nothing_else_happens() {
+    let behaviour = Behaviour {
+        varies: |task| Duration::from_secs(if task.starts_with("hangs") { 100 } else { 0 }),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| config.upstream.connections = 4));
+    sleep(HOLD).await;
+    rush(&gateway, MODEST, tasks("known", 12)).await;
+    sleep(Duration::from_secs(1)).await;
+    let polled = rush(&gateway, MODEST, tasks("hangs", 30)).await;
+    let refused = polled.iter().filter(|polled| polled.reply.status == 429);
+    let took: Vec<_> = refused.map(|polled| polled.took).collect();
+    // Four have connections, and one is the next to have one.
+    assert_eq!(took.len(), 25);
+    let longest = took.iter().max().unwrap();
+    assert!(*longest < Duration::from_secs(4), "{longest:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn whoever_has_waited_longest_has_the_connection_that_comes_free() {
     let behaviour = Behaviour {
         latency: Duration::from_millis(400),
