@@ -7,6 +7,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Gateway;
@@ -31,16 +32,18 @@ const PROBE_PATIENCE: Duration = Duration::from_millis(1500);
 const FIRST: u32 = 1;
 
 impl Gateway {
-    /// Why a poll is not let through while the breaker is open. A probe goes in its place, if one is due.
+    /// Why a poll is not let through while the breaker is open. A probe goes in its place once one is due, unless others go
+    /// first.
     pub(super) fn turn_away(self: &Arc<Self>, asker: &Asker, task: &TaskId) -> Error {
         let now = Instant::now();
-        self.upstream.breaker().kept_back(now);
+        let breaker = self.upstream.breaker();
         // A paused account's probe would hold up the others'.
         if !asker.account.budget.is_paused(now)
-            && let Some(probe) = self.upstream.breaker().probe(task, now)
+            && let Some(turn) = breaker.line_up(asker.account.id, task)
         {
-            tokio::spawn(Arc::clone(self).probe(probe, asker.clone(), task.clone()));
+            tokio::spawn(Arc::clone(self).probe(turn, asker.clone(), task.clone()));
         }
+        breaker.kept_back(now);
         self.unavailable(&asker.account)
     }
 
@@ -66,15 +69,15 @@ impl Gateway {
         Error::UpstreamUnavailable { retry_after }
     }
 
-    /// Asks for a task in the background, to learn whether upstream is back. Without an answer that says so, dropping
-    /// `probe` lets the next one start.
-    async fn probe(self: Arc<Self>, probe: Probe, asker: Asker, task: TaskId) {
+    /// Asks for a task in the background once it is its `turn`, to learn whether upstream is back. Without an answer that
+    /// says so, dropping the probe lets the next one start.
+    async fn probe(self: Arc<Self>, turn: oneshot::Receiver<Probe>, asker: Asker, task: TaskId) {
         let account = &asker.account;
         let approached = tokio::select! {
             biased;
             // Its key may be another budget's by now.
             () = account.superseded.cancelled() => None,
-            approached = self.approach(probe, account, &task) => approached,
+            approached = self.approach(turn, account, &task) => approached,
         };
         if let Some((probe, ready, permit)) = approached {
             // What comes of it, `ask` tells the breaker.
@@ -86,7 +89,13 @@ impl Gateway {
     }
 
     /// A probe's way to its permit. Nobody waits in the queue meanwhile, so the connection may come first.
-    async fn approach(&self, probe: Probe, account: &Account, task: &TaskId) -> Option<(Probe, Ready, Permit)> {
+    async fn approach(
+        &self,
+        turn: oneshot::Receiver<Probe>,
+        account: &Account,
+        task: &TaskId,
+    ) -> Option<(Probe, Ready, Permit)> {
+        let probe = turn.await.ok()?;
         let mut connecting = pin!(account.pool.connect(task, false));
         let (probe, mut ready) = if let Ok(ready) = timeout(PROBE_CONNECT_TIMEOUT, &mut connecting).await {
             (probe, ready.ok()?)
@@ -96,7 +105,7 @@ impl Gateway {
             drop(probe);
             let patience = self.config.load().upstream.connect_timeout;
             let mut ready = timeout(patience, connecting).await.ok()?.ok()?;
-            let probe = self.upstream.breaker().next_probe(task).await?;
+            let probe = self.upstream.breaker().next_probe(account.id, task).await?;
             // Upstream may have closed it while its turn was not yet due. Given back, the turn would go to one that begins
             // anew, and ends no better.
             if ready.is_closed() {

@@ -12,9 +12,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use prometheus::IntGauge;
 use scopeguard::{ScopeGuard, defer, guard};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::account::AccountId;
 use crate::error::Error;
 use crate::task::TaskId;
 use state::{Change, State};
@@ -63,27 +64,36 @@ impl Breaker {
         self.state.lock().last_opened().is_none_or(|opened| opened <= since)
     }
 
-    /// A poll that it keeps from upstream: as long as there are any, an outage is no old news.
-    pub fn kept_back(&self, now: Instant) {
-        self.state.lock().ask(now);
+    /// Has `task` of `account` be the next to be probed, unless another goes first that was probed longer ago, or is closed by
+    /// now. Gives the right to ask, once a poll comes when one is due; an error where it never does.
+    pub fn line_up(&self, account: AccountId, task: &TaskId) -> Option<oneshot::Receiver<Probe>> {
+        self.state.lock().line_up(account, task)
     }
 
-    /// The right to ask for `task` although it is open, if a probe is due at `now`: one, or another beside one that is
-    /// silent, and none while anybody waits for [`Self::next_probe`].
-    pub fn probe(self: &Arc<Self>, task: &TaskId, now: Instant) -> Option<Probe> {
-        let number = self.state.lock().probe(task, now)?;
-        Some(self.begun(number))
+    /// A poll that it keeps from upstream: as long as there are any, an outage is no old news. If a probe is due at `now`, it
+    /// starts for whoever is first in line: one, or another beside one that is silent, and none while anybody waits for
+    /// [`Self::next_probe`].
+    pub fn kept_back(self: &Arc<Self>, now: Instant) {
+        let begun = {
+            let mut state = self.state.lock();
+            state.keep_back(now);
+            state.probe(now)
+        };
+        if let Some((number, turn)) = begun {
+            // Not taken, it is dropped: the next one may start.
+            let _ = turn.send(self.begun(number));
+        }
     }
 
     /// The right to probe for somebody who has a connection, as soon as one is due; `None` once the breaker is closed.
     ///
     /// Cancel safe.
-    pub async fn next_probe(self: &Arc<Self>, task: &TaskId) -> Option<Probe> {
+    pub async fn next_probe(self: &Arc<Self>, account: AccountId, task: &TaskId) -> Option<Probe> {
         self.state.lock().connected();
         defer! { self.state.lock().no_longer_connected() }
         while self.is_open() {
             let now = Instant::now();
-            let begun = self.state.lock().probe_connected(task, now);
+            let begun = self.state.lock().probe_connected(account, task, now);
             if let Some(number) = begun {
                 return Some(self.begun(number));
             }
@@ -223,13 +233,17 @@ mod tests {
         for name in ["a", "b", "a", "b", "a"] {
             breaker.failed(&task(name), Instant::now(), "a test");
         }
-        let probe = |name| breaker.probe(&task(name), Instant::now());
+        let account = AccountId::default();
+        let probe = |name| {
+            let turn = breaker.line_up(account, &task(name));
+            breaker.kept_back(Instant::now());
+            turn?.try_recv().ok()
+        };
         advance(PROBE_INTERVAL).await;
         drop(probe("a").unwrap());
-        assert!(probe("b").is_none(), "another task was asked for meanwhile");
         {
             let a = task("a");
-            let mut waits = pin!(breaker.next_probe(&a));
+            let mut waits = pin!(breaker.next_probe(account, &a));
             assert!(waits.as_mut().now_or_never().is_none());
             advance(PROBE_INTERVAL).await;
             // Its timer may wake it later than this.
@@ -240,7 +254,7 @@ mod tests {
         drop(probe("b").expect("nobody waits any more"));
         let b = task("b");
         {
-            let mut gives_up = pin!(breaker.next_probe(&b));
+            let mut gives_up = pin!(breaker.next_probe(account, &b));
             assert!(gives_up.as_mut().now_or_never().is_none());
         }
         advance(PROBE_INTERVAL).await;

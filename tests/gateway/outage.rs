@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::join_all;
+use http::Response;
+use http_body_util::Full;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -344,6 +347,15 @@ async fn one_task_that_always_fails_does_not_keep_it_open() {
     assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
 }
 
+/// Upstream says 503 to tasks that are named so.
+fn failing(task: &str) -> Response<Full<Bytes>> {
+    if task.starts_with("fails") {
+        json(&serde_json::json!({ "code": 503, "message": "no", "data": null }))
+    } else {
+        running(task)
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn connections_that_never_open_open_it_after_two_seconds() {
     let start = Instant::now();
@@ -596,6 +608,48 @@ async fn tasks_that_hang_shut_nobody_out_for_whom_all_was_probed_in_an_outage() 
     let mut served = poll_every_two_seconds(&gateway, KEY, ["a", "b", "c"]);
     let first = served.recv().await.unwrap() - start;
     assert!(first > seconds(40.0) && first < seconds(60.0), "{first:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn tasks_that_always_fail_hold_up_none_that_is_polled_rarely() {
+    // In whatever rhythm with them.
+    for late in 0..20 {
+        let behaviour = Behaviour {
+            answer: |_, task| failing(task),
+            outage: Some((seconds(AWAY)..seconds(12.0), Away::Status(503))),
+            ..Behaviour::default()
+        };
+        let start = Instant::now();
+        let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+        sleep(seconds(AWAY)).await;
+        for task in ["fails-1", "fails-2", "fails-1", "fails-2", "fails-1"] {
+            gateway.poll(KEY, task).await;
+        }
+        assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+        let _failing = poll_every_two_seconds(&gateway, KEY, ["fails-1", "fails-2", "fails-1"]);
+        sleep_until(start + seconds(12.0) + seconds(0.1) * late).await;
+        while gateway.poll(KEY, "rare").await.status != 200 {
+            assert!(start.elapsed() < seconds(34.5), "{late}");
+            sleep(seconds(10.0)).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_to_be_probed_for_and_has_gone_holds_up_nobody() {
+    let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Status(503)), |_| {}));
+    sleep(seconds(AWAY)).await;
+    for task in ["a", "b", "c", "d", "e"] {
+        gateway.poll(KEY, task).await;
+    }
+    gateway.poll("ak_gone", "x").await.assert_is_our_error(503);
+    // From here on the key is another account's.
+    gateway.list(&[("music", &["ak_gone"])]);
+    sleep(seconds(1.5)).await;
+    gateway.poll(KEY, "a").await.assert_is_our_error(503);
+    sleep(seconds(0.5)).await;
+    assert_eq!(gateway.arrivals_with(KEY).len(), 6);
+    assert_eq!(gateway.arrivals_with("ak_gone").len(), 0);
 }
 
 #[tokio::test(start_paused = true)]

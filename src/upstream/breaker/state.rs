@@ -10,8 +10,11 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::Probe;
+use crate::account::AccountId;
 use crate::task::TaskId;
 
 /// So many failures in a row, over at least two tasks, open it.
@@ -25,10 +28,6 @@ pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(1500);
 
 /// So many probed tasks are remembered.
 const MOST_PROBED: usize = 64;
-
-/// A task lets those that were probed less often go first, an interval for each time, and so many at most: time enough for
-/// one that is polled every few seconds, in whatever rhythm with the others.
-const MOST_BEHIND: u32 = 4;
 
 /// So long after anybody asked last, nothing is known of upstream any more: whoever comes then finds out as if it had never
 /// been away.
@@ -47,6 +46,15 @@ enum Phase {
     Open,
     /// Open, while a probe is under way.
     HalfOpen,
+}
+
+/// Whom the next probe is for.
+#[derive(Debug)]
+struct Candidate {
+    account: AccountId,
+    task: TaskId,
+    /// Tells them that it is due.
+    turn: oneshot::Sender<Probe>,
 }
 
 /// What is known of upstream's health.
@@ -75,10 +83,10 @@ pub(super) struct State {
     probes: u64,
     /// When the next probe may start.
     next_probe: Option<Instant>,
-    /// The tasks that were probed since it opened, each with how often, the last at the back.
-    probed: VecDeque<(TaskId, u32)>,
-    /// How often that one was which was probed least, of those asked for since the last probe.
-    rarest: u32,
+    /// The tasks that were probed since it opened, and whose they are, the last at the back.
+    probed: VecDeque<(AccountId, TaskId)>,
+    /// Of those that were kept back and not probed since, the one that goes first.
+    candidate: Option<Candidate>,
     /// When anybody asked last.
     asked: Option<Instant>,
     /// Those who have a connection and wait to probe with it.
@@ -102,7 +110,7 @@ impl State {
             probes: 0,
             next_probe: None,
             probed: VecDeque::new(),
-            rarest: u32::MAX,
+            candidate: None,
             asked: None,
             connected: 0,
         }
@@ -143,7 +151,7 @@ impl State {
         if was_open && self.opened.is_some_and(|opened| asked < opened) {
             return None;
         }
-        self.phase = Phase::Closed;
+        self.close();
         self.forget_failures();
         self.answered = self.answered.max(Some(asked));
         self.reached(now);
@@ -205,26 +213,48 @@ impl State {
     }
 
     /// Somebody would have asked.
-    pub(super) fn ask(&mut self, now: Instant) {
+    pub(super) fn keep_back(&mut self, now: Instant) {
         self.asked = Some(now);
     }
 
-    /// Lets a probe of `task` start now, if one may: then it is half-open until [`Self::answered`] or
+    /// Makes `task` of `account` the next to be probed, unless another goes first: one that is polled seldom is not there
+    /// when a probe is due. They are told when it starts, or the sender is dropped.
+    pub(super) fn line_up(&mut self, account: AccountId, task: &TaskId) -> Option<oneshot::Receiver<Probe>> {
+        let goes_first = |other: &Candidate| {
+            // Whoever has gone would let the probe go to waste.
+            !other.turn.is_closed() && self.last_probed(other.account, &other.task) <= self.last_probed(account, task)
+        };
+        if !self.is_open() || self.candidate.as_ref().is_some_and(goes_first) {
+            return None;
+        }
+        let (turn, told) = oneshot::channel();
+        let task = task.clone();
+        self.candidate = Some(Candidate { account, task, turn });
+        Some(told)
+    }
+
+    /// Where the account and the task stand among those that were probed: what always fails comes round like all others, and
+    /// an account no sooner for having many tasks that do.
+    fn last_probed(&self, account: AccountId, task: &TaskId) -> (Option<usize>, Option<usize>) {
+        let account_at = self.probed.iter().rposition(|(probed, _)| *probed == account);
+        let is_it = |(of, probed): &(AccountId, TaskId)| *of == account && probed == task;
+        (account_at, self.probed.iter().position(is_it))
+    }
+
+    /// Lets a probe start now, if one may, for whoever goes first: then it is half-open until [`Self::answered`] or
     /// [`Self::probe_ended`], which takes the probe's number.
-    pub(super) fn probe(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
+    pub(super) fn probe(&mut self, now: Instant) -> Option<(u64, oneshot::Sender<Probe>)> {
         // Its connection may be as late as theirs was: each would give its right back, and nobody ever ask.
         if self.connected > 0 {
             return None;
         }
-        let times = self.times_probed(task);
-        self.rarest = self.rarest.min(times);
-        // One that was probed may always fail, and so may several: others come first where there are any.
-        let behind = (times - self.rarest).min(MOST_BEHIND);
-        let turn = self.next_probe.map(|next| next + PROBE_INTERVAL * behind);
+        let first = self.candidate.as_ref().filter(|first| !first.turn.is_closed())?;
+        let (account, task) = (first.account, first.task.clone());
         // While one is silent that may be about a task which hangs, another task's may go.
-        let is_rarer = self.probed.back().is_some_and(|(_, silent)| times < *silent);
-        let may_overtake = is_rarer && self.next_probe.is_some_and(|next| next + PROBE_INTERVAL <= now);
-        self.start_probe(task, turn, may_overtake, now)
+        let silent = self.probed.back();
+        let may_overtake = silent.is_some_and(|(of, silent)| (*of, silent) != (account, &task));
+        let number = self.start_probe(account, task, may_overtake, now)?;
+        Some((number, self.candidate.take()?.turn))
     }
 
     /// Somebody has a connection and waits to probe with it: until [`Self::no_longer_connected`] nobody else may.
@@ -238,35 +268,29 @@ impl State {
     }
 
     /// Lets one of them probe, whichever task was probed last: that one was not asked for.
-    pub(super) fn probe_connected(&mut self, task: &TaskId, now: Instant) -> Option<u64> {
-        self.start_probe(task, self.next_probe, false, now)
+    pub(super) fn probe_connected(&mut self, account: AccountId, task: &TaskId, now: Instant) -> Option<u64> {
+        self.start_probe(account, task.clone(), false, now)
     }
 
-    fn start_probe(&mut self, task: &TaskId, turn: Option<Instant>, may_overtake: bool, now: Instant) -> Option<u64> {
-        let may_start = match self.phase {
-            Phase::Closed => false,
-            Phase::Open => true,
-            Phase::HalfOpen => may_overtake,
+    fn start_probe(&mut self, account: AccountId, task: TaskId, may_overtake: bool, now: Instant) -> Option<u64> {
+        let turn = match self.phase {
+            Phase::Open => self.next_probe,
+            Phase::HalfOpen if may_overtake => self.next_probe.map(|next| next + PROBE_INTERVAL),
+            Phase::Closed | Phase::HalfOpen => return None,
         };
-        if !may_start || turn.is_some_and(|turn| now < turn) {
+        if turn.is_some_and(|turn| now < turn) {
             return None;
         }
         self.phase = Phase::HalfOpen;
         self.probes += 1;
         self.next_probe = Some(now + PROBE_INTERVAL);
-        let times = self.times_probed(task).saturating_add(1);
-        self.probed.retain(|(probed, _)| probed != task);
+        let probed = (account, task);
+        self.probed.retain(|other| *other != probed);
         if self.probed.len() == MOST_PROBED {
             self.probed.pop_front();
         }
-        self.probed.push_back((task.clone(), times));
-        self.rarest = u32::MAX;
+        self.probed.push_back(probed);
         Some(self.probes)
-    }
-
-    fn times_probed(&self, task: &TaskId) -> u32 {
-        let probed = self.probed.iter().find(|(probed, _)| probed == task);
-        probed.map_or(0, |(_, times)| *times)
     }
 
     /// Closes it where nobody has asked for so long that it says nothing of upstream any more.
@@ -276,7 +300,7 @@ impl State {
         if self.phase != Phase::Open || is_news {
             return None;
         }
-        self.phase = Phase::Closed;
+        self.close();
         self.reached(now);
         Some(Change::Closed)
     }
@@ -295,8 +319,12 @@ impl State {
         self.forget_failures();
         self.next_probe = Some(now + PROBE_INTERVAL);
         self.probed.clear();
-        self.rarest = u32::MAX;
         Change::Opened
+    }
+
+    fn close(&mut self) {
+        self.phase = Phase::Closed;
+        self.candidate = None;
     }
 
     fn forget_failures(&mut self) {
@@ -311,11 +339,30 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::account::AccountIds;
 
     const MS: Duration = Duration::from_millis(1);
 
     fn task(name: &str) -> TaskId {
         TaskId::new(name).unwrap()
+    }
+
+    fn own() -> AccountId {
+        AccountId::default()
+    }
+
+    /// Polls for `task`, and says for which task a probe began thereby.
+    fn poll(state: &mut State, account: AccountId, task: &TaskId, now: Instant) -> Option<(u64, TaskId)> {
+        // Nobody who is to be probed for goes.
+        std::mem::forget(state.line_up(account, task));
+        let (number, _) = state.probe(now)?;
+        state.probed.back().map(|(_, probed)| (number, probed.clone()))
+    }
+
+    /// The probe that began, if it is for `task`, for which somebody polls.
+    fn probe(state: &mut State, task: &TaskId, now: Instant) -> Option<u64> {
+        let (number, probed) = poll(state, own(), task, now)?;
+        (probed == *task).then_some(number)
     }
 
     /// The probe that is under way ends without an answer.
@@ -373,38 +420,35 @@ mod tests {
     fn the_first_probe_comes_an_interval_after_it_opened_and_then_one_at_most_every_interval() {
         let (mut state, now) = opened();
         assert_eq!(state.until_probe(now), PROBE_INTERVAL);
-        assert!(state.probe(&task("a"), now + PROBE_INTERVAL - MS).is_none());
-        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL - MS).is_none());
+        assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL).is_some());
         assert!(
-            state.probe(&task("a"), now + 10 * PROBE_INTERVAL).is_none(),
+            probe(&mut state, &task("a"), now + 10 * PROBE_INTERVAL).is_none(),
             "one of a task at a time, however long it takes"
         );
-        assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL).is_none());
+        assert!(probe(&mut state, &task("b"), now + 2 * PROBE_INTERVAL).is_none());
         end_probe(&mut state);
         assert!(state.is_open());
-        assert!(state.probe(&task("b"), now + 2 * PROBE_INTERVAL).is_some());
+        assert!(probe(&mut state, &task("b"), now + 2 * PROBE_INTERVAL).is_some());
         end_probe(&mut state);
-        assert!(state.probe(&task("c"), now + 3 * PROBE_INTERVAL - MS).is_none());
+        assert!(probe(&mut state, &task("c"), now + 3 * PROBE_INTERVAL - MS).is_none());
     }
 
     #[test]
     fn the_task_probed_last_lets_others_go_first() {
         let (mut state, now) = opened();
-        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL).is_some());
         end_probe(&mut state);
         assert!(
-            state.probe(&task("a"), now + 2 * PROBE_INTERVAL).is_some(),
+            probe(&mut state, &task("a"), now + 2 * PROBE_INTERVAL).is_some(),
             "nobody else asks: then it may"
         );
         end_probe(&mut state);
-        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL - MS).is_none());
-        assert!(
-            state.probe(&task("a"), now + 3 * PROBE_INTERVAL).is_none(),
-            "somebody else does"
-        );
-        assert!(state.probe(&task("b"), now + 3 * PROBE_INTERVAL + MS).is_some());
+        assert!(probe(&mut state, &task("b"), now + 3 * PROBE_INTERVAL - MS).is_none());
+        let (_, probed) = poll(&mut state, own(), &task("a"), now + 3 * PROBE_INTERVAL).unwrap();
+        assert_eq!(probed, task("b"), "somebody else does");
         end_probe(&mut state);
-        assert!(state.probe(&task("a"), now + 5 * PROBE_INTERVAL).is_some());
+        assert!(probe(&mut state, &task("a"), now + 4 * PROBE_INTERVAL).is_some());
     }
 
     #[test]
@@ -412,8 +456,8 @@ mod tests {
         // Every 2 s each, a little apart, the hanging first; the others every 2 s, or 5 s, were probed as often before.
         for (hanging, others, every) in [(2, 3, 2000), (3, 3, 5000), (1, 5, 5000)] {
             let (mut state, start) = opened();
-            let mut tasks: Vec<_> = (0..hanging).map(|n| (task(&format!("hangs{n}")), 2000, true)).collect();
-            tasks.extend((0..others).map(|n| (task(&format!("ends{n}")), every, false)));
+            let mut tasks: Vec<_> = (0..hanging).map(|n| (task(&format!("hangs{n}")), 2000)).collect();
+            tasks.extend((0..others).map(|n| (task(&format!("ends{n}")), every)));
             // An outage that ends after so many ms: nothing answers until then.
             let outage = 40_000;
             let mut under_way = Vec::new();
@@ -424,11 +468,15 @@ mod tests {
                     }
                     ends > at
                 });
-                (0..).zip(&tasks).any(|(n, (task, every, hangs))| {
-                    let is_polled = at % every == n;
-                    let probe = is_polled.then(|| state.probe(task, start + *at * MS)).flatten();
-                    under_way.extend(probe.map(|probe| (at + if *hangs { 4000 } else { 1 }, probe)));
-                    probe.is_some() && !hangs && *at >= outage
+                let probed: Vec<_> = (0..)
+                    .zip(&tasks)
+                    .filter(|(n, (_, every))| at % every == *n)
+                    .filter_map(|(_, (task, _))| poll(&mut state, own(), task, start + *at * MS))
+                    .collect();
+                probed.into_iter().any(|(number, probed)| {
+                    let hangs = probed.as_str().starts_with("hangs");
+                    under_way.push((at + if hangs { 4000 } else { 1 }, number));
+                    !hangs && *at >= outage
                 })
             });
             let closed_after = answered.map(|at| at - outage);
@@ -442,14 +490,14 @@ mod tests {
     #[test]
     fn what_nobody_asks_about_for_a_minute_is_forgotten() {
         let (mut state, now) = opened();
-        assert!(state.probe(&task("a"), now + PROBE_INTERVAL).is_some());
+        assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL).is_some());
         assert_eq!(state.forget(now + 10 * FORGOTTEN_AFTER), None, "a probe is under way");
         end_probe(&mut state);
         let probed = now + FORGOTTEN_AFTER;
-        assert!(state.probe(&task("a"), probed).is_some());
+        assert!(probe(&mut state, &task("a"), probed).is_some());
         end_probe(&mut state);
         let asked = probed + 2 * PROBE_INTERVAL;
-        state.ask(asked);
+        state.keep_back(asked);
         assert_eq!(state.forget(asked + FORGOTTEN_AFTER - MS), None);
         let idle = asked + FORGOTTEN_AFTER;
         assert_eq!(state.forget(idle), Some(Change::Closed));
@@ -466,24 +514,70 @@ mod tests {
         let hanging = ["a", "b", "c", "d", "e"].map(task);
         let mut at = now + PROBE_INTERVAL;
         for hangs in &hanging {
-            assert!(state.probe(hangs, at).is_some());
+            assert!(probe(&mut state, hangs, at).is_some());
             at += 2 * PROBE_INTERVAL;
         }
         for hangs in &hanging {
-            assert!(state.probe(hangs, at - MS).is_none());
+            assert!(probe(&mut state, hangs, at - MS).is_none());
         }
-        assert!(state.probe(&task("f"), at - MS).is_none());
-        for hangs in &hanging {
-            assert!(state.probe(hangs, at).is_none());
+        assert!(probe(&mut state, &task("f"), at - MS).is_none());
+        let (_, probed) = poll(&mut state, own(), &hanging[0], at).unwrap();
+        assert_eq!(probed, task("f"));
+    }
+
+    #[test]
+    fn who_was_probed_longest_ago_goes_first_however_often_and_its_account_before_it() {
+        let (mut state, now) = opened();
+        let ids = AccountIds::default();
+        let other = ids.listed("other");
+        let mut at = now;
+        let mut next = |state: &mut State, account, name: &str| {
+            at += PROBE_INTERVAL;
+            let probed = poll(state, account, &task(name), at).map(|(_, probed)| probed);
+            end_probe(state);
+            probed
+        };
+        for _ in 0..100 {
+            assert_eq!(next(&mut state, own(), "a"), Some(task("a")));
         }
-        assert!(state.probe(&task("f"), at).is_some());
+        // Those that come later were never probed, and then they were.
+        assert_eq!(next(&mut state, own(), "b"), Some(task("b")));
+        assert_eq!(next(&mut state, own(), "c"), Some(task("c")));
+        std::mem::forget(state.line_up(own(), &task("a")));
+        assert_eq!(next(&mut state, own(), "b"), Some(task("a")));
+        // An account that always has another task goes no oftener than one that has none.
+        std::mem::forget(state.line_up(own(), &task("new")));
+        std::mem::forget(state.line_up(other, &task("old")));
+        assert_eq!(next(&mut state, own(), "newer"), Some(task("old")));
+        std::mem::forget(state.line_up(other, &task("old")));
+        assert_eq!(next(&mut state, own(), "newest"), Some(task("newest")));
+    }
+
+    #[test]
+    fn who_has_gone_is_not_probed_for() {
+        let (mut state, now) = opened();
+        drop(state.line_up(own(), &task("gone")));
+        assert!(state.probe(now + PROBE_INTERVAL).is_none());
+        assert!(probe(&mut state, &task("b"), now + PROBE_INTERVAL).is_some());
+    }
+
+    #[test]
+    fn who_is_first_in_line_is_told_that_it_is_over() {
+        let (mut state, now) = opened();
+        let mut told = state.line_up(own(), &task("a")).unwrap();
+        state.answered(now, now);
+        assert!(
+            told.try_recv()
+                .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
+        );
+        assert!(state.line_up(own(), &task("a")).is_none());
     }
 
     #[test]
     fn a_probes_answer_closes_it_and_the_count_begins_anew() {
         let (mut state, now) = opened();
         let later = now + PROBE_INTERVAL;
-        assert!(state.probe(&task("a"), later).is_some());
+        assert!(probe(&mut state, &task("a"), later).is_some());
         assert_eq!(state.answered(later, later + 200 * MS), Some(Change::Closed));
         end_probe(&mut state);
         assert!(!state.is_open());
@@ -497,14 +591,14 @@ mod tests {
     #[test]
     fn a_probe_that_was_overtaken_ends_nobody_elses() {
         let (mut state, now) = opened();
-        let first = state.probe(&task("a"), now + PROBE_INTERVAL).unwrap();
+        let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
         state.answered(now + MS, now + 2 * PROBE_INTERVAL);
         for name in ["a", "b", "c", "d", "e"] {
             state.failed(&task(name), now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
         }
-        assert!(state.probe(&task("b"), now + 4 * PROBE_INTERVAL).is_some());
+        assert!(probe(&mut state, &task("b"), now + 4 * PROBE_INTERVAL).is_some());
         state.probe_ended(first);
-        assert_eq!(state.probe(&task("c"), now + 6 * PROBE_INTERVAL - MS), None);
+        assert_eq!(probe(&mut state, &task("c"), now + 6 * PROBE_INTERVAL - MS), None);
     }
 
     #[test]
@@ -737,10 +831,11 @@ mod tests {
                     Event::Probe(name) | Event::ProbeConnected(name) => {
                         let name = task(&name.to_string());
                         let begun = if matches!(event, Event::Probe(_)) {
-                            state.probe(&name, now).inspect(|_| assert_eq!(connected, 0, "they come first"))
+                            let begun = poll(&mut state, own(), &name, now).map(|(number, _)| number);
+                            begun.inspect(|_| assert_eq!(connected, 0, "they come first"))
                         } else if connected > 0 {
                             connected -= 1;
-                            let begun = state.probe_connected(&name, now);
+                            let begun = state.probe_connected(own(), &name, now);
                             state.no_longer_connected();
                             begun
                         } else {
