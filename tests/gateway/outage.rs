@@ -653,6 +653,30 @@ async fn who_is_to_be_probed_for_and_has_gone_holds_up_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_silent_probe_holds_up_none_that_has_a_connection() {
+    // 600 ms is longer than a probe waits for a connection.
+    let behaviour = Behaviour {
+        opening: |_| seconds(0.6),
+        varies: |_| seconds(100.0),
+        ..Behaviour::default()
+    };
+    let start = Instant::now();
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    poll_every_second(&gateway, 10, start, start + seconds(60.0)).await;
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    let probes: Vec<_> = gateway
+        .arrivals()
+        .into_iter()
+        .filter(|at| *at > start + seconds(12.0))
+        .collect();
+    assert!(probes.len() > 10, "{}", probes.len());
+    for pair in probes.windows(2) {
+        // Two intervals, one more until it is connected, and the next poll may be a tenth of a second away.
+        assert!(pair[1] - pair[0] < seconds(4.7), "{:?}", pair[1] - pair[0]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_outage_that_nobody_has_asked_about_for_a_minute_is_forgotten() {
     let behaviour = Behaviour {
         answer: |_, task| running(task),

@@ -267,9 +267,10 @@ impl State {
         self.connected = self.connected.saturating_sub(1);
     }
 
-    /// Lets one of them probe, whichever task was probed last: that one was not asked for.
+    /// Lets one of them probe, whichever task was probed last: that one was not asked for. Beside a silent one, too: nobody
+    /// else may while they wait.
     pub(super) fn probe_connected(&mut self, account: AccountId, task: &TaskId, now: Instant) -> Option<u64> {
-        self.start_probe(account, task.clone(), false, now)
+        self.start_probe(account, task.clone(), true, now)
     }
 
     fn start_probe(&mut self, account: AccountId, task: TaskId, may_overtake: bool, now: Instant) -> Option<u64> {
@@ -551,6 +552,18 @@ mod tests {
         assert_eq!(next(&mut state, own(), "newer"), Some(task("old")));
         std::mem::forget(state.line_up(other, &task("old")));
         assert_eq!(next(&mut state, own(), "newest"), Some(task("newest")));
+    }
+
+    #[test]
+    fn whoever_waits_with_a_connection_overtakes_a_silent_probe() {
+        let (mut state, now) = opened();
+        let at = now + PROBE_INTERVAL;
+        assert!(probe(&mut state, &task("a"), at).is_some());
+        state.connected();
+        let due = at + 2 * PROBE_INTERVAL;
+        assert!(probe(&mut state, &task("b"), due).is_none());
+        assert!(state.probe_connected(own(), &task("a"), due - MS).is_none());
+        assert!(state.probe_connected(own(), &task("a"), due).is_some());
     }
 
     #[test]
