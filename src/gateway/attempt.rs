@@ -85,9 +85,9 @@ impl Gateway {
                 learn(account, key, &answer);
                 // Closed only now: whoever asks from here on finds the answer kept and the account paused.
                 if outcome == Class::Unavailable {
-                    breaker.answered_unavailable(task, sent, format_args!("code {}", answer.code()));
+                    breaker.answered_unavailable(account.id, task, sent, format_args!("code {}", answer.code()));
                 } else {
-                    breaker.answered(sent);
+                    breaker.answered(account.id, sent);
                 }
                 self.hold(&answer).await?;
                 drop(room);
@@ -103,10 +103,10 @@ impl Gateway {
                 query.failed(&failed.error, outcome);
                 log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Class::Unavailable {
-                    breaker.answered(sent);
+                    breaker.answered(account.id, sent);
                 } else if !failed.unanswered || attempt.number >= MOST_ATTEMPTS {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
-                    breaker.failed(task, sent, detail);
+                    breaker.failed(account.id, task, sent, detail);
                 }
                 Err(failed)
             }

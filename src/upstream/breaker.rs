@@ -3,6 +3,7 @@
 //! Here is what everybody shares of it: the lock, the log, the metric, and a watch for whoever waits. When it opens and
 //! closes is `breaker/state.rs`'s business, what is answered meanwhile `gateway/outage.rs`'s.
 
+mod accounts;
 mod state;
 
 use std::fmt;
@@ -110,27 +111,32 @@ impl Breaker {
         }
     }
 
-    /// An attempt that was begun at `asked` got an answer that says that upstream is there.
-    pub fn answered(&self, asked: Instant) {
+    /// An attempt of `account` that was begun at `asked` got an answer that says that upstream is there.
+    pub fn answered(&self, account: AccountId, asked: Instant) {
         let now = Instant::now();
         let mut state = self.state.lock();
-        if state.answered(asked, now) == Some(Change::Closed) {
+        if state.answered(account, asked, now) == Some(Change::Closed) {
             self.show(false);
             tracing::info!("upstream is back: the breaker is closed");
         }
     }
 
-    /// An attempt for `task`, begun at `asked`, got an answer that says that upstream is unavailable.
-    pub fn answered_unavailable(&self, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
+    /// An attempt of `account` for `task`, begun at `asked`, got an answer that says that upstream is unavailable.
+    pub fn answered_unavailable(&self, account: AccountId, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
         self.state.lock().reached(Instant::now());
-        self.failed(task, asked, cause);
+        self.failed(account, task, asked, cause);
     }
 
-    /// An attempt for `task`, or the opening of a connection for it, begun at `asked`, failed.
-    pub fn failed(&self, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
+    /// An attempt of `account` for `task`, begun at `asked`, failed.
+    pub fn failed(&self, account: AccountId, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
+        self.count(Some(account), task, asked, cause);
+    }
+
+    /// A failure, of no account where no connection came about.
+    fn count(&self, account: Option<AccountId>, task: &TaskId, asked: Instant, cause: impl fmt::Display) {
         let now = Instant::now();
         let mut state = self.state.lock();
-        let change = state.failed(task, asked, now);
+        let change = state.failed(account, task, asked, now);
         self.note(change, cause);
     }
 
@@ -160,7 +166,7 @@ impl Breaker {
         match &result {
             Ok(_) => self.state.lock().reached(Instant::now()),
             Err(error) => {
-                self.failed(task, began, error.detail());
+                self.count(None, task, began, error.detail());
                 self.look();
             }
         }
@@ -230,10 +236,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn whoever_waits_with_a_connection_is_the_next_to_probe() {
         let breaker = Arc::new(Breaker::new(IntGauge::new("open", "open").unwrap()));
-        for name in ["a", "b", "a", "b", "a"] {
-            breaker.failed(&task(name), Instant::now(), "a test");
-        }
         let account = AccountId::default();
+        for name in ["a", "b", "a", "b", "a"] {
+            breaker.failed(account, &task(name), Instant::now(), "a test");
+        }
         let probe = |name| {
             let turn = breaker.line_up(account, &task(name));
             breaker.kept_back(Instant::now());

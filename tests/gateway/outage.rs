@@ -347,13 +347,94 @@ async fn one_task_that_always_fails_does_not_keep_it_open() {
     assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
 }
 
-/// Upstream says 503 to tasks that are named so.
-fn failing(task: &str) -> Response<Full<Bytes>> {
-    if task.starts_with("fails") {
+/// Upstream says 503 to tasks that are named so, except to every tenth where `sometimes`.
+fn failing(task: &str, sometimes: bool) -> Response<Full<Bytes>> {
+    if task.starts_with("fails") && !(sometimes && task.ends_with('9')) {
         json(&serde_json::json!({ "code": 503, "message": "no", "data": null }))
     } else {
         running(task)
     }
+}
+
+/// How many polls of an account that asks for a new task `every` so many seconds are refused, in two minutes and within the
+/// first forty seconds of them, beside `accounts` others that ask 14 times a second each and hear what `answer` says.
+async fn refused_beside(
+    accounts: usize,
+    every: f64,
+    answer: fn(usize, &str) -> Response<Full<Bytes>>,
+) -> (usize, usize) {
+    let gateway = Arc::new(Paused::start(
+        Behaviour {
+            answer,
+            ..Behaviour::default()
+        },
+        |_| {},
+    ));
+    let start = Instant::now();
+    let mut others = JoinSet::new();
+    for account in 0..accounts {
+        let gateway = Arc::clone(&gateway);
+        others.spawn(async move {
+            let mut polls = JoinSet::new();
+            for number in 0.. {
+                let gateway = Arc::clone(&gateway);
+                polls.spawn(async move {
+                    let key = format!("ak_fails_{account}");
+                    gateway.poll(&key, &format!("fails-{account}-{number}")).await
+                });
+                sleep(seconds(1.0 / 14.0)).await;
+            }
+        });
+    }
+    let (mut early, mut late) = (0, 0);
+    let mut number = 0;
+    while start.elapsed() < seconds(120.0) {
+        let at = start.elapsed();
+        let refused = gateway.poll(KEY, &format!("task-{number}")).await.status == 503;
+        *(if at < seconds(40.0) { &mut early } else { &mut late }) += usize::from(refused);
+        number += 1;
+        sleep_until(start + at + seconds(every)).await;
+    }
+    (early, late)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_that_always_fails_shuts_no_other_out() {
+    for (accounts, every, most) in [
+        (1, 0.3, 0),
+        (1, 1.0, 0),
+        // At first nobody else was heard lately.
+        (1, 5.0, 1),
+        (1, 30.0, 1),
+        // Several that fail at once look like an outage, until each is known.
+        (2, 0.3, 6),
+        (2, 3.0, 6),
+    ] {
+        let (early, late) = refused_beside(accounts, every, |_, task| failing(task, false)).await;
+        assert!(early <= most && late == 0, "{accounts}, {every}: {early}, {late}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_that_mostly_fails_shuts_no_other_out_that_is_answered() {
+    for every in [0.3, 1.0, 1.8] {
+        let refused = refused_beside(1, every, |_, task| failing(task, true)).await;
+        assert_eq!(refused, (0, 0), "{every}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_seen_of_which_one_account_hears_first() {
+    let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Status(503)), |_| {}));
+    sleep(seconds(AWAY - 0.2)).await;
+    assert_eq!(gateway.poll("ak_other", "a").await.status, 200);
+    sleep(seconds(0.1)).await;
+    for number in 0..25 {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move { gateway.poll(KEY, &format!("task-{number}")).await });
+        sleep(seconds(0.1)).await;
+    }
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
 }
 
 #[tokio::test(start_paused = true)]
@@ -615,7 +696,7 @@ async fn tasks_that_always_fail_hold_up_none_that_is_polled_rarely() {
     // In whatever rhythm with them.
     for late in 0..20 {
         let behaviour = Behaviour {
-            answer: |_, task| failing(task),
+            answer: |_, task| failing(task, false),
             outage: Some((seconds(AWAY)..seconds(12.0), Away::Status(503))),
             ..Behaviour::default()
         };

@@ -1,11 +1,12 @@
 //! The breaker's state machine: closed, open, half-open. Pure: `now` is passed in, nothing is logged or awaited.
 //!
-//! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream; or
-//! when no connection came about for 2 s while somebody wanted one. The pause behind an attempt that failed is part of
-//! these; the one behind an attempt that was given up is not: nobody knows what would have become of it. Evidence is
-//! weighed by when it was *asked for*: a time-out that comes in after upstream has recovered tells of the outage, and an
-//! answer that was on its way when the breaker opened does not close it. Nothing but an answer does, unless nobody has asked
-//! for a minute: then there is nobody to be kept from upstream, and nobody is told of an outage that may be over.
+//! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream, as does
+//! an account that fails while others are answered (`breaker/accounts.rs`); or when no connection came about for 2 s while
+//! somebody wanted one. The pause behind an attempt that failed is part of these; the one behind an attempt that was given up
+//! is not: nobody knows what would have become of it. Evidence is weighed by when it was *asked for*: a time-out that comes in
+//! after upstream has recovered tells of the outage, and an answer that was on its way when the breaker opened does not close
+//! it. Nothing but an answer does, unless nobody has asked for a minute: then there is nobody to be kept from upstream, and
+//! nobody is told of an outage that may be over.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Probe;
+use super::accounts::Accounts;
 use crate::account::AccountId;
 use crate::task::TaskId;
 
@@ -65,10 +67,13 @@ pub(super) struct State {
     opened: Option<Instant>,
     /// Failures since the last answer that was none.
     failures: u32,
-    /// The task of the first of them.
-    failing: Option<TaskId>,
+    /// The task of the first of them, and whose it is.
+    failing: Option<(Option<AccountId>, TaskId)>,
     /// Whether another task is among them.
     several_fail: bool,
+    /// Whether another account is.
+    several_accounts_fail: bool,
+    accounts: Accounts,
     /// When the latest attempt that got an answer was begun: of those begun before, nothing is news.
     answered: Option<Instant>,
     /// Connections that are being opened.
@@ -102,6 +107,8 @@ impl State {
             failures: 0,
             failing: None,
             several_fail: false,
+            several_accounts_fail: false,
+            accounts: Accounts::default(),
             answered: None,
             wanted: 0,
             last_wanted: None,
@@ -132,21 +139,37 @@ impl State {
         next.map_or(Duration::ZERO, |next| next.saturating_duration_since(now))
     }
 
-    /// An attempt for `task`, begun at `asked`, failed in a way that says that upstream is unavailable.
-    pub(super) fn failed(&mut self, task: &TaskId, asked: Instant, now: Instant) -> Option<Change> {
+    /// An attempt of `account` for `task`, begun at `asked`, failed in a way that says that upstream is unavailable; of no
+    /// account where there was no connection, which is the same for all.
+    pub(super) fn failed(
+        &mut self,
+        account: Option<AccountId>,
+        task: &TaskId,
+        asked: Instant,
+        now: Instant,
+    ) -> Option<Change> {
         if self.is_open() || self.answered.is_some_and(|answered| asked < answered) {
+            return None;
+        }
+        if account.is_some_and(|account| !self.accounts.failed(account, asked)) {
             return None;
         }
         self.failures = self.failures.saturating_add(1);
         match &self.failing {
-            None => self.failing = Some(task.clone()),
-            Some(failing) => self.several_fail |= failing != task,
+            None => self.failing = Some((account, task.clone())),
+            Some((first, failing)) => {
+                self.several_fail |= failing != task;
+                self.several_accounts_fail |= *first != account;
+            }
         }
-        (self.failures >= MOST_FAILURES && self.several_fail).then(|| self.open(now))
+        let is_enough = self.failures >= MOST_FAILURES && self.several_fail;
+        let is_contradicted = |account| self.accounts.is_contradicted(account, asked);
+        let is_its_own = !self.several_accounts_fail && account.is_some_and(is_contradicted);
+        (is_enough && !is_its_own).then(|| self.open(now))
     }
 
-    /// An attempt that was begun at `asked` got an answer from upstream itself, whatever it says.
-    pub(super) fn answered(&mut self, asked: Instant, now: Instant) -> Option<Change> {
+    /// An attempt of `account` that was begun at `asked` got an answer from upstream itself, whatever it says.
+    pub(super) fn answered(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
         let was_open = self.is_open();
         if was_open && self.opened.is_some_and(|opened| asked < opened) {
             return None;
@@ -154,6 +177,7 @@ impl State {
         self.close();
         self.forget_failures();
         self.answered = self.answered.max(Some(asked));
+        self.accounts.answered(account, asked);
         self.reached(now);
         was_open.then_some(Change::Closed)
     }
@@ -332,13 +356,17 @@ impl State {
         self.failures = 0;
         self.failing = None;
         self.several_fail = false;
+        self.several_accounts_fail = false;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
 
+    use super::super::accounts::LATELY;
     use super::*;
     use crate::account::AccountIds;
 
@@ -350,6 +378,10 @@ mod tests {
 
     fn own() -> AccountId {
         AccountId::default()
+    }
+
+    fn fail(state: &mut State, name: &str, asked: Instant, now: Instant) -> Option<Change> {
+        state.failed(Some(own()), &task(name), asked, now)
     }
 
     /// Polls for `task`, and says for which task a probe began thereby.
@@ -375,9 +407,9 @@ mod tests {
     fn opened() -> (State, Instant) {
         let (mut state, now) = (State::new(), Instant::now());
         for name in ["a", "b", "a", "b"] {
-            assert_eq!(state.failed(&task(name), now, now), None);
+            assert_eq!(fail(&mut state, name, now, now), None);
         }
-        assert_eq!(state.failed(&task("a"), now, now), Some(Change::Opened));
+        assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened));
         assert!(state.is_open());
         (state, now)
     }
@@ -391,9 +423,61 @@ mod tests {
     fn one_task_that_always_fails_never_opens_it() {
         let (mut state, now) = (State::new(), Instant::now());
         for _ in 0..1000 {
-            assert_eq!(state.failed(&task("a"), now, now), None);
+            assert_eq!(fail(&mut state, "a", now, now), None);
         }
-        assert_eq!(state.failed(&task("b"), now, now), Some(Change::Opened));
+        assert_eq!(fail(&mut state, "b", now, now), Some(Change::Opened));
+    }
+
+    fn another() -> AccountId {
+        static IDS: LazyLock<AccountIds> = LazyLock::new(AccountIds::default);
+        IDS.listed("another")
+    }
+
+    /// As many failures of another account's as open it, but for one. Says what the last one does.
+    fn fail_elsewhere(state: &mut State, at: Instant) -> Option<Change> {
+        for name in ["v", "w", "x", "y"] {
+            assert_eq!(state.failed(Some(another()), &task(name), at, at), None);
+        }
+        state.failed(Some(another()), &task("z"), at, at)
+    }
+
+    #[test]
+    fn failures_of_one_account_open_it_unless_another_is_answered() {
+        let (mut state, now) = (State::new(), Instant::now());
+        state.answered(another(), now, now);
+        assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened), "nobody else was");
+        let (mut state, now) = (State::new(), Instant::now());
+        state.answered(own(), now, now);
+        assert_eq!(fail_elsewhere(&mut state, now), None);
+        assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened), "both fail");
+    }
+
+    #[test]
+    fn an_account_that_fails_while_another_is_answered_opens_it_once_until_it_is_answered() {
+        let (mut state, now) = (State::new(), Instant::now());
+        let mut at = now;
+        assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+        at += PROBE_INTERVAL;
+        assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
+        for _ in 0..100 {
+            at += Duration::from_mins(1);
+            assert_eq!(fail_elsewhere(&mut state, at), None);
+            // Nor does it with the one task of another's that always fails.
+            assert_eq!(fail(&mut state, "a", at, at), None);
+        }
+        state.answered(another(), at, at);
+        at += FORGOTTEN_AFTER;
+        assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    }
+
+    #[test]
+    fn where_there_is_no_connection_the_account_says_nothing() {
+        let (mut state, now) = (State::new(), Instant::now());
+        state.answered(own(), now, now);
+        for name in ["a", "b", "c", "d"] {
+            assert_eq!(state.failed(None, &task(name), now, now), None);
+        }
+        assert_eq!(state.failed(None, &task("e"), now, now), Some(Change::Opened));
     }
 
     #[test]
@@ -401,18 +485,18 @@ mod tests {
         let (mut state, now) = (State::new(), Instant::now());
         for _ in 0..100 {
             for name in ["a", "b", "c", "d"] {
-                assert_eq!(state.failed(&task(name), now, now), None);
+                assert_eq!(fail(&mut state, name, now, now), None);
             }
-            assert_eq!(state.answered(now, now), None);
+            assert_eq!(state.answered(own(), now, now), None);
         }
     }
 
     #[test]
     fn a_late_time_out_from_before_the_last_answer_is_no_news() {
         let (mut state, now) = (State::new(), Instant::now());
-        state.answered(now + 10 * MS, now + 20 * MS);
+        state.answered(own(), now + 10 * MS, now + 20 * MS);
         for name in ["a", "b", "c", "d", "e", "f"] {
-            assert_eq!(state.failed(&task(name), now, now + 8000 * MS), None);
+            assert_eq!(fail(&mut state, name, now, now + 8000 * MS), None);
         }
         assert!(!state.is_open());
     }
@@ -504,9 +588,9 @@ mod tests {
         assert_eq!(state.forget(idle), Some(Change::Closed));
         assert_eq!(state.forget(idle), None);
         for name in ["a", "b", "c", "d"] {
-            assert_eq!(state.failed(&task(name), idle, idle), None);
+            assert_eq!(fail(&mut state, name, idle, idle), None);
         }
-        assert_eq!(state.failed(&task("e"), idle, idle), Some(Change::Opened));
+        assert_eq!(fail(&mut state, "e", idle, idle), Some(Change::Opened));
     }
 
     #[test]
@@ -578,7 +662,7 @@ mod tests {
     fn who_is_first_in_line_is_told_that_it_is_over() {
         let (mut state, now) = opened();
         let mut told = state.line_up(own(), &task("a")).unwrap();
-        state.answered(now, now);
+        state.answered(own(), now, now);
         assert!(
             told.try_recv()
                 .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
@@ -591,23 +675,23 @@ mod tests {
         let (mut state, now) = opened();
         let later = now + PROBE_INTERVAL;
         assert!(probe(&mut state, &task("a"), later).is_some());
-        assert_eq!(state.answered(later, later + 200 * MS), Some(Change::Closed));
+        assert_eq!(state.answered(own(), later, later + 200 * MS), Some(Change::Closed));
         end_probe(&mut state);
         assert!(!state.is_open());
         assert_eq!(state.until_probe(later), Duration::ZERO);
         for name in ["a", "b", "c", "d"] {
-            assert_eq!(state.failed(&task(name), later, later), None);
+            assert_eq!(fail(&mut state, name, later, later), None);
         }
-        assert_eq!(state.failed(&task("e"), later, later), Some(Change::Opened));
+        assert_eq!(fail(&mut state, "e", later, later), Some(Change::Opened));
     }
 
     #[test]
     fn a_probe_that_was_overtaken_ends_nobody_elses() {
         let (mut state, now) = opened();
         let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
-        state.answered(now + MS, now + 2 * PROBE_INTERVAL);
+        state.answered(own(), now + MS, now + 2 * PROBE_INTERVAL);
         for name in ["a", "b", "c", "d", "e"] {
-            state.failed(&task(name), now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
+            fail(&mut state, name, now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
         }
         assert!(probe(&mut state, &task("b"), now + 4 * PROBE_INTERVAL).is_some());
         state.probe_ended(first);
@@ -618,12 +702,15 @@ mod tests {
     fn an_answer_that_was_asked_for_before_it_opened_does_not_close_it() {
         let (mut state, now) = (State::new(), Instant::now());
         for name in ["a", "b", "c", "d", "e"] {
-            state.failed(&task(name), now, now + 10 * MS);
+            fail(&mut state, name, now, now + 10 * MS);
         }
         assert!(state.is_open());
-        assert_eq!(state.answered(now + 9 * MS, now + 20 * MS), None);
+        assert_eq!(state.answered(own(), now + 9 * MS, now + 20 * MS), None);
         assert!(state.is_open());
-        assert_eq!(state.answered(now + 10 * MS, now + 20 * MS), Some(Change::Closed));
+        assert_eq!(
+            state.answered(own(), now + 10 * MS, now + 20 * MS),
+            Some(Change::Closed)
+        );
     }
 
     #[test]
@@ -646,7 +733,7 @@ mod tests {
         for reach in [
             (|state, now| state.reached(now)) as fn(&mut State, Instant),
             |state, now| {
-                state.answered(now, now);
+                state.answered(own(), now, now);
             },
         ] {
             state.connecting(now);
@@ -766,9 +853,9 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Event {
-        /// Of a task, asked so many ms ago.
-        Failed(u8, u64),
-        Answered(u64),
+        /// Of an account's task, asked so many ms ago.
+        Failed(bool, u8, u64),
+        Answered(bool, u64),
         Probe(u8),
         Connected,
         ProbeConnected(u8),
@@ -782,8 +869,8 @@ mod tests {
 
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
-            8 => (0_u8..3, 0_u64..3000).prop_map(|(task, ago)| Event::Failed(task, ago)),
-            1 => (0_u64..3000).prop_map(Event::Answered),
+            8 => (any::<bool>(), 0_u8..3, 0_u64..3000).prop_map(|(whose, task, ago)| Event::Failed(whose, task, ago)),
+            1 => (any::<bool>(), 0_u64..3000).prop_map(|(whose, ago)| Event::Answered(whose, ago)),
             4 => (0_u8..3).prop_map(Event::Probe),
             1 => Just(Event::Connected),
             2 => (0_u8..3).prop_map(Event::ProbeConnected),
@@ -805,7 +892,10 @@ mod tests {
             let start = Instant::now() + Duration::from_hours(1);
             let (mut state, mut now) = (State::new(), start);
             let (mut probing, mut last_probe) = (false, None::<Instant>);
-            let mut failing: Vec<u8> = Vec::new();
+            let mut failing: Vec<(bool, u8)> = Vec::new();
+            // When an account asked last what was answered.
+            let mut answered = [None::<Instant>; 2];
+            let account = |whose| if whose { own() } else { another() };
             let mut opened = None;
             let (mut connecting, mut connected) = (0_u32, 0_u32);
             // How long there was no connection, and whether the time that passes is part of that.
@@ -815,21 +905,26 @@ mod tests {
                 without += Duration::from_millis(if is_without { ms } else { 0 });
                 let was_open = state.is_open();
                 let change = match event {
-                    Event::Failed(name, ago) => {
-                        failing.push(name);
-                        let change = state.failed(&task(&name.to_string()), now - Duration::from_millis(ago), now);
+                    Event::Failed(whose, name, ago) => {
+                        failing.push((whose, name));
+                        let asked = now - Duration::from_millis(ago);
+                        let change = state.failed(Some(account(whose)), &task(&name.to_string()), asked, now);
                         if change.is_some() {
                             prop_assert!(failing.len() >= 5, "{failing:?}");
-                            prop_assert!(failing.iter().any(|other| other != &failing[0]), "{failing:?}");
+                            prop_assert!(failing.iter().any(|other| other.1 != failing[0].1), "{failing:?}");
+                            let is_contradicted = answered[usize::from(!whose)].is_some_and(|answered| asked < answered + LATELY);
+                            prop_assert!(!is_contradicted || failing.iter().any(|other| other.0 != whose), "{failing:?}");
                         }
                         change
                     }
-                    Event::Answered(ago) => {
+                    Event::Answered(whose, ago) => {
                         let asked = now - Duration::from_millis(ago);
-                        let change = state.answered(asked, now);
+                        let change = state.answered(account(whose), asked, now);
                         let is_news = opened.is_none_or(|opened| asked >= opened);
                         prop_assert_eq!(change.is_some(), was_open && is_news);
                         if is_news || !was_open {
+                            let last = &mut answered[usize::from(whose)];
+                            *last = (*last).max(Some(asked));
                             failing.clear();
                             prop_assert!(!state.is_open());
                         }

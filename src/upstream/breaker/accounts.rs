@@ -1,0 +1,157 @@
+//! Whose failures say nothing of upstream: those of an account that fails while others are answered.
+//!
+//! Evidence is weighed by when it was asked for, as in `breaker/state.rs`.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::state::MOST_FAILURES;
+use crate::account::AccountId;
+
+/// So long after an account asked what was answered, another's failures alone are its own.
+pub(super) const LATELY: Duration = Duration::from_secs(2);
+
+/// So many accounts are remembered.
+const MOST_KNOWN: usize = 64;
+
+/// The accounts to which upstream said anything last, the last at the back.
+#[derive(Debug, Default)]
+pub(super) struct Accounts(VecDeque<Known>);
+
+/// What upstream said to an account.
+#[derive(Debug)]
+struct Known {
+    account: AccountId,
+    /// When the latest query that was answered was begun.
+    answered: Option<Instant>,
+    /// How many have failed since, up to [`MOST_FAILURES`].
+    failures: u32,
+    /// When the latest of these was begun.
+    failed: Option<Instant>,
+    /// Whether somebody else was answered who asked after so many.
+    is_in_trouble: bool,
+}
+
+impl Known {
+    fn new(account: AccountId, answered: Option<Instant>) -> Self {
+        Self {
+            account,
+            answered,
+            failures: 0,
+            failed: None,
+            is_in_trouble: false,
+        }
+    }
+}
+
+impl Accounts {
+    /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
+    /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
+    /// itself: else the two would open and close the breaker for ever.
+    pub(super) fn failed(&mut self, account: AccountId, asked: Instant) -> bool {
+        let mut known = self.take(account).unwrap_or_else(|| Known::new(account, None));
+        if known.failures < MOST_FAILURES {
+            known.failures += 1;
+            known.failed = known.failed.max(Some(asked));
+        }
+        let may_count = !known.is_in_trouble;
+        self.put(known);
+        may_count
+    }
+
+    /// A query of `account` that was begun at `asked` was answered.
+    pub(super) fn answered(&mut self, account: AccountId, asked: Instant) {
+        let before = self.take(account).and_then(|known| known.answered);
+        for other in &mut self.0 {
+            other.is_in_trouble |= other.failures == MOST_FAILURES && other.failed < Some(asked);
+        }
+        self.put(Known::new(account, before.max(Some(asked))));
+    }
+
+    /// Whether another account than `account` was answered what it asked shortly before `asked`, or since.
+    pub(super) fn is_contradicted(&self, account: AccountId, asked: Instant) -> bool {
+        let lately = |answered| asked.saturating_duration_since(answered) < LATELY;
+        self.0
+            .iter()
+            .any(|known| known.account != account && known.answered.is_some_and(lately))
+    }
+
+    fn take(&mut self, account: AccountId) -> Option<Known> {
+        let at = self.0.iter().position(|known| known.account == account)?;
+        self.0.remove(at)
+    }
+
+    fn put(&mut self, known: Known) {
+        if self.0.len() == MOST_KNOWN {
+            self.0.pop_front();
+        }
+        self.0.push_back(known);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::account::AccountIds;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn accounts<const N: usize>() -> (Accounts, [AccountId; N]) {
+        let ids = AccountIds::default();
+        (Accounts::default(), std::array::from_fn(|n| ids.listed(&n.to_string())))
+    }
+
+    #[test]
+    fn another_is_contradicted_by_what_was_asked_lately_however_late_its_answer() {
+        let (mut accounts, [a, b]) = accounts();
+        let now = Instant::now();
+        accounts.answered(a, now);
+        assert!(accounts.is_contradicted(b, now + LATELY - MS));
+        assert!(!accounts.is_contradicted(b, now + LATELY));
+        assert!(
+            !accounts.is_contradicted(a, now),
+            "only another's says that it is the account"
+        );
+        // An answer that comes after one to a later query.
+        accounts.answered(a, now - LATELY);
+        assert!(accounts.is_contradicted(b, now));
+    }
+
+    #[test]
+    fn an_account_is_in_trouble_once_another_is_answered_that_asked_after_five_failures() {
+        let (mut accounts, [a, b]) = accounts();
+        let now = Instant::now();
+        for failure in 0..5 {
+            accounts.answered(b, now + failure * MS);
+            assert!(accounts.failed(a, now + failure * MS));
+        }
+        accounts.answered(b, now + 4 * MS);
+        assert!(accounts.failed(a, now + 5 * MS), "that was asked for before");
+        accounts.answered(b, now + 5 * MS);
+        assert!(!accounts.failed(a, now + 6 * MS));
+        assert!(accounts.failed(b, now + 6 * MS));
+        accounts.answered(a, now + 7 * MS);
+        assert!(accounts.failed(a, now + 8 * MS));
+    }
+
+    #[test]
+    fn more_accounts_than_are_remembered_do_not_make_one_forgotten_that_goes_on_failing() {
+        let (mut accounts, [a, others @ ..]) = accounts::<100>();
+        let now = Instant::now();
+        for round in 0..5 {
+            let at = now + round * MS;
+            accounts.failed(a, at);
+            for other in &others[..MOST_KNOWN - 1] {
+                accounts.answered(*other, at);
+            }
+        }
+        accounts.answered(others[0], now + 5 * MS);
+        assert!(!accounts.failed(a, now + 6 * MS));
+        for other in others {
+            accounts.answered(other, now);
+        }
+        assert_eq!(accounts.0.len(), MOST_KNOWN);
+    }
+}
