@@ -146,6 +146,8 @@ pub struct Shares {
 pub struct Expected {
     /// What an answer takes at least.
     pub at_least: Duration,
+    /// What opening a connection takes of a turn, in the mean.
+    pub opening: Duration,
     /// What an answer takes in the mean: for so long its connection is in use.
     pub mean: Duration,
     /// How many the account may have.

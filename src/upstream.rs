@@ -263,11 +263,15 @@ impl Ready {
             });
         }
         let Line {
-            sender, driver, wire, ..
+            sender,
+            driver,
+            wire,
+            opening,
+            ..
         } = &mut *connection.line;
         wire.arm(permit);
         let (mut head, mut has_waited) = (None, false);
-        let query = connection.pool.recent().ask(asked);
+        let query = connection.pool.recent().ask(asked, std::mem::take(opening));
         let answered = {
             // Each move of it would take its room again.
             let exchange = pin!(async {

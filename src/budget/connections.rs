@@ -1,5 +1,5 @@
-//! When there is a connection for a turn: each is in use for as long as an answer takes, and where there are too few, turns
-//! come no faster than they come free. Pure: instants are passed in.
+//! When there is a connection for a turn: each is in use for as long as an answer takes, and before that while it opens,
+//! where it has to. Where there are too few, turns come no faster than they come free. Pure: instants are passed in.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -9,7 +9,9 @@ use tokio::time::Instant;
 #[derive(Debug)]
 pub(super) struct Connections {
     most: usize,
-    /// How long one is in use, in the mean.
+    /// How long a turn waits for its own to open, in the mean.
+    opening: Duration,
+    /// How long one is in use from the permit on, in the mean.
     takes: Duration,
     /// When permits were granted, as far back as one of them may still be in use.
     used: VecDeque<Instant>,
@@ -19,6 +21,7 @@ impl Default for Connections {
     fn default() -> Self {
         Self {
             most: usize::MAX,
+            opening: Duration::ZERO,
             takes: Duration::ZERO,
             used: VecDeque::new(),
         }
@@ -26,21 +29,27 @@ impl Default for Connections {
 }
 
 impl Connections {
-    /// So many there may be, and each is in use for as long as an answer `takes`.
-    pub(super) fn expect(&mut self, most: usize, takes: Duration) {
-        (self.most, self.takes) = (most.max(1), takes);
+    /// So many there may be, and each is in use for as long as an answer `takes`, once it is open.
+    pub(super) fn expect(&mut self, most: usize, opening: Duration, takes: Duration) {
+        (self.most, self.opening, self.takes) = (most.max(1), opening, takes);
+    }
+
+    /// How long one serves one turn.
+    fn cycle(&self) -> Duration {
+        self.opening + self.takes
     }
 
     /// How far apart they come free while all are in use.
     pub(super) fn apart(&self) -> Duration {
-        self.takes / u32::try_from(self.most).unwrap_or(u32::MAX)
+        self.cycle() / u32::try_from(self.most).unwrap_or(u32::MAX)
     }
 
     /// A permit is granted `now`.
     pub(super) fn spend(&mut self, now: Instant) {
         self.used.push_back(now);
         // Twice as long, since it may turn out that answers take longer.
-        let is_free = |used: Instant| used + self.takes * 2 < now;
+        let counts = self.cycle() * 2;
+        let is_free = |used: Instant| used + counts < now;
         while self.used.len() > self.most || self.used.front().is_some_and(|used| is_free(*used)) {
             self.used.pop_front();
         }
@@ -58,19 +67,21 @@ impl Connections {
         }
     }
 
-    /// When the turn at this position comes, counted from 0, if those of all positions come as they are `paced`: it has the
-    /// connection of the turn as many before it as there are connections.
+    /// When the turn at this position comes, counted from 0, and has its connection open, if those of all positions come as
+    /// they are `paced`: it has the connection of the turn as many before it as there are connections.
     pub(super) fn turn(&self, position: usize, paced: impl Fn(usize) -> Instant) -> Instant {
         let (round, place) = (position / self.most, position % self.most);
         let used = (self.used.len() + place).checked_sub(self.most);
-        let free = used.and_then(|used| self.used.get(used)).map(|used| *used + self.takes);
+        let free = used
+            .and_then(|used| self.used.get(used))
+            .map(|used| *used + self.cycle());
         let first = paced(place);
         let first = free.map_or(first, |free| free.max(first));
         if round == 0 {
             return first;
         }
         let rounds = u32::try_from(round).unwrap_or(u32::MAX);
-        paced(position).max(first + self.takes.saturating_mul(rounds))
+        paced(position).max(first + self.cycle().saturating_mul(rounds))
     }
 }
 
@@ -93,7 +104,7 @@ mod tests {
             [0, 100, 9900],
             "nothing is known yet"
         );
-        connections.expect(3, SECOND);
+        connections.expect(3, Duration::ZERO, SECOND);
         assert_eq!(
             turns(&connections, start, &[0, 1, 2, 3, 4, 6]),
             [0, 100, 200, 1000, 1100, 2000]
@@ -121,9 +132,22 @@ mod tests {
     }
 
     #[test]
+    fn one_that_has_to_be_opened_serves_its_turn_later_and_is_free_no_later() {
+        let (mut connections, start) = (Connections::default(), Instant::now());
+        connections.expect(2, SECOND / 2, SECOND);
+        connections.spend(start);
+        connections.spend(start);
+        let turn = |position| connections.turn(position, |_| start) - start;
+        assert_eq!([0, 2].map(turn), [SECOND * 3 / 2, SECOND * 3]);
+        assert_eq!(connections.apart(), SECOND * 3 / 4);
+        assert_eq!(connections.one_is_free(0, start), Err(Some(start + SECOND)));
+        assert_eq!(connections.one_is_free(1, start + SECOND), Ok(()));
+    }
+
+    #[test]
     fn as_many_as_there_are_allow_the_pace_if_each_has_its_answer_by_then() {
         let mut connections = Connections::default();
-        connections.expect(10, SECOND);
+        connections.expect(10, Duration::ZERO, SECOND);
         let start = Instant::now();
         let paced = |position| start + SECOND / 10 * u32::try_from(position).unwrap();
         for position in 0..100 {

@@ -91,7 +91,8 @@ impl Desk {
     pub(super) fn expect(&self, expected: Expected) {
         let mut dispatcher = self.dispatcher.lock();
         dispatcher.admission.expect(expected.at_least);
-        dispatcher.connections.expect(expected.connections, expected.mean);
+        let (opening, takes) = (expected.opening, expected.mean);
+        dispatcher.connections.expect(expected.connections, opening, takes);
         dispatcher.leaves = expected.leaves;
     }
 

@@ -41,6 +41,7 @@ impl Gateway {
         let (max_wait, now, pool) = (self.config.load().budget.max_wait, Instant::now(), &account.pool);
         account.budget.expect(Expected {
             at_least: pool.at_least(now).min(max_wait),
+            opening: pool.opening(now),
             mean: pool.mean(now),
             connections: pool.connections(),
             leaves: max_wait.saturating_sub(self.upstream_takes(account)),

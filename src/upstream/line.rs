@@ -9,6 +9,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
@@ -30,6 +31,8 @@ pub(super) struct Line {
     pub(super) sender: SendRequest<Empty<Bytes>>,
     pub(super) driver: Driver,
     pub(super) wire: Wire,
+    /// How long the next query has waited for it to open while others could have had its place.
+    pub(super) opening: Duration,
     /// Given back when all else is closed.
     slot: Slot,
 }
@@ -40,6 +43,7 @@ impl Line {
             sender,
             driver: Driver::new(http),
             wire,
+            opening: Duration::ZERO,
             slot,
         }
     }

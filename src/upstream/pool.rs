@@ -48,7 +48,8 @@ impl Idle {
 /// What came of asking for a connection.
 enum Admission {
     Idle(Idle),
-    Open(Slot),
+    /// A place to open one in, and whether it was the last.
+    Open(Slot, bool),
     /// There is no place; this one has to be closed to make room.
     Full(Option<Idle>),
 }
@@ -97,14 +98,19 @@ impl Pool {
         self.0.recent.at_least(now)
     }
 
+    /// For how long a query has a place, in the mean, in which no connection is open yet: nothing while there are more places.
+    pub fn opening(&self, now: Instant) -> Duration {
+        self.0.recent.opening(now)
+    }
+
     /// What its answers take in the mean: for so long a query keeps its connection.
     pub fn mean(&self, now: Instant) -> Duration {
         self.0.recent.mean(now).min(self.0.upstream.settings.timeout)
     }
 
-    /// How many connections the account may have.
+    /// How many connections the account may have, if no other has any.
     pub fn connections(&self) -> usize {
-        self.0.upstream.settings.connections
+        self.0.upstream.most_of_one()
     }
 
     /// A connection of one's own, to ask for `task`: an idle one, else a new one; with `fresh`, always a new one. Waits
@@ -135,7 +141,7 @@ impl Pool {
                         return Place(Taken::Idle(self.ready(line)));
                     }
                 }
-                Admission::Open(slot) => return Place(Taken::New(self.clone(), slot)),
+                Admission::Open(slot, is_last) => return Place(Taken::New(self.clone(), slot, is_last)),
                 Admission::Full(closed) => {
                     drop(closed);
                     freed.await;
@@ -144,11 +150,17 @@ impl Pool {
         }
     }
 
-    async fn open(&self, task: &TaskId, slot: Slot) -> Result<Ready, Error> {
+    async fn open(&self, task: &TaskId, slot: Slot, is_last: bool) -> Result<Ready, Error> {
         let upstream = &self.0.upstream;
+        let began = Instant::now();
         // On the heap: it is large, and mostly there is one that is idle.
         let opening = Box::pin(upstream.breaker.watch(task, upstream.open_line(slot)));
-        Ok(self.ready(opening.await?))
+        let mut line = opening.await?;
+        // Where there are more places, it keeps nobody waiting.
+        if is_last {
+            line.opening = began.elapsed();
+        }
+        Ok(self.ready(line))
     }
 
     pub(super) fn upstream(&self) -> &Arc<Inner> {
@@ -172,7 +184,7 @@ pub struct Place(Taken);
 
 enum Taken {
     Idle(Ready),
-    New(Pool, Slot),
+    New(Pool, Slot, bool),
 }
 
 impl Place {
@@ -185,7 +197,7 @@ impl Place {
     pub async fn connect(self, task: &TaskId) -> Result<Ready, Error> {
         match self.0 {
             Taken::Idle(ready) => Ok(ready),
-            Taken::New(pool, slot) => pool.open(task, slot).await,
+            Taken::New(pool, slot, is_last) => pool.open(task, slot, is_last).await,
         }
     }
 }
@@ -242,7 +254,7 @@ impl Ready {
     /// [`Error::NoConnection`], as [`Place::connect`].
     pub async fn reopen(self, task: &TaskId) -> Result<Self, Error> {
         let Held { pool, line } = self.take().ok_or(Error::NoConnection)?;
-        pool.open(task, line.into_slot()).await
+        pool.open(task, line.into_slot(), true).await
     }
 
     /// For the query.
@@ -281,6 +293,11 @@ impl Answered {
 }
 
 impl Inner {
+    /// How many connections one account may have.
+    fn most_of_one(&self) -> usize {
+        self.settings.connections.min(self.most_connections)
+    }
+
     /// A place for a connection that is no account's, as soon as one is free.
     pub(super) async fn slot_of_nobody(self: &Arc<Self>) -> Slot {
         loop {
@@ -334,7 +351,8 @@ impl Connections {
             return Admission::Full(self.longest_idle());
         }
         pool.open += 1;
-        Admission::Open(self.slot(upstream, Some(pool_id)))
+        let is_last = pool.open >= upstream.most_of_one();
+        Admission::Open(self.slot(upstream, Some(pool_id)), is_last)
     }
 
     /// A place, or what has to be closed to make room.

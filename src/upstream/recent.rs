@@ -35,6 +35,8 @@ pub(super) struct Recent(Mutex<Took>);
 struct Took {
     /// When each came, and how long it took.
     answers: VecDeque<(Instant, Duration)>,
+    /// For how long the last few, in the mean, had a place in which no connection was open yet.
+    opening: Duration,
     /// How many were noted so far.
     noted: usize,
     median: Duration,
@@ -52,17 +54,22 @@ struct Took {
 pub(super) struct Query<'r> {
     recent: &'r Recent,
     asked: Instant,
+    opening: Duration,
 }
 
 impl Recent {
-    /// A query goes out.
-    pub(super) fn ask(&self, asked: Instant) -> Query<'_> {
+    /// A query goes out, which has had a place for so long in which no connection was open yet.
+    pub(super) fn ask(&self, asked: Instant, opening: Duration) -> Query<'_> {
         let mut took = self.0.lock();
         if took.out < SILENT {
             took.silent_since = Some(asked);
         }
         took.out += 1;
-        Query { recent: self, asked }
+        Query {
+            recent: self,
+            asked,
+            opening,
+        }
     }
 
     /// One that was `asked` then is answered.
@@ -105,6 +112,11 @@ impl Recent {
         took.silence(now).unwrap_or_else(|| took.mean())
     }
 
+    /// For how long a query has a place, in the mean, lately, in which no connection is open yet.
+    pub(super) fn opening(&self, now: Instant) -> Duration {
+        self.as_of(now).opening
+    }
+
     /// What is known at `now`.
     fn as_of(&self, now: Instant) -> MutexGuard<'_, Took> {
         let mut took = self.0.lock();
@@ -120,6 +132,7 @@ impl Query<'_> {
     pub(super) fn answered(self, received: Instant) {
         let mut took = self.recent.0.lock();
         took.silent_since = Some(received);
+        took.opening = follow(took.opening, self.opening);
         took.note(received, received.saturating_duration_since(self.asked));
     }
 }
@@ -152,7 +165,7 @@ impl Took {
     fn mean(&self) -> Duration {
         let before = self.answers.len().saturating_sub(FEW);
         let last = self.answers.iter().skip(before).map(|(_, took)| *took);
-        last.reduce(|mean, took| (mean * 7 + took) / 8).unwrap_or_default()
+        last.reduce(follow).unwrap_or_default()
     }
 
     fn reckon(&mut self, now: Instant) {
@@ -169,7 +182,7 @@ impl Took {
             slowest = slowest.max(Some(*took));
         }
         if slowest.is_none() {
-            (self.median, self.p90, self.nearly_all) = Default::default();
+            (self.opening, self.median, self.p90, self.nearly_all) = Default::default();
             return;
         }
         // The order of the others is nobody's business.
@@ -185,6 +198,11 @@ impl Took {
         let more = p99.saturating_sub(self.median) / 2;
         self.nearly_all = Some(p99 + more.min(self.p90) + SLACK);
     }
+}
+
+/// The mean of the last few, `now` that there is one more.
+fn follow(mean: Duration, now: Duration) -> Duration {
+    (mean * 7 + now) / 8
 }
 
 /// Whether an answer that came so long ago counts no longer.
@@ -206,7 +224,7 @@ mod tests {
 
     fn note(recent: &Recent, took: Duration) {
         let now = Instant::now();
-        recent.ask(now).answered(now + took);
+        recent.ask(now, Duration::ZERO).answered(now + took);
     }
 
     #[test]
@@ -336,11 +354,11 @@ mod tests {
     fn a_longer_silence_than_usual_says_that_answers_take_longer() {
         let (recent, start) = (Recent::default(), Instant::now());
         assert_eq!(recent.at_least(start), Duration::ZERO);
-        let first = recent.ask(start);
+        let first = recent.ask(start, Duration::ZERO);
         assert_eq!(recent.at_least(start + 2 * SECOND), Duration::ZERO, "one says nothing");
-        let second = recent.ask(start + 2 * SECOND);
+        let second = recent.ask(start + 2 * SECOND, Duration::ZERO);
         assert_eq!(recent.at_least(start + 4 * SECOND), 3 * SECOND);
-        let third = recent.ask(start + 3 * SECOND);
+        let third = recent.ask(start + 3 * SECOND, Duration::ZERO);
         first.answered(start + 4 * SECOND);
         assert_eq!(
             recent.at_least(start + 8 * SECOND),

@@ -168,35 +168,94 @@ async fn where_connections_are_too_few_the_turns_are_no_faster_than_they_come_fr
     assert!(started.elapsed() < Duration::from_secs(28), "{:?}", started.elapsed());
 }
 
+/// So many polls a second for as long as `OVERLOAD`: those that were answered, and those that were not.
+async fn one_after_the_other(gateway: &Arc<Paused>, each_second: u32) -> (Vec<Polled>, Vec<Polled>) {
+    let (began, apart) = (Instant::now(), Duration::from_secs(1) / each_second);
+    let mut polls = JoinSet::new();
+    let mut number = 0;
+    while began.elapsed() < OVERLOAD {
+        let gateway = Arc::clone(gateway);
+        polls.spawn(async move { rush(&gateway, MODEST, tasks(&format!("task-{number}"), 1)).await });
+        number += 1;
+        sleep_until(began + apart * number).await;
+    }
+    let polled = polls.join_all().await.into_iter().flatten();
+    polled.partition(|polled| polled.reply.status == 200)
+}
+
+/// All of them are turned away for want of a turn, and hardly one of them waits for it.
+#[track_caller]
+fn hear_at_once(refused: &[Polled]) {
+    for polled in refused {
+        let detail = polled.reply.header("cache-status");
+        assert_eq!(detail, Some("crun-gateway; detail=budget"), "{:?}", polled.reply);
+    }
+    let waited = refused.iter().filter(|polled| polled.took > AT_ONCE).count();
+    assert!(
+        waited * 100 <= refused.len() && !refused.is_empty(),
+        "{waited} of {} waited",
+        refused.len()
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn whoever_waits_for_a_connection_to_come_free_hears_at_once_that_it_will_not_in_time() {
     for (connections, limit, latency, each_second) in [(4, 15, 1, 8), (4, 100, 1, 8), (1, 15, 3, 2), (120, 100, 3, 60)]
     {
         let gateway = with_connections(connections, limit, Duration::from_secs(latency), 2).await;
-        let (began, apart) = (Instant::now(), Duration::from_secs(1) / each_second);
-        let mut polls = JoinSet::new();
-        let mut number = 0;
-        while began.elapsed() < OVERLOAD {
-            let gateway = Arc::clone(&gateway);
-            polls.spawn(async move { rush(&gateway, MODEST, tasks(&format!("task-{number}"), 1)).await });
-            number += 1;
-            sleep_until(began + apart * number).await;
-        }
-        let polled: Vec<_> = polls.join_all().await.into_iter().flatten().collect();
-        let (served, refused): (Vec<_>, Vec<_>) = polled.into_iter().partition(|polled| polled.reply.status == 200);
-        for polled in &refused {
-            let detail = polled.reply.header("cache-status");
-            assert_eq!(detail, Some("crun-gateway; detail=budget"), "{:?}", polled.reply);
-        }
-        let waited = refused.iter().filter(|polled| polled.took > AT_ONCE).count();
-        assert!(
-            waited * 100 <= refused.len() && !refused.is_empty(),
-            "{connections} connections: {waited} of {} waited",
-            refused.len()
-        );
+        let (served, refused) = one_after_the_other(&gateway, each_second).await;
+        hear_at_once(&refused);
         // Every connection is of use all the time.
         let most = connections as f64 / latency as f64 * (OVERLOAD + MAX_WAIT).as_secs_f64();
         assert!(served.len() as f64 >= 0.9 * most, "{} served, not {most}", served.len());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nor_does_anybody_wait_in_vain_where_the_process_has_few_connections_or_each_has_to_be_opened() {
+    const TENTH: Duration = Duration::from_millis(100);
+    let shared = Paused::start(
+        Behaviour {
+            latency: TENTH * 10,
+            ..Behaviour::default()
+        },
+        |config| config.limits.upstream_connections = 4,
+    );
+    let closing = Paused::start(
+        Behaviour {
+            opening: |_| TENTH * 3,
+            latency: TENTH,
+            answer: |_, task| {
+                let mut answer = success(task);
+                let headers = answer.headers_mut();
+                headers.insert("connection", "close".parse().unwrap());
+                answer
+            },
+            ..Behaviour::default()
+        },
+        |config| config.upstream.connections = 4,
+    );
+    for (gateway, each_second, possible) in [(shared, 8, 4.0), (closing, 14, 10.0)] {
+        let gateway = Arc::new(gateway);
+        sleep(HOLD).await;
+        rush(&gateway, GREEDY, tasks("known", 8)).await;
+        let (served, refused) = one_after_the_other(&gateway, each_second).await;
+        hear_at_once(&refused);
+        let most = possible * (OVERLOAD + MAX_WAIT).as_secs_f64();
+        assert!(served.len() as f64 >= 0.9 * most, "{} served, not {most}", served.len());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_the_first_few_connections_are_slow_to_open_has_nobody_turned_away() {
+    let behaviour = Behaviour {
+        opening: |_| Duration::from_millis(500),
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| config.upstream.connections = 4));
+    sleep(HOLD).await;
+    for polled in rush(&gateway, MODEST, tasks("task", 130)).await {
+        assert_eq!(polled.reply.status, 200, "{:?}", polled.reply);
     }
 }
 
