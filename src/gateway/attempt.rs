@@ -87,7 +87,7 @@ impl Gateway {
                 if outcome == Class::Unavailable {
                     breaker.answered_unavailable(account.id, task, sent, format_args!("code {}", answer.code()));
                 } else {
-                    breaker.answered(account.id, sent);
+                    breaker.answered(outcome.is_stored().then_some(account.id), sent);
                 }
                 self.hold(&answer).await?;
                 drop(room);
@@ -103,7 +103,7 @@ impl Gateway {
                 query.failed(&failed.error, outcome);
                 log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Class::Unavailable {
-                    breaker.answered(account.id, sent);
+                    breaker.answered(None, sent);
                 } else if !failed.unanswered || attempt.number >= MOST_ATTEMPTS {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
                     breaker.failed(account.id, task, sent, detail);

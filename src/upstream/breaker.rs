@@ -111,8 +111,9 @@ impl Breaker {
         }
     }
 
-    /// An attempt of `account` that was begun at `asked` got an answer that says that upstream is there.
-    pub fn answered(&self, account: AccountId, asked: Instant) {
+    /// An attempt that was begun at `asked` got an answer that says that upstream is there; of this account, if it tells of its
+    /// task.
+    pub fn answered(&self, account: Option<AccountId>, asked: Instant) {
         let now = Instant::now();
         let mut state = self.state.lock();
         if state.answered(account, asked, now) == Some(Change::Closed) {

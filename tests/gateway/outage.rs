@@ -423,6 +423,35 @@ async fn an_account_that_mostly_fails_shuts_no_other_out_that_is_answered() {
     }
 }
 
+/// What stands before upstream goes on refusing it.
+#[tokio::test(start_paused = true)]
+async fn a_key_that_is_refused_hides_no_outage() {
+    let answer = |_, task: &str| match task {
+        "refused" => json(&serde_json::json!({ "code": 401, "message": "no", "data": null })),
+        _ => failing(task, false),
+    };
+    let behaviour = Behaviour {
+        answer,
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let mut polls = JoinSet::new();
+    for number in 0..1000 {
+        let gateway = Arc::clone(&gateway);
+        polls.spawn(async move {
+            sleep(seconds(f64::from(number) / 10.0)).await;
+            if number % 30 == 0 {
+                gateway.poll("ak_refused", "refused").await;
+            }
+            gateway.poll(KEY, &format!("fails-{}", number % 20)).await;
+        });
+    }
+    polls.join_all().await;
+    let asked = gateway.arrivals().len();
+    // A probe in 1.5 s, and five failures to open it again each time that the refused key is asked with.
+    assert!(asked < 200, "{asked} of 1000 polls");
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_outage_is_seen_of_which_one_account_hears_first() {
     let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Status(503)), |_| {}));

@@ -7,11 +7,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::MOST_FAILURES;
+use super::state::{FORGOTTEN_AFTER, MOST_FAILURES};
 use crate::account::AccountId;
 
 /// So long after an account asked what was answered, another's failures alone are its own.
 pub(super) const LATELY: Duration = Duration::from_secs(2);
+
+/// So long after nobody else was answered, an account that failed while others were answered may say something of upstream
+/// again: as long as the breaker waits for somebody who asks.
+pub(super) const TROUBLE: Duration = FORGOTTEN_AFTER;
 
 /// So many accounts are remembered.
 const MOST_KNOWN: usize = 64;
@@ -49,19 +53,19 @@ impl Known {
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// itself: else the two would open and close the breaker for ever.
+    /// itself or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
     pub(super) fn failed(&mut self, account: AccountId, asked: Instant) -> bool {
         let mut known = self.take(account).unwrap_or_else(|| Known::new(account, None));
         if known.failures < MOST_FAILURES {
             known.failures += 1;
             known.failed = known.failed.max(Some(asked));
         }
-        let may_count = !known.is_in_trouble;
+        let may_count = !known.is_in_trouble || !self.others_were_answered(account, asked, TROUBLE);
         self.put(known);
         may_count
     }
 
-    /// A query of `account` that was begun at `asked` was answered.
+    /// A query of `account` that was begun at `asked` was answered by what tells of its task.
     pub(super) fn answered(&mut self, account: AccountId, asked: Instant) {
         let before = self.take(account).and_then(|known| known.answered);
         for other in &mut self.0 {
@@ -70,9 +74,9 @@ impl Accounts {
         self.put(Known::new(account, before.max(Some(asked))));
     }
 
-    /// Whether another account than `account` was answered what it asked shortly before `asked`, or since.
-    pub(super) fn is_contradicted(&self, account: AccountId, asked: Instant) -> bool {
-        let lately = |answered| asked.saturating_duration_since(answered) < LATELY;
+    /// Whether another account than `account` was answered what it asked `within` so long before `asked`, or since.
+    pub(super) fn others_were_answered(&self, account: AccountId, asked: Instant, within: Duration) -> bool {
+        let lately = |answered| asked.saturating_duration_since(answered) < within;
         self.0
             .iter()
             .any(|known| known.account != account && known.answered.is_some_and(lately))
@@ -108,15 +112,15 @@ mod tests {
         let (mut accounts, [a, b]) = accounts();
         let now = Instant::now();
         accounts.answered(a, now);
-        assert!(accounts.is_contradicted(b, now + LATELY - MS));
-        assert!(!accounts.is_contradicted(b, now + LATELY));
+        assert!(accounts.others_were_answered(b, now + LATELY - MS, LATELY));
+        assert!(!accounts.others_were_answered(b, now + LATELY, LATELY));
         assert!(
-            !accounts.is_contradicted(a, now),
+            !accounts.others_were_answered(a, now, LATELY),
             "only another's says that it is the account"
         );
         // An answer that comes after one to a later query.
         accounts.answered(a, now - LATELY);
-        assert!(accounts.is_contradicted(b, now));
+        assert!(accounts.others_were_answered(b, now, LATELY));
     }
 
     #[test]
@@ -134,6 +138,20 @@ mod tests {
         assert!(accounts.failed(b, now + 6 * MS));
         accounts.answered(a, now + 7 * MS);
         assert!(accounts.failed(a, now + 8 * MS));
+    }
+
+    #[test]
+    fn an_account_in_trouble_counts_again_once_nobody_else_is_answered() {
+        let (mut accounts, [a, b]) = accounts();
+        let now = Instant::now();
+        for _ in 0..5 {
+            accounts.failed(a, now);
+        }
+        accounts.answered(b, now + MS);
+        assert!(!accounts.failed(a, now + TROUBLE));
+        assert!(accounts.failed(a, now + TROUBLE + MS));
+        accounts.answered(b, now + TROUBLE + MS);
+        assert!(!accounts.failed(a, now + TROUBLE + 2 * MS));
     }
 
     #[test]

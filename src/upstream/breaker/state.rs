@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Probe;
-use super::accounts::Accounts;
+use super::accounts::{Accounts, LATELY};
 use crate::account::AccountId;
 use crate::task::TaskId;
 
@@ -163,13 +163,14 @@ impl State {
             }
         }
         let is_enough = self.failures >= MOST_FAILURES && self.several_fail;
-        let is_contradicted = |account| self.accounts.is_contradicted(account, asked);
+        let is_contradicted = |account| self.accounts.others_were_answered(account, asked, LATELY);
         let is_its_own = !self.several_accounts_fail && account.is_some_and(is_contradicted);
         (is_enough && !is_its_own).then(|| self.open(now))
     }
 
-    /// An attempt of `account` that was begun at `asked` got an answer from upstream itself, whatever it says.
-    pub(super) fn answered(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
+    /// An attempt that was begun at `asked` got an answer from upstream itself, whatever it says; of this account, if it tells
+    /// of its task: what refuses a key or a rate may come from something that stands before the API, and is there without it.
+    pub(super) fn answered(&mut self, account: Option<AccountId>, asked: Instant, now: Instant) -> Option<Change> {
         let was_open = self.is_open();
         if was_open && self.opened.is_some_and(|opened| asked < opened) {
             return None;
@@ -177,7 +178,9 @@ impl State {
         self.close();
         self.forget_failures();
         self.answered = self.answered.max(Some(asked));
-        self.accounts.answered(account, asked);
+        if let Some(account) = account {
+            self.accounts.answered(account, asked);
+        }
         self.reached(now);
         was_open.then_some(Change::Closed)
     }
@@ -444,10 +447,10 @@ mod tests {
     #[test]
     fn failures_of_one_account_open_it_unless_another_is_answered() {
         let (mut state, now) = (State::new(), Instant::now());
-        state.answered(another(), now, now);
+        state.answered(Some(another()), now, now);
         assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened), "nobody else was");
         let (mut state, now) = (State::new(), Instant::now());
-        state.answered(own(), now, now);
+        state.answered(Some(own()), now, now);
         assert_eq!(fail_elsewhere(&mut state, now), None);
         assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened), "both fail");
     }
@@ -458,22 +461,46 @@ mod tests {
         let mut at = now;
         assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
         at += PROBE_INTERVAL;
-        assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
+        assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
         for _ in 0..100 {
-            at += Duration::from_mins(1);
+            at += FORGOTTEN_AFTER - MS;
             assert_eq!(fail_elsewhere(&mut state, at), None);
             // Nor does it with the one task of another's that always fails.
             assert_eq!(fail(&mut state, "a", at, at), None);
+            assert_eq!(state.answered(Some(own()), at, at), None);
         }
-        state.answered(another(), at, at);
-        at += FORGOTTEN_AFTER;
+        state.answered(Some(another()), at, at);
+        at += LATELY;
         assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    }
+
+    #[test]
+    fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_minute() {
+        let (mut state, now) = (State::new(), Instant::now());
+        assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
+        let mut at = now + PROBE_INTERVAL;
+        assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
+        at += FORGOTTEN_AFTER - MS;
+        assert_eq!(fail_elsewhere(&mut state, at), None);
+        at += MS;
+        assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    }
+
+    #[test]
+    fn what_refuses_another_accounts_key_says_nothing_against_an_outage() {
+        let (mut state, now) = (State::new(), Instant::now());
+        for round in 0..10 {
+            let at = now + round * PROBE_INTERVAL;
+            state.answered(None, at, at);
+            assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+            assert_eq!(state.answered(None, at + MS, at + MS), Some(Change::Closed));
+        }
     }
 
     #[test]
     fn where_there_is_no_connection_the_account_says_nothing() {
         let (mut state, now) = (State::new(), Instant::now());
-        state.answered(own(), now, now);
+        state.answered(Some(own()), now, now);
         for name in ["a", "b", "c", "d"] {
             assert_eq!(state.failed(None, &task(name), now, now), None);
         }
@@ -487,14 +514,14 @@ mod tests {
             for name in ["a", "b", "c", "d"] {
                 assert_eq!(fail(&mut state, name, now, now), None);
             }
-            assert_eq!(state.answered(own(), now, now), None);
+            assert_eq!(state.answered(Some(own()), now, now), None);
         }
     }
 
     #[test]
     fn a_late_time_out_from_before_the_last_answer_is_no_news() {
         let (mut state, now) = (State::new(), Instant::now());
-        state.answered(own(), now + 10 * MS, now + 20 * MS);
+        state.answered(Some(own()), now + 10 * MS, now + 20 * MS);
         for name in ["a", "b", "c", "d", "e", "f"] {
             assert_eq!(fail(&mut state, name, now, now + 8000 * MS), None);
         }
@@ -662,7 +689,7 @@ mod tests {
     fn who_is_first_in_line_is_told_that_it_is_over() {
         let (mut state, now) = opened();
         let mut told = state.line_up(own(), &task("a")).unwrap();
-        state.answered(own(), now, now);
+        state.answered(Some(own()), now, now);
         assert!(
             told.try_recv()
                 .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
@@ -675,7 +702,10 @@ mod tests {
         let (mut state, now) = opened();
         let later = now + PROBE_INTERVAL;
         assert!(probe(&mut state, &task("a"), later).is_some());
-        assert_eq!(state.answered(own(), later, later + 200 * MS), Some(Change::Closed));
+        assert_eq!(
+            state.answered(Some(own()), later, later + 200 * MS),
+            Some(Change::Closed)
+        );
         end_probe(&mut state);
         assert!(!state.is_open());
         assert_eq!(state.until_probe(later), Duration::ZERO);
@@ -689,7 +719,7 @@ mod tests {
     fn a_probe_that_was_overtaken_ends_nobody_elses() {
         let (mut state, now) = opened();
         let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
-        state.answered(own(), now + MS, now + 2 * PROBE_INTERVAL);
+        state.answered(Some(own()), now + MS, now + 2 * PROBE_INTERVAL);
         for name in ["a", "b", "c", "d", "e"] {
             fail(&mut state, name, now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
         }
@@ -705,10 +735,10 @@ mod tests {
             fail(&mut state, name, now, now + 10 * MS);
         }
         assert!(state.is_open());
-        assert_eq!(state.answered(own(), now + 9 * MS, now + 20 * MS), None);
+        assert_eq!(state.answered(Some(own()), now + 9 * MS, now + 20 * MS), None);
         assert!(state.is_open());
         assert_eq!(
-            state.answered(own(), now + 10 * MS, now + 20 * MS),
+            state.answered(Some(own()), now + 10 * MS, now + 20 * MS),
             Some(Change::Closed)
         );
     }
@@ -733,7 +763,7 @@ mod tests {
         for reach in [
             (|state, now| state.reached(now)) as fn(&mut State, Instant),
             |state, now| {
-                state.answered(own(), now, now);
+                state.answered(Some(own()), now, now);
             },
         ] {
             state.connecting(now);
@@ -919,7 +949,7 @@ mod tests {
                     }
                     Event::Answered(whose, ago) => {
                         let asked = now - Duration::from_millis(ago);
-                        let change = state.answered(account(whose), asked, now);
+                        let change = state.answered(Some(account(whose)), asked, now);
                         let is_news = opened.is_none_or(|opened| asked >= opened);
                         prop_assert_eq!(change.is_some(), was_open && is_news);
                         if is_news || !was_open {
