@@ -61,11 +61,9 @@ impl Gateway {
         broken: impl Fn() -> Option<Error>,
     ) -> Response<Body> {
         let result = match self.admit(&request) {
-            Ok(admitted) => self.send_on(request, admitted, request_id, trace).await,
-            Err(error) => Err(error),
+            Ok(admitted) => self.send_on(request, admitted, request_id, trace, &broken).await,
+            Err(error) => broken().map_or(Err(error), Err),
         };
-        // Upstream's end of it, or ours, is but what came of that.
-        let result = broken().map_or(result, Err);
         let response = match result {
             Ok(response) => {
                 trace.passed(response.status());
@@ -84,13 +82,14 @@ impl Gateway {
         admitted: Admitted,
         request_id: &HeaderValue,
         trace: &Trace,
+        broken: impl Fn() -> Option<Error>,
     ) -> Result<Response<Streamed>, Error> {
-        let method = request.method().clone();
+        let (_, method) = traced::word(request.method());
         let log = |code: Option<StatusCode>, detail: Option<&str>| {
             tracing::info!(
                 request_id = request_id.to_str().unwrap_or_default(),
                 trace_id = %trace.id(),
-                method = method.as_str(),
+                method,
                 code = code.map(|code| code.as_u16()),
                 detail,
                 "request passed through"
@@ -100,6 +99,8 @@ impl Gateway {
         let call = trace.call(request.method());
         let result = self.upstream.stream(self.rewritten(request, admitted, call)).await;
         ScopeGuard::into_inner(left);
+        // Upstream's end of it, or ours, is but what came of that.
+        let result = broken().map_or(result, Err);
         match &result {
             Ok(response) => log(Some(response.status()), None),
             Err(error) => log(Some(error.status()), Some(error.detail())),

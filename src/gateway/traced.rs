@@ -309,7 +309,7 @@ impl Query {
 }
 
 /// A method in a span's name, and as its attribute: a client may make up any.
-fn word(method: &Method) -> (&'static str, &'static str) {
+pub(super) fn word(method: &Method) -> (&'static str, &'static str) {
     const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
     KNOWN
         .iter()

@@ -374,6 +374,7 @@ mod tests {
     use crate::account::AccountIds;
 
     const MS: Duration = Duration::from_millis(1);
+    const JUST_BEFORE_FORGOTTEN: Duration = Duration::from_millis(59_999);
 
     fn task(name: &str) -> TaskId {
         TaskId::new(name).unwrap()
@@ -463,7 +464,7 @@ mod tests {
         at += PROBE_INTERVAL;
         assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
         for _ in 0..100 {
-            at += FORGOTTEN_AFTER - MS;
+            at += JUST_BEFORE_FORGOTTEN;
             assert_eq!(fail_elsewhere(&mut state, at), None);
             // Nor does it with the one task of another's that always fails.
             assert_eq!(fail(&mut state, "a", at, at), None);
@@ -480,7 +481,7 @@ mod tests {
         assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
         let mut at = now + PROBE_INTERVAL;
         assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
-        at += FORGOTTEN_AFTER - MS;
+        at += JUST_BEFORE_FORGOTTEN;
         assert_eq!(fail_elsewhere(&mut state, at), None);
         at += MS;
         assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
