@@ -16,7 +16,7 @@ const COUNT: Duration = Duration::from_mins(1);
 /// Once there are as many, one in so many is looked at for what has changed.
 const SELDOM: usize = 10;
 
-/// The mean is of so many of them, and mostly of the last ones.
+/// Where some have become too old, the mean is of so many of them, and mostly of the last ones.
 const FEW: usize = 32;
 
 /// Of so many queries without an answer it is upstream that is silent: one alone may be about a task that hangs.
@@ -39,6 +39,7 @@ struct Took {
     opening: Duration,
     /// How many were noted so far.
     noted: usize,
+    mean: Duration,
     median: Duration,
     p90: Duration,
     /// What all but a few take less than; nothing where there are none.
@@ -109,7 +110,7 @@ impl Recent {
     /// What an answer takes in the mean, lately: where upstream has been silent for longer than is usual, half as long again.
     pub(super) fn mean(&self, now: Instant) -> Duration {
         let took = self.as_of(now);
-        took.silence(now).unwrap_or_else(|| took.mean())
+        took.silence(now).unwrap_or(took.mean)
     }
 
     /// For how long a query has a place, in the mean, lately, in which no connection is open yet.
@@ -120,9 +121,7 @@ impl Recent {
     /// What is known at `now`.
     fn as_of(&self, now: Instant) -> MutexGuard<'_, Took> {
         let mut took = self.0.lock();
-        if took.answers.front().is_some_and(|answer| is_old(answer, now)) {
-            took.reckon(now);
-        }
+        took.forget_old(now);
         took
     }
 }
@@ -151,10 +150,23 @@ impl Took {
         (silent > self.nearly_all.unwrap_or_default()).then(|| silent * 3 / 2)
     }
 
+    fn forget_old(&mut self, now: Instant) {
+        if self.answers.front().is_some_and(|answer| is_old(answer, now)) {
+            self.reckon(now);
+            self.mean = self.mean_of_few();
+        }
+    }
+
     fn note(&mut self, received: Instant, took: Duration) {
+        self.forget_old(received);
         if self.answers.len() == ANSWERS {
             self.answers.pop_front();
         }
+        self.mean = if self.answers.is_empty() {
+            took
+        } else {
+            follow(self.mean, took)
+        };
         self.answers.push_back((received, took));
         self.noted += 1;
         if self.answers.len() < ANSWERS || self.noted.is_multiple_of(SELDOM) {
@@ -162,7 +174,7 @@ impl Took {
         }
     }
 
-    fn mean(&self) -> Duration {
+    fn mean_of_few(&self) -> Duration {
         let before = self.answers.len().saturating_sub(FEW);
         let last = self.answers.iter().skip(before).map(|(_, took)| *took);
         last.reduce(follow).unwrap_or_default()
