@@ -247,8 +247,6 @@ impl Drop for SharedBudget {
     }
 }
 
-impl Inner {}
-
 /// A name that no other start of a process has.
 fn random_name() -> String {
     // The second half of a version 7 is random.

@@ -27,5 +27,5 @@ mod unwritable;
 mod window;
 
 pub use demo::{DemoArgs, demo};
-pub use options::{AccountKeys, RateLimitForm, RetryAfter, UpstreamArgs};
-pub use server::{serve, upstream};
+pub use options::UpstreamArgs;
+pub use server::upstream;

@@ -62,7 +62,7 @@ impl Gateway {
     ) -> Response<Body> {
         let result = match self.admit(&request) {
             Ok(admitted) => self.send_on(request, admitted, request_id, trace, &broken).await,
-            Err(error) => broken().map_or(Err(error), Err),
+            Err(error) => Err(broken().unwrap_or(error)),
         };
         let response = match result {
             Ok(response) => {

@@ -117,7 +117,7 @@ impl Gateway {
     /// Cancel safe.
     async fn until(&self, spends: bool) {
         match &self.replica {
-            Some(shared) => shared.until(spends).await,
+            Some(replica) => replica.until(spends).await,
             None => pending().await,
         }
     }

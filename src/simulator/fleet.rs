@@ -237,7 +237,8 @@ impl Jitter {
 mod tests {
     use tokio::net::TcpListener;
 
-    use super::super::{UpstreamArgs, serve};
+    use super::super::UpstreamArgs;
+    use super::super::server::serve;
     use super::*;
 
     const SMALL: Size = Size {

@@ -65,7 +65,7 @@ async fn closed(pipe: Option<pipe::Receiver>) {
 ///
 /// # Errors
 /// When a certificate cannot be read.
-pub async fn serve(
+pub(super) async fn serve(
     listener: TcpListener,
     args: UpstreamArgs,
     shutdown: impl Future<Output = ()>,

@@ -151,8 +151,12 @@ impl Took {
     }
 
     fn forget_old(&mut self, now: Instant) {
-        if self.answers.front().is_some_and(|answer| is_old(answer, now)) {
-            self.reckon(now);
+        let before = self.answers.len();
+        while self.answers.front().is_some_and(|answer| is_old(answer, now)) {
+            self.answers.pop_front();
+        }
+        if self.answers.len() < before {
+            self.reckon();
             self.mean = self.mean_of_few();
         }
     }
@@ -170,7 +174,7 @@ impl Took {
         self.answers.push_back((received, took));
         self.noted += 1;
         if self.answers.len() < ANSWERS || self.noted.is_multiple_of(SELDOM) {
-            self.reckon(received);
+            self.reckon();
         }
     }
 
@@ -180,10 +184,7 @@ impl Took {
         last.reduce(follow).unwrap_or_default()
     }
 
-    fn reckon(&mut self, now: Instant) {
-        while self.answers.front().is_some_and(|answer| is_old(answer, now)) {
-            self.answers.pop_front();
-        }
+    fn reckon(&mut self) {
         let mut taken = [Duration::ZERO; ANSWERS];
         let taken = &mut taken[..self.answers.len()];
         // The slowest is one in a hundred, or of fewer: it is left out.
