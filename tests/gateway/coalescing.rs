@@ -182,13 +182,7 @@ async fn the_first_leaves(task: &'static str, status: &str) {
         polls.join_all().await
     });
     // Its connection is closed while its query is on the way, and all the others wait.
-    timeout(PATIENCE, async {
-        while gateway.metric("crun_gateway_requests_in_flight").await < 500.0 {
-            sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .unwrap();
+    gateway.reaches("crun_gateway_requests_in_flight", 500).await;
     first.abort();
     let replies = timeout(PATIENCE, others).await.unwrap().unwrap();
     assert_eq!(replies.len(), 499);

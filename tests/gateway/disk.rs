@@ -101,22 +101,13 @@ async fn count(gateway: &Gateway, series: &str) -> u32 {
     gateway.metric(series).await.to_string().parse().unwrap()
 }
 
-/// Waits until `series` has reached `value`.
-async fn until(gateway: &Gateway, series: &str, value: u32) {
-    let patience = Instant::now() + PATIENCE;
-    while count(gateway, series).await < value {
-        assert!(Instant::now() < patience, "{series}\n{}", gateway.log());
-        sleep(Duration::from_millis(10)).await;
-    }
-}
-
 /// Has so many ended tasks fetched, and waits until they are on disk.
 async fn fill(gateway: &Gateway, tasks: u32) {
     const AT_ONCE: u32 = 500;
     for first in (0..tasks).step_by(AT_ONCE as usize) {
         let next = tasks.min(first + AT_ONCE);
         poll_all(gateway.address, first..next, |_| {}).await;
-        until(gateway, ENTRIES, next).await;
+        gateway.reaches(ENTRIES, next).await;
     }
 }
 
@@ -171,7 +162,7 @@ async fn a_stop_writes_what_has_just_ended() {
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
     let address = gateway.address;
     let first = tokio::spawn(async move { poll(address, "ended.just-now").await });
-    until(&gateway, "crun_gateway_requests_in_flight", 1).await;
+    gateway.reaches("crun_gateway_requests_in_flight", 1).await;
     stop(gateway).await;
     let first = first.await.unwrap();
     assert_eq!(first.status, 200, "{first:?}");
@@ -190,18 +181,18 @@ async fn a_kill_in_the_middle_of_writing_loses_no_more_than_what_was_on_its_way(
     let written = [1, 100, 300, 700];
     for (round, written) in (0..).zip(written) {
         let gateway = Gateway::start(&upstream.url, &config).await;
-        until(&gateway, UP, 1).await;
+        gateway.reaches(UP, 1).await;
         let found = count(&gateway, ENTRIES).await;
         assert!(found >= kept, "{found} of {kept}");
         let tasks = round * TASKS..(round + 1) * TASKS;
         let filling = tokio::spawn(poll_all(gateway.address, tasks, |_| {}));
-        until(&gateway, WRITES, written).await;
+        gateway.reaches(WRITES, written).await;
         kept = count(&gateway, ENTRIES).await;
         gateway.kill().await;
         filling.await.unwrap();
     }
     let gateway = Gateway::start(&upstream.url, &config).await;
-    until(&gateway, UP, 1).await;
+    gateway.reaches(UP, 1).await;
     let found = count(&gateway, ENTRIES).await;
     assert!(found >= kept, "{found} of {kept}");
     poll_all(gateway.address, 0..TASKS * 4, |_| {}).await;
@@ -217,9 +208,9 @@ async fn a_moment_without_threads_costs_nothing_of_what_is_kept() {
     let config = QUICK.to_owned() + &place.config("");
     let asked = filled(&upstream, &config, TASKS).await;
     let gateway = Gateway::start_without_threads(&upstream.url, &config).await;
-    until(&gateway, NOT_OPENED, 1).await;
+    gateway.reaches(NOT_OPENED, 1).await;
     gateway.allow_threads().await;
-    until(&gateway, UP, 1).await;
+    gateway.reaches(UP, 1).await;
     poll_all(gateway.address, 0..TASKS, assert_is_hit).await;
     assert_eq!(upstream.queries().await, asked);
     let log = gateway.log();
@@ -329,7 +320,7 @@ async fn what_is_on_disk_is_served_while_upstream_is_away() {
     for task in 0..6 {
         assert_ne!(poll(gateway.address, &format!("ended.other-{task}")).await.status, 200);
     }
-    until(&gateway, "crun_gateway_upstream_breaker_open", 1).await;
+    gateway.reaches("crun_gateway_upstream_breaker_open", 1).await;
     assert_is_hit(&poll(gateway.address, "ended.song").await);
 }
 
@@ -374,7 +365,7 @@ async fn no_account_gets_what_another_had_kept() {
     ] {
         let before = upstream.queries().await;
         let gateway = Gateway::start_with_env(&upstream.url, &music(listed, name), &env).await;
-        until(&gateway, UP, 1).await;
+        gateway.reaches(UP, 1).await;
         let reply = poll_as(gateway.address, key, "ended.song").await;
         let status = reply.header("cache-status").unwrap();
         assert!(status.contains("fwd=uri-miss"), "{listed} {name}: {status}");
@@ -403,7 +394,7 @@ async fn what_is_older_than_it_may_be_is_not_served_and_goes() {
         reply.header("cache-status").unwrap().contains("fwd=uri-miss"),
         "{reply:?}"
     );
-    until(&gateway, EXPIRED, 1).await;
+    gateway.reaches(EXPIRED, 1).await;
 }
 
 #[tokio::test]
@@ -415,7 +406,7 @@ async fn the_oldest_make_room_and_the_file_stays_within_its_bound() {
     while count(&gateway, EVICTED).await < 500 {
         poll_all(gateway.address, next..next + 500, |_| {}).await;
         next += 500;
-        until(&gateway, WRITES, next).await;
+        gateway.reaches(WRITES, next).await;
         assert!(place.path().metadata().unwrap().blocks() * 512 <= 16 << 20);
     }
     let kept = count(&gateway, ENTRIES).await;
@@ -444,7 +435,7 @@ async fn the_clock_may_be_set_back_and_a_full_file_keeps_what_is_new() {
     while count(&gateway, EVICTED).await == 0 {
         poll_all(gateway.address, next..next + 500, |_| {}).await;
         next += 500;
-        until(&gateway, WRITES, next).await;
+        gateway.reaches(WRITES, next).await;
     }
     stop(gateway).await;
     clock.write(0);
@@ -463,7 +454,7 @@ async fn a_corrupt_file_is_moved_aside_and_an_empty_one_begun() {
     let damaged = b"what somebody else has written here".repeat(1000);
     std::fs::write(place.path(), &damaged).unwrap();
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
-    until(&gateway, UP, 1).await;
+    gateway.reaches(UP, 1).await;
     poll(gateway.address, "ended.song").await;
     let log = gateway.log();
     assert!(
@@ -481,9 +472,9 @@ async fn a_corrupt_file_is_moved_aside_and_an_empty_one_begun() {
 async fn a_second_process_runs_without_until_the_first_has_ended() {
     let (upstream, place) = (quick_upstream().await, Place::new());
     let first = Gateway::start(&upstream.url, &place.config("")).await;
-    until(&first, UP, 1).await;
+    first.reaches(UP, 1).await;
     let second = Gateway::start(&upstream.url, &place.config("")).await;
-    until(&second, NOT_OPENED, 1).await;
+    second.reaches(NOT_OPENED, 1).await;
     assert_eq!(poll(second.address, "ended.second").await.status, 200);
     assert_eq!(count(&second, UP).await, 0);
     let log = second.log();
@@ -493,7 +484,7 @@ async fn a_second_process_runs_without_until_the_first_has_ended() {
     );
     poll(first.address, "ended.first").await;
     stop(first).await;
-    until(&second, UP, 1).await;
+    second.reaches(UP, 1).await;
     assert_is_hit(&poll(second.address, "ended.first").await);
 }
 
@@ -502,12 +493,12 @@ async fn where_nothing_can_be_written_the_gateway_says_so_and_runs_without() {
     // Where root may not write either.
     let upstream = quick_upstream().await;
     let gateway = Gateway::start(&upstream.url, "cache: { disk: \"/sys/answers\" }").await;
-    until(&gateway, NOT_OPENED, 1).await;
+    gateway.reaches(NOT_OPENED, 1).await;
     for _ in ["asked", "kept in memory"] {
         assert_eq!(poll(gateway.address, "ended.song").await.status, 200);
     }
     assert_eq!(upstream.queries().await, 1);
-    until(&gateway, "crun_gateway_disk_dropped_total", 1).await;
+    gateway.reaches("crun_gateway_disk_dropped_total", 1).await;
     let log = gateway.log();
     assert!(
         log.contains("/sys/answers") && log.contains("nothing is kept on disk until it can"),
@@ -552,7 +543,7 @@ async fn neither_key_nor_task_nor_answer_can_be_read_from_the_file() {
     let gateway = Gateway::start_with_env(&upstream.url, &config, &env).await;
     poll_as(gateway.address, OTHER_KEY, "ended.song-4711").await;
     poll_as(gateway.address, "ak_unlisted_000000000003", "ended.song-4711").await;
-    until(&gateway, ENTRIES, 2).await;
+    gateway.reaches(ENTRIES, 2).await;
     stop(gateway).await;
     let content = std::fs::read(place.path()).unwrap();
     let holds = |text: &str| content.windows(text.len()).any(|window| window == text.as_bytes());

@@ -12,7 +12,7 @@ use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::client::{bare, request};
 use super::value_of;
@@ -273,6 +273,15 @@ impl Gateway {
     pub async fn metric(&self, series: &str) -> f64 {
         let (_, text) = self.admin("/metrics").await;
         value_of(series, &text)
+    }
+
+    /// Waits until `series` has reached `value`.
+    pub async fn reaches(&self, series: &str, value: u32) {
+        let patience = Instant::now() + PATIENCE;
+        while self.metric(series).await < f64::from(value) {
+            assert!(Instant::now() < patience, "{series}\n{}", self.log());
+            sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
