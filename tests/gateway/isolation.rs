@@ -81,9 +81,7 @@ async fn keys_of_one_account_share_flights_and_answers() {
     }
     assert_eq!(upstream.queries(), 2);
     let terminal = "crun_gateway_upstream_requests_total{account=\"music\",outcome=\"terminal\"}";
-    while gateway.metric(terminal).await < 2.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    gateway.reaches(terminal, 2).await;
 }
 
 #[tokio::test]

@@ -794,9 +794,7 @@ async fn a_poll_whose_client_leaves_is_logged() {
     let gateway = Gateway::start(&upstream.url, "log: { level: debug }").await;
     let mut client = Raw::connect(gateway.address).await;
     client.send(crate::harness::raw::poll("ended.a")).await.unwrap();
-    while gateway.metric("crun_gateway_requests_in_flight").await < 0.9 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    gateway.reaches("crun_gateway_requests_in_flight", 1).await;
     drop(client);
     let log = gateway.logged("poll abandoned", 1).await;
     assert!(log.contains("DEBUG"), "{log}");

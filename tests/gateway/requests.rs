@@ -1,7 +1,5 @@
 //! What a poll may look like; and nothing that upstream might count as a query passes unpaid.
 
-use std::time::Duration;
-
 use http::Method;
 
 use crate::harness::client::bare;
@@ -255,9 +253,7 @@ async fn a_full_queue_refuses_the_newcomer_and_says_when_to_come_back() {
         .into_iter()
         .collect();
     let length = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
-    while gateway.metric(length).await < 2.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    gateway.reaches(length, 2).await;
     let newcomer = poll(address, "ended.c").await;
     newcomer.assert_is_our_error(429);
     let wait: u64 = newcomer.header("retry-after").unwrap().parse().unwrap();

@@ -346,17 +346,6 @@ async fn upstream_is_told_of_the_query_where_it_is_told() {
     }
 }
 
-/// Polls until the series is at least this.
-async fn reaches(gateway: &Gateway, series: &str, least: f64) {
-    let there = async {
-        while gateway.metric(series).await < least {
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let is_there = timeout(PATIENCE, there).await.is_ok();
-    assert!(is_there, "{series} is {}", gateway.metric(series).await);
-}
-
 #[tokio::test]
 async fn a_collector_that_hangs_holds_up_neither_requests_nor_a_stop() {
     let collector = Collector::start(Takes::Hangs);
@@ -365,7 +354,7 @@ async fn a_collector_that_hangs_holds_up_neither_requests_nor_a_stop() {
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
     let mut clients = keep_hitting(gateway.address);
     // What does not fit into the queue is dropped, and counted.
-    reaches(&gateway, &dropped("queue_full"), 1000.0).await;
+    gateway.reaches(&dropped("queue_full"), 1000).await;
     assert!(clients.try_join_next().is_none(), "all of them were answered");
     assert!(collector.asked() >= 1);
     assert_eq!(gateway.metric(EXPORTED).await.to_string(), "0");
@@ -402,7 +391,7 @@ async fn a_collector_that_was_away_gets_what_it_missed() {
         1,
         "once for as long as it lasts: {log}"
     );
-    reaches(&gateway, EXPORTED, 7.0).await;
+    gateway.reaches(EXPORTED, 7).await;
 }
 
 #[tokio::test]
@@ -411,10 +400,10 @@ async fn what_a_collector_refuses_is_counted_and_not_sent_again() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(&upstream.url, &to(collector.address, ALL)).await;
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
-    reaches(&gateway, &dropped("refused"), 7.0).await;
+    gateway.reaches(&dropped("refused"), 7).await;
     collector.takes(Takes::AllBut(1));
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
-    reaches(&gateway, &dropped("refused"), 8.0).await;
+    gateway.reaches(&dropped("refused"), 8).await;
     assert_eq!(gateway.metric(EXPORTED).await.to_string(), "1");
     assert_eq!(collector.spans().len(), 2, "the hit's, and nothing again");
 }

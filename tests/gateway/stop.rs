@@ -255,9 +255,7 @@ async fn no_client_of_many_sees_a_reset() {
         clients.spawn(poll_until_refused(address, number));
     }
     let hits = "crun_gateway_upstream_calls_saved_total{account=\"other\",how=\"hit\"}";
-    while gateway.metric(hits).await < 1000.0 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    gateway.reaches(hits, 1000).await;
     gateway.terminate();
     for answers in clients.join_all().await {
         assert!(answers > 0);

@@ -2,27 +2,12 @@
 //!
 //! tokio panics then: where work is given to a thread of its own, and where a name is looked up.
 
-use std::time::Duration;
-
-use tokio::time::{sleep, timeout};
-
 use crate::harness::collector::{Collector, Takes};
 use crate::harness::process::{config_file, ended, with_threads};
 use crate::harness::store::Store;
-use crate::harness::{Gateway, PATIENCE, Simulator, poll};
+use crate::harness::{Gateway, Simulator, poll};
 
 const PANICS: &str = "crun_gateway_panics_total";
-
-/// Waits until a series has reached `value`.
-async fn reaches(gateway: &Gateway, series: &str, value: f64) {
-    let reached = async {
-        while gateway.metric(series).await < value {
-            sleep(Duration::from_millis(10)).await;
-        }
-    };
-    let is_reached = timeout(PATIENCE, reached).await.is_ok();
-    assert!(is_reached, "{series} is not {value}\n{}", gateway.log());
-}
 
 #[tokio::test]
 async fn a_start_that_cannot_have_its_threads_says_so_and_ends() {
@@ -106,11 +91,13 @@ async fn a_shared_store_is_found_after_a_moment_without_threads_which_fills_no_l
     let config = format!("shared: {{ max_replicas: 2, url: \"{url}\" }}");
     let gateway = Gateway::start_without_threads(&upstream.url, &config).await;
     let unanswered = "crun_gateway_shared_calls_total{result=\"no_reply\"}";
-    reaches(&gateway, unanswered, 10.0).await;
+    gateway.reaches(unanswered, 10).await;
     // One for each call, of which there are at most four a second, and a few for answers and the configuration.
     let (panics, calls) = (gateway.metric(PANICS).await, gateway.metric(unanswered).await);
     assert!(panics > 9.5 && panics < 2.0 * calls + 10.0, "{panics} of {calls} calls");
     gateway.allow_threads().await;
-    reaches(&gateway, "crun_gateway_shared_standing{standing=\"lending\"}", 1.0).await;
-    reaches(&gateway, "crun_gateway_shared_cache_up", 1.0).await;
+    gateway
+        .reaches("crun_gateway_shared_standing{standing=\"lending\"}", 1)
+        .await;
+    gateway.reaches("crun_gateway_shared_cache_up", 1).await;
 }
