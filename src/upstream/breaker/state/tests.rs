@@ -1,0 +1,679 @@
+use std::sync::LazyLock;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::account::AccountIds;
+
+const MS: Duration = Duration::from_millis(1);
+const JUST_BEFORE_FORGOTTEN: Duration = Duration::from_millis(59_999);
+
+fn task(name: &str) -> TaskId {
+    TaskId::new(name).unwrap()
+}
+
+fn own() -> AccountId {
+    AccountId::default()
+}
+
+fn fail(state: &mut State, name: &str, asked: Instant, now: Instant) -> Option<Change> {
+    state.failed(Some(own()), &task(name), asked, now)
+}
+
+/// Polls for `task`, and says for which task a probe began thereby.
+fn poll(state: &mut State, account: AccountId, task: &TaskId, now: Instant) -> Option<(u64, TaskId)> {
+    // Nobody who is to be probed for goes.
+    std::mem::forget(state.line_up(account, task));
+    let (number, _) = state.probe(now)?;
+    state.probed.back().map(|(_, probed)| (number, probed.clone()))
+}
+
+/// The probe that began, if it is for `task`, for which somebody polls.
+fn probe(state: &mut State, task: &TaskId, now: Instant) -> Option<u64> {
+    let (number, probed) = poll(state, own(), task, now)?;
+    (probed == *task).then_some(number)
+}
+
+/// The probe that is under way ends without an answer.
+fn end_probe(state: &mut State) {
+    state.probe_ended(state.probes);
+}
+
+/// A breaker that has just opened, and when.
+fn opened() -> (State, Instant) {
+    let (mut state, now) = (State::new(), Instant::now());
+    for name in ["a", "b", "a", "b"] {
+        assert_eq!(fail(&mut state, name, now, now), None);
+    }
+    assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened));
+    assert!(state.is_open());
+    (state, now)
+}
+
+#[test]
+fn five_failures_in_a_row_over_two_tasks_open_it() {
+    opened();
+}
+
+#[test]
+fn one_task_that_always_fails_never_opens_it() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for _ in 0..1000 {
+        assert_eq!(fail(&mut state, "a", now, now), None);
+    }
+    assert_eq!(fail(&mut state, "b", now, now), Some(Change::Opened));
+}
+
+fn another() -> AccountId {
+    static IDS: LazyLock<AccountIds> = LazyLock::new(AccountIds::default);
+    IDS.listed("another")
+}
+
+/// As many failures of another account's as open it, but for one. Says what the last one does.
+fn fail_elsewhere(state: &mut State, at: Instant) -> Option<Change> {
+    for name in ["v", "w", "x", "y"] {
+        assert_eq!(state.failed(Some(another()), &task(name), at, at), None);
+    }
+    state.failed(Some(another()), &task("z"), at, at)
+}
+
+#[test]
+fn failures_of_one_account_open_it_unless_another_is_answered() {
+    let (mut state, now) = (State::new(), Instant::now());
+    state.answered(Some(another()), now, now);
+    assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened), "nobody else was");
+    let (mut state, now) = (State::new(), Instant::now());
+    state.answered(Some(own()), now, now);
+    assert_eq!(fail_elsewhere(&mut state, now), None);
+    assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened), "both fail");
+}
+
+#[test]
+fn an_account_that_fails_while_another_is_answered_opens_it_once_until_it_is_answered() {
+    let (mut state, now) = (State::new(), Instant::now());
+    let mut at = now;
+    assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    at += PROBE_INTERVAL;
+    assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
+    for _ in 0..100 {
+        at += JUST_BEFORE_FORGOTTEN;
+        assert_eq!(fail_elsewhere(&mut state, at), None);
+        // Nor does it with the one task of another's that always fails.
+        assert_eq!(fail(&mut state, "a", at, at), None);
+        assert_eq!(state.answered(Some(own()), at, at), None);
+    }
+    state.answered(Some(another()), at, at);
+    at += LATELY;
+    assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+}
+
+#[test]
+fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_minute() {
+    let (mut state, now) = (State::new(), Instant::now());
+    assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
+    let mut at = now + PROBE_INTERVAL;
+    assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
+    at += JUST_BEFORE_FORGOTTEN;
+    assert_eq!(fail_elsewhere(&mut state, at), None);
+    at += MS;
+    assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+}
+
+#[test]
+fn what_refuses_another_accounts_key_says_nothing_against_an_outage() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for round in 0..10 {
+        let at = now + round * PROBE_INTERVAL;
+        state.answered(None, at, at);
+        assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+        assert_eq!(state.answered(None, at + MS, at + MS), Some(Change::Closed));
+    }
+}
+
+#[test]
+fn where_there_is_no_connection_the_account_says_nothing() {
+    let (mut state, now) = (State::new(), Instant::now());
+    state.answered(Some(own()), now, now);
+    for name in ["a", "b", "c", "d"] {
+        assert_eq!(state.failed(None, &task(name), now, now), None);
+    }
+    assert_eq!(state.failed(None, &task("e"), now, now), Some(Change::Opened));
+}
+
+#[test]
+fn an_answer_between_begins_the_count_anew() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for _ in 0..100 {
+        for name in ["a", "b", "c", "d"] {
+            assert_eq!(fail(&mut state, name, now, now), None);
+        }
+        assert_eq!(state.answered(Some(own()), now, now), None);
+    }
+}
+
+#[test]
+fn a_late_time_out_from_before_the_last_answer_is_no_news() {
+    let (mut state, now) = (State::new(), Instant::now());
+    state.answered(Some(own()), now + 10 * MS, now + 20 * MS);
+    for name in ["a", "b", "c", "d", "e", "f"] {
+        assert_eq!(fail(&mut state, name, now, now + 8000 * MS), None);
+    }
+    assert!(!state.is_open());
+}
+
+#[test]
+fn the_first_probe_comes_an_interval_after_it_opened_and_then_one_at_most_every_interval() {
+    let (mut state, now) = opened();
+    assert_eq!(state.until_probe(now), PROBE_INTERVAL);
+    assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL - MS).is_none());
+    assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL).is_some());
+    assert!(
+        probe(&mut state, &task("a"), now + 10 * PROBE_INTERVAL).is_none(),
+        "one of a task at a time, however long it takes"
+    );
+    assert!(probe(&mut state, &task("b"), now + 2 * PROBE_INTERVAL).is_none());
+    end_probe(&mut state);
+    assert!(state.is_open());
+    assert!(probe(&mut state, &task("b"), now + 2 * PROBE_INTERVAL).is_some());
+    end_probe(&mut state);
+    assert!(probe(&mut state, &task("c"), now + 3 * PROBE_INTERVAL - MS).is_none());
+}
+
+#[test]
+fn the_task_probed_last_lets_others_go_first() {
+    let (mut state, now) = opened();
+    assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL).is_some());
+    end_probe(&mut state);
+    assert!(
+        probe(&mut state, &task("a"), now + 2 * PROBE_INTERVAL).is_some(),
+        "nobody else asks: then it may"
+    );
+    end_probe(&mut state);
+    assert!(probe(&mut state, &task("b"), now + 3 * PROBE_INTERVAL - MS).is_none());
+    let (_, probed) = poll(&mut state, own(), &task("a"), now + 3 * PROBE_INTERVAL).unwrap();
+    assert_eq!(probed, task("b"), "somebody else does");
+    end_probe(&mut state);
+    assert!(probe(&mut state, &task("a"), now + 4 * PROBE_INTERVAL).is_some());
+}
+
+#[test]
+fn tasks_that_hang_do_not_keep_it_open_whenever_the_others_are_polled() {
+    // Every 2 s each, a little apart, the hanging first; the others every 2 s, or 5 s, were probed as often before.
+    for (hanging, others, every) in [(2, 3, 2000), (3, 3, 5000), (1, 5, 5000)] {
+        let (mut state, start) = opened();
+        let mut tasks: Vec<_> = (0..hanging).map(|n| (task(&format!("hangs{n}")), 2000)).collect();
+        tasks.extend((0..others).map(|n| (task(&format!("ends{n}")), every)));
+        // An outage that ends after so many ms: nothing answers until then.
+        let outage = 40_000;
+        let mut under_way = Vec::new();
+        let answered = (1..600_000).find(|at| {
+            under_way.retain(|(ends, probe)| {
+                if ends == at {
+                    state.probe_ended(*probe);
+                }
+                ends > at
+            });
+            let probed: Vec<_> = (0..)
+                .zip(&tasks)
+                .filter(|(n, (_, every))| at % every == *n)
+                .filter_map(|(_, (task, _))| poll(&mut state, own(), task, start + *at * MS))
+                .collect();
+            probed.into_iter().any(|(number, probed)| {
+                let hangs = probed.as_str().starts_with("hangs");
+                under_way.push((at + if hangs { 4000 } else { 1 }, number));
+                !hangs && *at >= outage
+            })
+        });
+        let closed_after = answered.map(|at| at - outage);
+        assert!(
+            closed_after.is_some_and(|ms| ms <= 20_000),
+            "{hanging}, {others}, {every}: {closed_after:?}"
+        );
+    }
+}
+
+#[test]
+fn what_nobody_asks_about_for_a_minute_is_forgotten() {
+    let (mut state, now) = opened();
+    assert!(probe(&mut state, &task("a"), now + PROBE_INTERVAL).is_some());
+    assert_eq!(state.forget(now + 10 * FORGOTTEN_AFTER), None, "a probe is under way");
+    end_probe(&mut state);
+    let probed = now + FORGOTTEN_AFTER;
+    assert!(probe(&mut state, &task("a"), probed).is_some());
+    end_probe(&mut state);
+    let asked = probed + 2 * PROBE_INTERVAL;
+    state.keep_back(asked);
+    assert_eq!(state.forget(asked + FORGOTTEN_AFTER - MS), None);
+    let idle = asked + FORGOTTEN_AFTER;
+    assert_eq!(state.forget(idle), Some(Change::Closed));
+    assert_eq!(state.forget(idle), None);
+    for name in ["a", "b", "c", "d"] {
+        assert_eq!(fail(&mut state, name, idle, idle), None);
+    }
+    assert_eq!(fail(&mut state, "e", idle, idle), Some(Change::Opened));
+}
+
+#[test]
+fn tasks_that_hang_let_one_that_was_not_probed_go_first_and_before_they_end() {
+    let (mut state, now) = opened();
+    let hanging = ["a", "b", "c", "d", "e"].map(task);
+    let mut at = now + PROBE_INTERVAL;
+    for hangs in &hanging {
+        assert!(probe(&mut state, hangs, at).is_some());
+        at += 2 * PROBE_INTERVAL;
+    }
+    for hangs in &hanging {
+        assert!(probe(&mut state, hangs, at - MS).is_none());
+    }
+    assert!(probe(&mut state, &task("f"), at - MS).is_none());
+    let (_, probed) = poll(&mut state, own(), &hanging[0], at).unwrap();
+    assert_eq!(probed, task("f"));
+}
+
+#[test]
+fn who_was_probed_longest_ago_goes_first_however_often_and_its_account_before_it() {
+    let (mut state, now) = opened();
+    let ids = AccountIds::default();
+    let other = ids.listed("other");
+    let mut at = now;
+    let mut next = |state: &mut State, account, name: &str| {
+        at += PROBE_INTERVAL;
+        let probed = poll(state, account, &task(name), at).map(|(_, probed)| probed);
+        end_probe(state);
+        probed
+    };
+    for _ in 0..100 {
+        assert_eq!(next(&mut state, own(), "a"), Some(task("a")));
+    }
+    // Those that come later were never probed, and then they were.
+    assert_eq!(next(&mut state, own(), "b"), Some(task("b")));
+    assert_eq!(next(&mut state, own(), "c"), Some(task("c")));
+    std::mem::forget(state.line_up(own(), &task("a")));
+    assert_eq!(next(&mut state, own(), "b"), Some(task("a")));
+    // An account that always has another task goes no oftener than one that has none.
+    std::mem::forget(state.line_up(own(), &task("new")));
+    std::mem::forget(state.line_up(other, &task("old")));
+    assert_eq!(next(&mut state, own(), "newer"), Some(task("old")));
+    std::mem::forget(state.line_up(other, &task("old")));
+    assert_eq!(next(&mut state, own(), "newest"), Some(task("newest")));
+}
+
+#[test]
+fn whoever_waits_with_a_connection_overtakes_a_silent_probe() {
+    let (mut state, now) = opened();
+    let at = now + PROBE_INTERVAL;
+    assert!(probe(&mut state, &task("a"), at).is_some());
+    state.connected();
+    let due = at + 2 * PROBE_INTERVAL;
+    assert!(probe(&mut state, &task("b"), due).is_none());
+    assert!(state.probe_connected(own(), &task("a"), due - MS).is_none());
+    assert!(state.probe_connected(own(), &task("a"), due).is_some());
+}
+
+#[test]
+fn who_has_gone_is_not_probed_for() {
+    let (mut state, now) = opened();
+    drop(state.line_up(own(), &task("gone")));
+    assert!(state.probe(now + PROBE_INTERVAL).is_none());
+    assert!(probe(&mut state, &task("b"), now + PROBE_INTERVAL).is_some());
+}
+
+#[test]
+fn who_is_first_in_line_is_told_that_it_is_over() {
+    let (mut state, now) = opened();
+    let mut told = state.line_up(own(), &task("a")).unwrap();
+    state.answered(Some(own()), now, now);
+    assert!(
+        told.try_recv()
+            .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
+    );
+    assert!(state.line_up(own(), &task("a")).is_none());
+}
+
+#[test]
+fn a_probes_answer_closes_it_and_the_count_begins_anew() {
+    let (mut state, now) = opened();
+    let later = now + PROBE_INTERVAL;
+    assert!(probe(&mut state, &task("a"), later).is_some());
+    assert_eq!(
+        state.answered(Some(own()), later, later + 200 * MS),
+        Some(Change::Closed)
+    );
+    end_probe(&mut state);
+    assert!(!state.is_open());
+    assert_eq!(state.until_probe(later), Duration::ZERO);
+    for name in ["a", "b", "c", "d"] {
+        assert_eq!(fail(&mut state, name, later, later), None);
+    }
+    assert_eq!(fail(&mut state, "e", later, later), Some(Change::Opened));
+}
+
+#[test]
+fn a_probe_that_was_overtaken_ends_nobody_elses() {
+    let (mut state, now) = opened();
+    let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
+    state.answered(Some(own()), now + MS, now + 2 * PROBE_INTERVAL);
+    for name in ["a", "b", "c", "d", "e"] {
+        fail(&mut state, name, now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
+    }
+    assert!(probe(&mut state, &task("b"), now + 4 * PROBE_INTERVAL).is_some());
+    state.probe_ended(first);
+    assert_eq!(probe(&mut state, &task("c"), now + 6 * PROBE_INTERVAL - MS), None);
+}
+
+#[test]
+fn an_answer_that_was_asked_for_before_it_opened_does_not_close_it() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for name in ["a", "b", "c", "d", "e"] {
+        fail(&mut state, name, now, now + 10 * MS);
+    }
+    assert!(state.is_open());
+    assert_eq!(state.answered(Some(own()), now + 9 * MS, now + 20 * MS), None);
+    assert!(state.is_open());
+    assert_eq!(
+        state.answered(Some(own()), now + 10 * MS, now + 20 * MS),
+        Some(Change::Closed)
+    );
+}
+
+#[test]
+fn two_seconds_without_a_connection_open_it() {
+    let (mut state, now) = (State::new(), Instant::now());
+    assert_eq!(state.next_look(), None);
+    state.connecting(now);
+    state.connecting(now + 500 * MS);
+    assert_eq!(state.next_look(), Some(now + LONGEST_WITHOUT));
+    assert_eq!(state.look(now + LONGEST_WITHOUT - MS), None);
+    state.no_longer_connecting(now + LONGEST_WITHOUT - MS);
+    assert_eq!(state.look(now + LONGEST_WITHOUT), Some(Change::Opened));
+    assert_eq!(state.next_look(), None);
+    assert_eq!(state.look(now + 2 * LONGEST_WITHOUT), None, "it opens once");
+}
+
+#[test]
+fn a_connection_or_an_answer_begins_the_two_seconds_anew() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for reach in [
+        (|state, now| state.reached(now)) as fn(&mut State, Instant),
+        |state, now| {
+            state.answered(Some(own()), now, now);
+        },
+    ] {
+        state.connecting(now);
+        reach(&mut state, now + 1900 * MS);
+        assert_eq!(state.look(now + 3899 * MS), None);
+        state.no_longer_connecting(now + 3899 * MS);
+        state.reached(now + 3899 * MS);
+    }
+    assert_eq!(state.next_look(), None);
+}
+
+#[test]
+fn a_failure_long_ago_is_no_part_of_it() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for hour in 0..100 {
+        let now = now + hour * Duration::from_hours(1);
+        state.connecting(now);
+        state.no_longer_connecting(now + MS);
+        assert_eq!(state.look(now + MS), None);
+    }
+}
+
+#[test]
+fn a_pause_between_two_attempts_does_not_hide_an_outage() {
+    let (mut state, now) = (State::new(), Instant::now());
+    for second in 0..3 {
+        let now = now + second * Duration::from_secs(1);
+        state.connecting(now);
+        state.no_longer_connecting(now + MS);
+        assert_eq!(state.look(now + MS).is_some(), second == 2);
+    }
+}
+
+/// An attempt that is given up after so many milliseconds.
+fn give_up(state: &mut State, began: Instant, after: u32) {
+    state.connecting(began);
+    assert!(state.next_look().is_some_and(|look| look > began + after * MS));
+    state.gave_up(began + after * MS);
+}
+
+#[test]
+fn the_pause_behind_an_attempt_that_was_given_up_is_no_part_of_it() {
+    for (times, after, apart) in [(1, 100, 2050), (1, 100, 1900), (33, 60, 500), (1999, 1, 1999)] {
+        let (mut state, mut now) = (State::new(), Instant::now());
+        for _ in 0..times {
+            give_up(&mut state, now, after);
+            now += apart * MS;
+        }
+        assert_eq!(state.look(now), None);
+        state.connecting(now);
+        assert_eq!(state.look(now), None);
+        assert!(state.next_look().is_some_and(|look| look > now));
+    }
+}
+
+#[test]
+fn attempts_that_are_given_up_do_not_hide_that_none_comes_to_an_end() {
+    // With pauses, and so that there is always one.
+    for apart in [1500, 900] {
+        let (mut state, mut now) = (State::new(), Instant::now());
+        for _ in 0..2 {
+            give_up(&mut state, now, 900);
+            now += apart * MS;
+        }
+        state.connecting(now);
+        assert_eq!(state.next_look(), Some(now + 200 * MS));
+        assert_eq!(state.look(now + 199 * MS), None);
+        assert_eq!(state.look(now + 200 * MS), Some(Change::Opened));
+    }
+    let (mut state, now) = (State::new(), Instant::now());
+    state.connecting(now);
+    for second in 1..20 {
+        state.connecting(now + second * 100 * MS);
+        state.gave_up(now + second * 100 * MS);
+    }
+    assert_eq!(state.next_look(), Some(now + LONGEST_WITHOUT));
+    assert_eq!(state.look(now + LONGEST_WITHOUT), Some(Change::Opened));
+}
+
+#[test]
+fn attempts_that_fail_at_their_time_out_open_it() {
+    let (mut state, mut now) = (State::new(), Instant::now());
+    for attempt in 0..3 {
+        state.connecting(now);
+        now += 800 * MS;
+        state.no_longer_connecting(now);
+        assert_eq!(state.look(now).is_some(), attempt == 2);
+    }
+}
+
+#[test]
+fn whichever_ended_last_says_what_the_pause_behind_it_is() {
+    for given_up_last in [true, false] {
+        let (mut state, now) = (State::new(), Instant::now());
+        state.connecting(now);
+        state.connecting(now);
+        if given_up_last {
+            state.no_longer_connecting(now + MS);
+            state.gave_up(now + MS);
+        } else {
+            state.gave_up(now + MS);
+            state.no_longer_connecting(now + MS);
+        }
+        state.connecting(now + 1900 * MS);
+        assert_eq!(state.look(now + LONGEST_WITHOUT).is_none(), given_up_last);
+    }
+}
+
+#[test]
+fn a_connection_that_comes_while_it_is_open_does_not_close_it() {
+    let (mut state, now) = opened();
+    state.connecting(now);
+    state.no_longer_connecting(now + MS);
+    state.reached(now + MS);
+    assert!(state.is_open());
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    /// Of an account's task, asked so many ms ago.
+    Failed(bool, u8, u64),
+    Answered(bool, u64),
+    Probe(u8),
+    Connected,
+    ProbeConnected(u8),
+    ProbeEnded,
+    Connecting,
+    /// And whether it is there.
+    NoLongerConnecting(bool),
+    GaveUp,
+    Look,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        8 => (any::<bool>(), 0_u8..3, 0_u64..3000).prop_map(|(whose, task, ago)| Event::Failed(whose, task, ago)),
+        1 => (any::<bool>(), 0_u64..3000).prop_map(|(whose, ago)| Event::Answered(whose, ago)),
+        4 => (0_u8..3).prop_map(Event::Probe),
+        1 => Just(Event::Connected),
+        2 => (0_u8..3).prop_map(Event::ProbeConnected),
+        2 => Just(Event::ProbeEnded),
+        1 => Just(Event::Connecting),
+        1 => any::<bool>().prop_map(Event::NoLongerConnecting),
+        1 => Just(Event::GaveUp),
+        1 => Just(Event::Look),
+    ]
+}
+
+proptest! {
+    /// Whatever happens: it opens for a reason and closes by an answer; probes are an interval apart, two while one is
+    /// under way.
+    #[test]
+    fn it_opens_for_a_reason_and_probes_seldom(
+        events in prop::collection::vec((event(), 0_u64..1000), 1..300)
+    ) {
+        let start = Instant::now() + Duration::from_hours(1);
+        let (mut state, mut now) = (State::new(), start);
+        let (mut probing, mut last_probe) = (false, None::<Instant>);
+        let mut failing: Vec<(bool, u8)> = Vec::new();
+        // When an account asked last what was answered.
+        let mut answered = [None::<Instant>; 2];
+        let account = |whose| if whose { own() } else { another() };
+        let mut opened = None;
+        let (mut connecting, mut connected) = (0_u32, 0_u32);
+        // How long there was no connection, and whether the time that passes is part of that.
+        let (mut without, mut is_without) = (Duration::ZERO, false);
+        for (event, ms) in events {
+            now += Duration::from_millis(ms);
+            without += Duration::from_millis(if is_without { ms } else { 0 });
+            let was_open = state.is_open();
+            let change = match event {
+                Event::Failed(whose, name, ago) => {
+                    failing.push((whose, name));
+                    let asked = now - Duration::from_millis(ago);
+                    let change = state.failed(Some(account(whose)), &task(&name.to_string()), asked, now);
+                    if change.is_some() {
+                        prop_assert!(failing.len() >= 5, "{failing:?}");
+                        prop_assert!(failing.iter().any(|other| other.1 != failing[0].1), "{failing:?}");
+                        let is_contradicted = answered[usize::from(!whose)].is_some_and(|answered| asked < answered + LATELY);
+                        prop_assert!(!is_contradicted || failing.iter().any(|other| other.0 != whose), "{failing:?}");
+                    }
+                    change
+                }
+                Event::Answered(whose, ago) => {
+                    let asked = now - Duration::from_millis(ago);
+                    let change = state.answered(Some(account(whose)), asked, now);
+                    let is_news = opened.is_none_or(|opened| asked >= opened);
+                    prop_assert_eq!(change.is_some(), was_open && is_news);
+                    if is_news || !was_open {
+                        let last = &mut answered[usize::from(whose)];
+                        *last = (*last).max(Some(asked));
+                        failing.clear();
+                        prop_assert!(!state.is_open());
+                    }
+                    (without, is_without) = (Duration::ZERO, connecting > 0);
+                    change
+                }
+                Event::Connected => {
+                    state.connected();
+                    connected += 1;
+                    None
+                }
+                Event::Probe(name) | Event::ProbeConnected(name) => {
+                    let name = task(&name.to_string());
+                    let begun = if matches!(event, Event::Probe(_)) {
+                        let begun = poll(&mut state, own(), &name, now).map(|(number, _)| number);
+                        begun.inspect(|_| assert_eq!(connected, 0, "they come first"))
+                    } else if connected > 0 {
+                        connected -= 1;
+                        let begun = state.probe_connected(own(), &name, now);
+                        state.no_longer_connected();
+                        begun
+                    } else {
+                        None
+                    };
+                    if begun.is_some() {
+                        prop_assert!(was_open);
+                        let apart = if probing { 2 * PROBE_INTERVAL } else { PROBE_INTERVAL };
+                        prop_assert!(last_probe.is_none_or(|last| now >= last + apart));
+                        prop_assert!(opened.is_some_and(|opened| now >= opened + PROBE_INTERVAL));
+                        (probing, last_probe) = (true, Some(now));
+                    }
+                    None
+                }
+                Event::ProbeEnded => {
+                    end_probe(&mut state);
+                    probing = false;
+                    None
+                }
+                Event::Connecting => {
+                    state.connecting(now);
+                    connecting += 1;
+                    is_without = true;
+                    None
+                }
+                Event::NoLongerConnecting(is_there) => {
+                    if connecting > 0 {
+                        connecting -= 1;
+                        state.no_longer_connecting(now);
+                        if is_there {
+                            state.reached(now);
+                            (without, is_without) = (Duration::ZERO, connecting > 0);
+                        }
+                    }
+                    None
+                }
+                Event::GaveUp => {
+                    if connecting > 0 {
+                        connecting -= 1;
+                        state.gave_up(now);
+                        is_without = connecting > 0;
+                    }
+                    None
+                }
+                Event::Look => {
+                    let change = state.look(now);
+                    if change.is_some() {
+                        prop_assert!(without >= LONGEST_WITHOUT);
+                    }
+                    change
+                }
+            };
+            match change {
+                Some(Change::Opened) => {
+                    prop_assert!(!was_open && state.is_open());
+                    opened = Some(now);
+                    failing.clear();
+                    probing = false;
+                }
+                Some(Change::Closed) => {
+                    prop_assert!(was_open && !state.is_open());
+                    probing = false;
+                }
+                None => prop_assert_eq!(was_open, state.is_open()),
+            }
+            prop_assert!(state.until_probe(now) <= PROBE_INTERVAL);
+            prop_assert!(state.next_look().is_none_or(|_| !state.is_open() && connecting > 0));
+        }
+    }
+}
