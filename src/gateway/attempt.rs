@@ -86,8 +86,10 @@ impl Gateway {
                 // Closed only now: whoever asks from here on finds the answer kept and the account paused.
                 if outcome == Class::Unavailable {
                     breaker.answered_unavailable(account.id, task, sent, format_args!("code {}", answer.code()));
+                } else if outcome.is_stored() {
+                    breaker.answered(account.id, sent);
                 } else {
-                    breaker.answered(outcome.is_stored().then_some(account.id), sent);
+                    breaker.refused(account.id, sent);
                 }
                 self.hold(&answer).await?;
                 drop(room);
@@ -103,7 +105,7 @@ impl Gateway {
                 query.failed(&failed.error, outcome);
                 log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Class::Unavailable {
-                    breaker.answered(None, sent);
+                    breaker.refused(account.id, sent);
                 } else if !failed.unanswered || attempt.number >= MOST_ATTEMPTS {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
                     breaker.failed(account.id, task, sent, detail);

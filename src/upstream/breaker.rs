@@ -111,15 +111,18 @@ impl Breaker {
         }
     }
 
-    /// An attempt that was begun at `asked` got an answer that says that upstream is there; of this account, if it tells of its
-    /// task.
-    pub fn answered(&self, account: Option<AccountId>, asked: Instant) {
-        let now = Instant::now();
+    /// An attempt of `account`, begun at `asked`, got an answer that tells of its task.
+    pub fn answered(&self, account: AccountId, asked: Instant) {
         let mut state = self.state.lock();
-        if state.answered(account, asked, now) == Some(Change::Closed) {
-            self.show(false);
-            tracing::info!("upstream is back: the breaker is closed");
-        }
+        let change = state.answered(account, asked, Instant::now());
+        self.note_back(change);
+    }
+
+    /// An attempt of `account`, begun at `asked`, got an answer that tells nothing of its task.
+    pub fn refused(&self, account: AccountId, asked: Instant) {
+        let mut state = self.state.lock();
+        let change = state.refused(account, asked, Instant::now());
+        self.note_back(change);
     }
 
     /// An attempt of `account` for `task`, begun at `asked`, got an answer that says that upstream is unavailable.
@@ -198,6 +201,13 @@ impl Breaker {
                 %cause,
                 "upstream is unavailable: the breaker is open, snapshots are served and upstream is only probed"
             );
+        }
+    }
+
+    fn note_back(&self, change: Option<Change>) {
+        if change == Some(Change::Closed) {
+            self.show(false);
+            tracing::info!("upstream is back: the breaker is closed");
         }
     }
 

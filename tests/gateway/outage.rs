@@ -417,39 +417,83 @@ async fn an_account_that_always_fails_shuts_no_other_out() {
 
 #[tokio::test(start_paused = true)]
 async fn an_account_that_mostly_fails_shuts_no_other_out_that_is_answered() {
-    for every in [0.3, 1.0, 1.8] {
-        let refused = refused_beside(1, every, |_, task| failing(task, true)).await;
-        assert_eq!(refused, (0, 0), "{every}");
+    // Nobody was heard lately at first, where the others ask seldom.
+    for (every, most) in [(0.3, 0), (1.0, 0), (1.8, 0), (4.0, 2), (20.0, 2)] {
+        let (early, late) = refused_beside(1, every, |_, task| failing(task, true)).await;
+        assert!(early <= most && late == 0, "{every}: {early}, {late}");
     }
 }
 
-/// What stands before upstream goes on refusing it.
+/// What stands before upstream goes on refusing it, while upstream itself does not answer or says that it is away.
 #[tokio::test(start_paused = true)]
 async fn a_key_that_is_refused_hides_no_outage() {
-    let answer = |_, task: &str| match task {
-        "refused" => json(&serde_json::json!({ "code": 401, "message": "no", "data": null })),
-        _ => failing(task, false),
-    };
-    let behaviour = Behaviour {
-        answer,
-        ..Behaviour::default()
-    };
-    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
-    let mut polls = JoinSet::new();
-    for number in 0..1000 {
-        let gateway = Arc::clone(&gateway);
-        polls.spawn(async move {
-            sleep(seconds(f64::from(number) / 10.0)).await;
+    let hangs = |task: &str| seconds(if task == "refused" { 0.0 } else { 100.0 });
+    for varies in [|_: &str| Duration::ZERO, hangs] {
+        let behaviour = Behaviour {
+            answer: |_, task| match task {
+                "refused" => json(&serde_json::json!({ "code": 401, "message": "no", "data": null })),
+                _ => failing(task, false),
+            },
+            varies,
+            ..Behaviour::default()
+        };
+        let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+        let (mut polls, mut waited) = (JoinSet::new(), JoinSet::new());
+        for number in 0..1000 {
+            let at = seconds(f64::from(number) / 10.0);
             if number % 30 == 0 {
-                gateway.poll("ak_refused", "refused").await;
+                let gateway = Arc::clone(&gateway);
+                polls.spawn(async move {
+                    sleep(at).await;
+                    gateway.poll("ak_refused", "refused").await
+                });
             }
-            gateway.poll(KEY, &format!("fails-{}", number % 20)).await;
-        });
+            let gateway = Arc::clone(&gateway);
+            waited.spawn(async move {
+                sleep(at).await;
+                let before = Instant::now();
+                gateway.poll(KEY, &format!("fails-{}", number % 20)).await;
+                before.elapsed() > seconds(1.0)
+            });
+        }
+        let waited = waited.join_all().await.into_iter().filter(|waited| *waited).count();
+        // Those that come before the first time-outs.
+        assert!(waited < 100, "{waited} of 1000 polls waited");
+        let refused = polls
+            .join_all()
+            .await
+            .iter()
+            .filter(|reply| reply.json()["code"] == 401)
+            .count();
+        assert!(refused > 10, "{refused} heard that their key is refused");
+        let asked = gateway.arrivals().len();
+        assert!(asked < 200, "{asked} of 1000 polls");
     }
-    polls.join_all().await;
-    let asked = gateway.arrivals().len();
-    // A probe in 1.5 s, and five failures to open it again each time that the refused key is asked with.
-    assert!(asked < 200, "{asked} of 1000 polls");
+}
+
+/// Upstream is there, but has nothing to say to those who ask.
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_refuses_whoever_asks_is_back() {
+    for keys in [&["ak_a"][..], &["ak_a", "ak_b", "ak_c"]] {
+        let behaviour = Behaviour {
+            to_key: |_, at| {
+                let no_credits = serde_json::json!({ "code": 402, "message": "none", "data": null });
+                (at > seconds(BACK)).then(|| json(&no_credits))
+            },
+            ..away_for_a_minute(Away::Status(503))
+        };
+        let gateway = Paused::start(behaviour, |_| {});
+        sleep(seconds(AWAY)).await;
+        for number in 0..80 {
+            sleep(seconds(1.0)).await;
+            for key in keys {
+                let reply = gateway.poll(key, &format!("{key}-{number}")).await;
+                if number > 70 {
+                    assert_eq!(reply.json()["code"], 402, "{key} at {number}");
+                }
+            }
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,4 +1,5 @@
-//! Whose failures say nothing of upstream: those of an account that fails while others are answered.
+//! Whose failures say nothing of upstream: those of an account that fails while others are answered. And whose refusals say
+//! nothing against an outage: those of an account that is refused while others fail.
 //!
 //! Evidence is weighed by when it was asked for, as in `breaker/state.rs`.
 
@@ -30,21 +31,27 @@ struct Known {
     account: AccountId,
     /// When the latest query that was answered was begun.
     answered: Option<Instant>,
-    /// How many have failed since, up to [`MOST_FAILURES`].
+    /// How many were answered since the last failure, up to [`MOST_FAILURES`].
+    answers: u32,
+    /// How many have failed since the last answer, up to [`MOST_FAILURES`].
     failures: u32,
     /// When the latest of these was begun.
     failed: Option<Instant>,
-    /// Whether somebody else was answered who asked after so many.
+    /// When the latest that failed was begun, if nothing was heard since, not even a refusal.
+    unheard: Option<Instant>,
+    /// Whether somebody else was answered who asked after so many failures.
     is_in_trouble: bool,
 }
 
 impl Known {
-    fn new(account: AccountId, answered: Option<Instant>) -> Self {
+    fn new(account: AccountId) -> Self {
         Self {
             account,
-            answered,
+            answered: None,
+            answers: 0,
             failures: 0,
             failed: None,
+            unheard: None,
             is_in_trouble: false,
         }
     }
@@ -53,9 +60,11 @@ impl Known {
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// itself or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
+    /// as often itself, or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
     pub(super) fn failed(&mut self, account: AccountId, asked: Instant) -> bool {
-        let mut known = self.take(account).unwrap_or_else(|| Known::new(account, None));
+        let mut known = self.take(account);
+        known.answers = 0;
+        known.unheard = known.unheard.max(Some(asked));
         if known.failures < MOST_FAILURES {
             known.failures += 1;
             known.failed = known.failed.max(Some(asked));
@@ -65,13 +74,41 @@ impl Accounts {
         may_count
     }
 
+    /// The same while the breaker is open: a failure that is expected says nothing of the account.
+    pub(super) fn still_fails(&mut self, account: AccountId, asked: Instant) {
+        let mut known = self.take(account);
+        known.unheard = known.unheard.max(Some(asked));
+        self.put(known);
+    }
+
     /// A query of `account` that was begun at `asked` was answered by what tells of its task.
     pub(super) fn answered(&mut self, account: AccountId, asked: Instant) {
-        let before = self.take(account).and_then(|known| known.answered);
+        let mut known = self.take(account);
+        known.answered = known.answered.max(Some(asked));
+        known.answers = MOST_FAILURES.min(known.answers + 1);
+        known.failures = 0;
+        known.failed = None;
+        known.unheard = None;
+        known.is_in_trouble &= known.answers < MOST_FAILURES;
         for other in &mut self.0 {
             other.is_in_trouble |= other.failures == MOST_FAILURES && other.failed < Some(asked);
         }
-        self.put(Known::new(account, before.max(Some(asked))));
+        self.put(known);
+    }
+
+    /// A query of `account` was answered by what tells nothing of its task.
+    pub(super) fn refused(&mut self, account: AccountId) {
+        let mut known = self.take(account);
+        known.unheard = None;
+        self.put(known);
+    }
+
+    /// Whether another account than `account` has failed [`TROUBLE`] before `asked`, or since, and heard nothing afterwards.
+    pub(super) fn others_hear_nothing(&self, account: AccountId, asked: Instant) -> bool {
+        let lately = |failed| asked.saturating_duration_since(failed) < TROUBLE;
+        self.0
+            .iter()
+            .any(|known| known.account != account && known.unheard.is_some_and(lately))
     }
 
     /// Whether another account than `account` was answered what it asked `within` so long before `asked`, or since.
@@ -82,9 +119,10 @@ impl Accounts {
             .any(|known| known.account != account && known.answered.is_some_and(lately))
     }
 
-    fn take(&mut self, account: AccountId) -> Option<Known> {
-        let at = self.0.iter().position(|known| known.account == account)?;
-        self.0.remove(at)
+    fn take(&mut self, account: AccountId) -> Known {
+        let at = self.0.iter().position(|known| known.account == account);
+        at.and_then(|at| self.0.remove(at))
+            .unwrap_or_else(|| Known::new(account))
     }
 
     fn put(&mut self, known: Known) {
@@ -136,8 +174,42 @@ mod tests {
         accounts.answered(b, now + 5 * MS);
         assert!(!accounts.failed(a, now + 6 * MS));
         assert!(accounts.failed(b, now + 6 * MS));
-        accounts.answered(a, now + 7 * MS);
-        assert!(accounts.failed(a, now + 8 * MS));
+    }
+
+    #[test]
+    fn an_account_is_out_of_trouble_once_it_is_answered_five_times_in_a_row() {
+        let (mut accounts, [a, b]) = accounts();
+        let now = Instant::now();
+        for _ in 0..5 {
+            accounts.failed(a, now);
+        }
+        accounts.answered(b, now + MS);
+        for answer in 0..9 {
+            assert!(!accounts.failed(a, now + 2 * MS) || answer > 4, "{answer}");
+            for _ in 0..answer {
+                accounts.answered(a, now + 2 * MS);
+            }
+            accounts.answered(b, now + 2 * MS);
+        }
+        assert!(accounts.failed(a, now + 3 * MS));
+    }
+
+    #[test]
+    fn an_account_hears_nothing_from_a_failure_on_until_anything_is_said_to_it() {
+        let (mut accounts, [a, b]) = accounts();
+        let now = Instant::now();
+        assert!(!accounts.others_hear_nothing(a, now));
+        accounts.failed(b, now);
+        assert!(accounts.others_hear_nothing(a, now + TROUBLE - MS));
+        assert!(!accounts.others_hear_nothing(a, now + TROUBLE));
+        assert!(!accounts.others_hear_nothing(b, now), "only another's");
+        accounts.still_fails(b, now + MS);
+        assert!(accounts.others_hear_nothing(a, now + TROUBLE));
+        accounts.refused(b);
+        assert!(!accounts.others_hear_nothing(a, now));
+        accounts.failed(b, now);
+        accounts.answered(b, now);
+        assert!(!accounts.others_hear_nothing(a, now));
     }
 
     #[test]

@@ -88,7 +88,8 @@ pub(super) struct State {
     probes: u64,
     /// When the next probe may start.
     next_probe: Option<Instant>,
-    /// The tasks that were probed since it opened, and whose they are, the last at the back.
+    /// The tasks that were probed last, and whose they are, the last at the back: the next outage goes on where the last one
+    /// ended, else whoever polls most would be probed first each time, though it may be what opens the breaker.
     probed: VecDeque<(AccountId, TaskId)>,
     /// Of those that were kept back and not probed since, the one that goes first.
     candidate: Option<Candidate>,
@@ -148,7 +149,13 @@ impl State {
         asked: Instant,
         now: Instant,
     ) -> Option<Change> {
-        if self.is_open() || self.answered.is_some_and(|answered| asked < answered) {
+        if self.is_open() {
+            if let Some(account) = account {
+                self.accounts.still_fails(account, asked);
+            }
+            return None;
+        }
+        if self.answered.is_some_and(|answered| asked < answered) {
             return None;
         }
         if account.is_some_and(|account| !self.accounts.failed(account, asked)) {
@@ -168,21 +175,43 @@ impl State {
         (is_enough && !is_its_own).then(|| self.open(now))
     }
 
-    /// An attempt that was begun at `asked` got an answer from upstream itself, whatever it says; of this account, if it tells
-    /// of its task: what refuses a key or a rate may come from something that stands before the API, and is there without it.
-    pub(super) fn answered(&mut self, account: Option<AccountId>, asked: Instant, now: Instant) -> Option<Change> {
+    /// An attempt of `account`, begun at `asked`, got an answer that tells of its task.
+    pub(super) fn answered(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
         let was_open = self.is_open();
-        if was_open && self.opened.is_some_and(|opened| asked < opened) {
+        if self.is_old_news(asked) {
             return None;
         }
+        self.accounts.answered(account, asked);
+        self.is_back(asked, now);
+        was_open.then_some(Change::Closed)
+    }
+
+    /// An attempt of `account`, begun at `asked`, got an answer that tells nothing of its task: a refusal of the key or of the
+    /// rate may come from something that stands before the API, and is there without it. So it contradicts no failure, and
+    /// closes the breaker only where nobody else lately failed: they find out themselves.
+    pub(super) fn refused(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
+        if self.is_old_news(asked) {
+            return None;
+        }
+        self.accounts.refused(account);
+        if !self.is_open() || self.accounts.others_hear_nothing(account, asked) {
+            self.reached(now);
+            return None;
+        }
+        self.is_back(asked, now);
+        Some(Change::Closed)
+    }
+
+    /// Whether what was asked for at `asked` tells of the time before the outage.
+    fn is_old_news(&self, asked: Instant) -> bool {
+        self.is_open() && self.opened.is_some_and(|opened| asked < opened)
+    }
+
+    fn is_back(&mut self, asked: Instant, now: Instant) {
         self.close();
         self.forget_failures();
         self.answered = self.answered.max(Some(asked));
-        if let Some(account) = account {
-            self.accounts.answered(account, asked);
-        }
         self.reached(now);
-        was_open.then_some(Change::Closed)
     }
 
     /// Upstream was reached at `now`, be it by an answer that counts as a failure.
@@ -346,7 +375,6 @@ impl State {
         self.opened = Some(now);
         self.forget_failures();
         self.next_probe = Some(now + PROBE_INTERVAL);
-        self.probed.clear();
         Change::Opened
     }
 

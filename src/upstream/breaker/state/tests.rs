@@ -80,10 +80,10 @@ fn fail_elsewhere(state: &mut State, at: Instant) -> Option<Change> {
 #[test]
 fn failures_of_one_account_open_it_unless_another_is_answered() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(Some(another()), now, now);
+    state.answered(another(), now, now);
     assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened), "nobody else was");
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(Some(own()), now, now);
+    state.answered(own(), now, now);
     assert_eq!(fail_elsewhere(&mut state, now), None);
     assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened), "both fail");
 }
@@ -94,15 +94,17 @@ fn an_account_that_fails_while_another_is_answered_opens_it_once_until_it_is_ans
     let mut at = now;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     at += PROBE_INTERVAL;
-    assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
+    assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
     for _ in 0..100 {
         at += JUST_BEFORE_FORGOTTEN;
         assert_eq!(fail_elsewhere(&mut state, at), None);
         // Nor does it with the one task of another's that always fails.
         assert_eq!(fail(&mut state, "a", at, at), None);
-        assert_eq!(state.answered(Some(own()), at, at), None);
+        assert_eq!(state.answered(own(), at, at), None);
     }
-    state.answered(Some(another()), at, at);
+    for _ in 0..MOST_FAILURES {
+        state.answered(another(), at, at);
+    }
     at += LATELY;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
 }
@@ -112,7 +114,7 @@ fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_mi
     let (mut state, now) = (State::new(), Instant::now());
     assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
     let mut at = now + PROBE_INTERVAL;
-    assert_eq!(state.answered(Some(own()), at, at), Some(Change::Closed));
+    assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
     at += JUST_BEFORE_FORGOTTEN;
     assert_eq!(fail_elsewhere(&mut state, at), None);
     at += MS;
@@ -122,18 +124,42 @@ fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_mi
 #[test]
 fn what_refuses_another_accounts_key_says_nothing_against_an_outage() {
     let (mut state, now) = (State::new(), Instant::now());
-    for round in 0..10 {
-        let at = now + round * PROBE_INTERVAL;
-        state.answered(None, at, at);
-        assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
-        assert_eq!(state.answered(None, at + MS, at + MS), Some(Change::Closed));
+    for name in ["v", "w", "x", "y"] {
+        assert_eq!(state.failed(Some(another()), &task(name), now, now), None);
+        assert_eq!(state.refused(own(), now + MS, now + MS), None);
     }
+    assert_eq!(
+        state.failed(Some(another()), &task("z"), now, now),
+        Some(Change::Opened)
+    );
+    let last = now + JUST_BEFORE_FORGOTTEN;
+    assert_eq!(state.refused(own(), last, last), None);
+    assert_eq!(
+        state.refused(own(), last + MS, last + MS),
+        Some(Change::Closed),
+        "whoever failed asks no more"
+    );
+}
+
+#[test]
+fn a_refusal_closes_it_where_nobody_else_fails() {
+    let (mut state, now) = opened();
+    assert_eq!(state.refused(own(), now - MS, now + MS), None, "from before");
+    assert_eq!(state.refused(own(), now + MS, now + MS), Some(Change::Closed));
+    let (mut state, now) = (State::new(), Instant::now());
+    assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
+    state.failed(Some(own()), &task("a"), now + MS, now + MS);
+    assert_eq!(state.refused(own(), now + 2 * MS, now + 2 * MS), None);
+    assert_eq!(
+        state.refused(another(), now + 2 * MS, now + 2 * MS),
+        Some(Change::Closed)
+    );
 }
 
 #[test]
 fn where_there_is_no_connection_the_account_says_nothing() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(Some(own()), now, now);
+    state.answered(own(), now, now);
     for name in ["a", "b", "c", "d"] {
         assert_eq!(state.failed(None, &task(name), now, now), None);
     }
@@ -147,14 +173,14 @@ fn an_answer_between_begins_the_count_anew() {
         for name in ["a", "b", "c", "d"] {
             assert_eq!(fail(&mut state, name, now, now), None);
         }
-        assert_eq!(state.answered(Some(own()), now, now), None);
+        assert_eq!(state.answered(own(), now, now), None);
     }
 }
 
 #[test]
 fn a_late_time_out_from_before_the_last_answer_is_no_news() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(Some(own()), now + 10 * MS, now + 20 * MS);
+    state.answered(own(), now + 10 * MS, now + 20 * MS);
     for name in ["a", "b", "c", "d", "e", "f"] {
         assert_eq!(fail(&mut state, name, now, now + 8000 * MS), None);
     }
@@ -322,7 +348,7 @@ fn who_has_gone_is_not_probed_for() {
 fn who_is_first_in_line_is_told_that_it_is_over() {
     let (mut state, now) = opened();
     let mut told = state.line_up(own(), &task("a")).unwrap();
-    state.answered(Some(own()), now, now);
+    state.answered(own(), now, now);
     assert!(
         told.try_recv()
             .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
@@ -335,10 +361,7 @@ fn a_probes_answer_closes_it_and_the_count_begins_anew() {
     let (mut state, now) = opened();
     let later = now + PROBE_INTERVAL;
     assert!(probe(&mut state, &task("a"), later).is_some());
-    assert_eq!(
-        state.answered(Some(own()), later, later + 200 * MS),
-        Some(Change::Closed)
-    );
+    assert_eq!(state.answered(own(), later, later + 200 * MS), Some(Change::Closed));
     end_probe(&mut state);
     assert!(!state.is_open());
     assert_eq!(state.until_probe(later), Duration::ZERO);
@@ -352,7 +375,7 @@ fn a_probes_answer_closes_it_and_the_count_begins_anew() {
 fn a_probe_that_was_overtaken_ends_nobody_elses() {
     let (mut state, now) = opened();
     let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
-    state.answered(Some(own()), now + MS, now + 2 * PROBE_INTERVAL);
+    state.answered(own(), now + MS, now + 2 * PROBE_INTERVAL);
     for name in ["a", "b", "c", "d", "e"] {
         fail(&mut state, name, now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
     }
@@ -368,10 +391,10 @@ fn an_answer_that_was_asked_for_before_it_opened_does_not_close_it() {
         fail(&mut state, name, now, now + 10 * MS);
     }
     assert!(state.is_open());
-    assert_eq!(state.answered(Some(own()), now + 9 * MS, now + 20 * MS), None);
+    assert_eq!(state.answered(own(), now + 9 * MS, now + 20 * MS), None);
     assert!(state.is_open());
     assert_eq!(
-        state.answered(Some(own()), now + 10 * MS, now + 20 * MS),
+        state.answered(own(), now + 10 * MS, now + 20 * MS),
         Some(Change::Closed)
     );
 }
@@ -396,7 +419,7 @@ fn a_connection_or_an_answer_begins_the_two_seconds_anew() {
     for reach in [
         (|state, now| state.reached(now)) as fn(&mut State, Instant),
         |state, now| {
-            state.answered(Some(own()), now, now);
+            state.answered(own(), now, now);
         },
     ] {
         state.connecting(now);
@@ -582,7 +605,7 @@ proptest! {
                 }
                 Event::Answered(whose, ago) => {
                     let asked = now - Duration::from_millis(ago);
-                    let change = state.answered(Some(account(whose)), asked, now);
+                    let change = state.answered(account(whose), asked, now);
                     let is_news = opened.is_none_or(|opened| asked >= opened);
                     prop_assert_eq!(change.is_some(), was_open && is_news);
                     if is_news || !was_open {
