@@ -360,7 +360,7 @@ impl Metrics {
     ///
     /// # Errors
     /// When it was asked for before.
-    pub fn answers(&self) -> prometheus::Result<SharedCacheMetrics> {
+    pub fn shared_cache(&self) -> prometheus::Result<SharedCacheMetrics> {
         SharedCacheMetrics::new(&Families(&self.registry))
     }
 

@@ -224,7 +224,7 @@ pub enum Whose {
 /// The right to fetch an answer for all replicas. Dropping it gives it back.
 #[derive(Debug)]
 pub struct Claim {
-    answers: SharedCache,
+    cache: SharedCache,
     place: u128,
     name: Arc<str>,
     asks: bool,
@@ -240,19 +240,16 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let Self {
-            answers,
+            cache,
             place,
             name,
             asks,
         } = self;
         let each = if *asks { EACH } else { Duration::ZERO };
         // Published, or the runtime is ending: then it ends by itself.
-        if let (true, Ok(runtime)) = (
-            answers.0.claims.end(*place, name),
-            tokio::runtime::Handle::try_current(),
-        ) {
-            let (answers, place, name) = (answers.clone(), *place, Arc::clone(name));
-            runtime.spawn(async move { answers.0.land(place, &name, b"", Duration::ZERO, each).await });
+        if let (true, Ok(runtime)) = (cache.0.claims.end(*place, name), tokio::runtime::Handle::try_current()) {
+            let (cache, place, name) = (cache.clone(), *place, Arc::clone(name));
+            runtime.spawn(async move { cache.0.land(place, &name, b"", Duration::ZERO, each).await });
         }
     }
 }
@@ -285,7 +282,7 @@ impl SharedCache {
             claims: Claims::default(),
             next_claim: AtomicU64::new(0),
             writes: Arc::new(Semaphore::new(MOST_WRITES)),
-            metrics: metrics.answers()?,
+            metrics: metrics.shared_cache()?,
         });
         let taking_part = Arc::clone(&inner);
         let keep_up = async move || taking_part.keep_up(&dialer).await;
@@ -335,7 +332,7 @@ impl SharedCache {
             Some(Whose::Theirs | Whose::Nobodys | Whose::Each) | None => {
                 let number = self.0.next_claim.fetch_add(1, Ordering::Relaxed);
                 Claim {
-                    answers: self.clone(),
+                    cache: self.clone(),
                     place,
                     name: format!("{}:{number}", self.0.who).into(),
                     asks: false,

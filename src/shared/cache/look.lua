@@ -1,4 +1,4 @@
--- Looks for an answer and, where none will do, claims the flight that fetches it (src/shared/answers.rs).
+-- Looks for an answer and, where none will do, claims the flight that fetches it (src/shared/cache.rs).
 --
 -- KEYS[1]  the answer; KEYS[2]  the claim on its flight
 -- ARGV     'look' (nothing is claimed), 'claim', or 'insist' (whatever stands there will not do); who claims, and for how

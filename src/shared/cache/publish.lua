@@ -1,4 +1,4 @@
--- Lands a flight: its claim ends, and what it fetched is kept unless something newer stands there (src/shared/answers.rs).
+-- Lands a flight: its claim ends, and what it fetched is kept unless something newer stands there (src/shared/cache.rs).
 --
 -- KEYS[1]  the answer; KEYS[2]  the claim on its flight
 -- ARGV     whose claim ends ('': nobody's); the answer ('': none); for how long it is kept in ms; the most memory, in bytes,

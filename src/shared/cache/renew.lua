@@ -1,4 +1,4 @@
--- Renews the claims of flights that are under way (src/shared/answers.rs).
+-- Renews the claims of flights that are under way (src/shared/cache.rs).
 --
 -- KEYS  the claims
 -- ARGV  for how long, in ms; then who has claimed each
