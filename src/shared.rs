@@ -90,7 +90,7 @@ impl Replica {
             return Ok(None);
         };
         let (limit, margin) = (config.budget.limit.get(), config.budget.margin);
-        let terms = Constants {
+        let constants = Constants {
             who: random_name(),
             limit,
             replicas: shared.max_replicas.get(),
@@ -99,7 +99,7 @@ impl Replica {
         let slice = limit / shared.max_replicas;
         let third = margin / 3;
         let share = f64::from(slice) / f64::from(limit);
-        let process = Process::new(terms.window, third, share, terms.replicas, Instant::now());
+        let process = Process::new(constants.window, third, share, constants.replicas, Instant::now());
         let inner = Arc::new(Inner {
             process: Mutex::new(process),
             wake: Notify::new(),
@@ -110,7 +110,7 @@ impl Replica {
             metrics: metrics.shared(shared.max_replicas.get(), Standing::VARIANTS.iter().map(Into::into))?,
         });
         inner.metrics.show(Standing::Waiting.as_ref(), 0);
-        let mut link = Link::new(store, terms)?;
+        let mut link = Link::new(store, constants)?;
         let taking_part = Arc::clone(&inner);
         let drive = async move || drive(&taking_part, &mut link).await;
         tokio::spawn(supervise("shared budget", drive));

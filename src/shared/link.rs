@@ -18,7 +18,7 @@ pub(super) struct Link {
     script: Script,
     /// The one hash.
     key: String,
-    terms: Constants,
+    constants: Constants,
     connection: Option<Connection>,
 }
 
@@ -41,12 +41,12 @@ pub(super) struct Exchanged {
 impl Link {
     /// # Errors
     /// When TLS cannot be set up.
-    pub(super) fn new(store: &Store, terms: Constants) -> anyhow::Result<Self> {
+    pub(super) fn new(store: &Store, constants: Constants) -> anyhow::Result<Self> {
         Ok(Self {
             dialer: Dialer::new(store)?,
             script: script::script(),
             key: format!("{}budget", store.prefix),
-            terms,
+            constants,
             connection: None,
         })
     }
@@ -62,7 +62,7 @@ impl Link {
             Some(connection) => connection,
             None => self.dialer.connect().await?,
         };
-        let invocation = call.invoke(&self.script, &self.key, &self.terms);
+        let invocation = call.invoke(&self.script, &self.key, &self.constants);
         let sent = Instant::now();
         let calling = invocation.invoke_async::<Value>(&mut connection.calls);
         let value = timeout(self.dialer.timeout(), calling)

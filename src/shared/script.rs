@@ -91,25 +91,25 @@ pub(super) fn script() -> Script {
 
 impl Call {
     /// The script's invocation on `key`.
-    pub(super) fn invoke<'a>(&self, script: &'a Script, key: &str, terms: &Constants) -> ScriptInvocation<'a> {
+    pub(super) fn invoke<'a>(&self, script: &'a Script, key: &str, constants: &Constants) -> ScriptInvocation<'a> {
         let mut invocation = script.prepare_invoke();
         invocation.key(key);
-        for word in self.words(terms) {
+        for word in self.words(constants) {
             invocation.arg(word);
         }
         invocation
     }
 
     /// The script's ARGV.
-    pub(super) fn words(&self, terms: &Constants) -> Vec<String> {
+    pub(super) fn words(&self, constants: &Constants) -> Vec<String> {
         let mut words = vec![
-            terms.who.clone(),
+            constants.who.clone(),
             self.generation.clone(),
             self.named.map(|time| time.to_string()).unwrap_or_default(),
             u8::from(self.lends).to_string(),
-            terms.limit.to_string(),
-            terms.replicas.to_string(),
-            terms.window.as_micros().to_string(),
+            constants.limit.to_string(),
+            constants.replicas.to_string(),
+            constants.window.as_micros().to_string(),
         ];
         for want in &self.wants {
             let cut = want.cut.filter(|cut| cut.left_us > 0);

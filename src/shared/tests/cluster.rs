@@ -361,7 +361,7 @@ impl Cluster {
         if !self.is_up || self.refuses {
             return;
         }
-        let terms = Constants {
+        let constants = Constants {
             who: self.procs[number].who.clone(),
             limit: self.limit,
             replicas: u32::try_from(self.replicas).unwrap(),
@@ -369,7 +369,7 @@ impl Cluster {
         };
         let (run, now) = (self.run.to_string(), ((self.now + self.clock) * 1e6).floor());
         let generations = &mut self.generations;
-        let reply = lend(&mut self.state, &run, now, &call, &terms, || {
+        let reply = lend(&mut self.state, &run, now, &call, &constants, || {
             *generations += 1;
             generations.to_string()
         });

@@ -59,7 +59,7 @@ fn timed() -> redis::Script {
     redis::Script::new(&text)
 }
 
-fn terms(who: &str, limit: u32, replicas: u32) -> Constants {
+fn constants(who: &str, limit: u32, replicas: u32) -> Constants {
     Constants {
         who: who.to_owned(),
         limit,
@@ -68,10 +68,10 @@ fn terms(who: &str, limit: u32, replicas: u32) -> Constants {
     }
 }
 
-fn ask(connection: &mut Connection, script: &redis::Script, now: u64, call: &Call, terms: &Constants) -> Reply {
+fn ask(connection: &mut Connection, script: &redis::Script, now: u64, call: &Call, constants: &Constants) -> Reply {
     let mut invocation = script.prepare_invoke();
     invocation.key(KEY).key(now.to_string());
-    for word in call.words(terms) {
+    for word in call.words(constants) {
         invocation.arg(word);
     }
     Reply::read(invocation.invoke::<Value>(connection).unwrap()).unwrap()
@@ -120,10 +120,10 @@ fn the_script_does_what_its_model_does() {
     let run = info.split_once("run_id:").unwrap().1.lines().next().unwrap().to_owned();
     let script = timed();
     let steps = prop::collection::vec(step(), 1..120);
-    let terms_of = prop::sample::select(vec![(15, 3), (15, 4), (15, 1), (100, 7), (4, 4)]);
+    let constants_of = prop::sample::select(vec![(15, 3), (15, 4), (15, 1), (100, 7), (4, 4)]);
     let granted = Cell::new(0);
     TestRunner::new(Config::with_cases(64))
-        .run(&(terms_of, steps), |((limit, replicas), steps)| {
+        .run(&(constants_of, steps), |((limit, replicas), steps)| {
             let connection = &mut *connection.borrow_mut();
             let _: () = redis::cmd("FLUSHALL").query(connection).unwrap();
             let (mut state, mut now): (Option<State>, u64) = (None, 1_790_000_000_123_456);
@@ -133,7 +133,7 @@ fn the_script_does_what_its_model_does() {
                     state = None;
                     let _: () = redis::cmd("DEL").arg(KEY).query(connection).unwrap();
                 }
-                let terms = terms(&step.who.to_string(), limit, replicas);
+                let constants = constants(&step.who.to_string(), limit, replicas);
                 let want =
                     |(account, weight, flights, is_queue, pause): &(usize, u32, usize, bool, Option<i64>)| Want {
                         account: account.to_string(),
@@ -152,8 +152,10 @@ fn the_script_does_what_its_model_does() {
                     lends: step.lends,
                     wants: step.wants.iter().map(want).collect(),
                 };
-                let expected = lend(&mut state, &run, now as f64, &call, &terms, || format!("{run}:{now}"));
-                let reply = ask(connection, &script, now, &call, &terms);
+                let expected = lend(&mut state, &run, now as f64, &call, &constants, || {
+                    format!("{run}:{now}")
+                });
+                let reply = ask(connection, &script, now, &call, &constants);
                 let slots = reply.dealt.iter().filter(|dealt| dealt.slot.is_some()).count();
                 granted.set(granted.get() + slots);
                 prop_assert_eq!(reply, expected, "{:?}", call);
@@ -191,7 +193,7 @@ fn what_an_older_version_has_kept_keeps_nobody_waiting() {
                 cut: None,
             }],
         };
-        let reply = ask(connection, &script, now, &call, &terms(who, 15, 2));
+        let reply = ask(connection, &script, now, &call, &constants(who, 15, 2));
         generation = reply.generation;
         reply.dealt.iter().any(|dealt| dealt.slot.is_some())
     };
@@ -217,7 +219,7 @@ fn what_an_older_version_has_kept_keeps_nobody_waiting() {
 fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever() {
     let (_server, mut connection) = Server::start();
     let script = timed();
-    let terms = terms("one", 15, 3);
+    let constants = constants("one", 15, 3);
     let mut now = 1_790_000_000_000_000;
     let mut generation = String::new();
     let mut fields = |now: u64, accounts: std::ops::Range<u32>| {
@@ -234,7 +236,7 @@ fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever()
             lends: true,
             wants: accounts.map(want).collect(),
         };
-        generation = ask(&mut connection, &script, now, &call, &terms).generation;
+        generation = ask(&mut connection, &script, now, &call, &constants).generation;
         redis::cmd("HLEN").arg(KEY).query::<u32>(&mut connection).unwrap()
     };
     let empty = fields(now, 0..0);

@@ -46,7 +46,7 @@ pub(super) fn lend(
     run: &str,
     now: f64,
     call: &Call,
-    terms: &Constants,
+    constants: &Constants,
     generation: impl FnOnce() -> String,
 ) -> Reply {
     if state
@@ -74,7 +74,7 @@ pub(super) fn lend(
     };
     let ends = named as f64 + LEASE;
     if call.lends {
-        let lease = state.leases.entry(terms.who.clone()).or_insert(ends);
+        let lease = state.leases.entry(constants.who.clone()).or_insert(ends);
         *lease = lease.max(ends);
     }
     state.leases.retain(|_, ends| *ends >= now - LEASE);
@@ -86,27 +86,27 @@ pub(super) fn lend(
         let mut account = state.accounts.remove(&want.account).unwrap_or_default();
         account.hear(want.cut, now);
         let slot = account.next.max(now);
-        let (limit, replicas) = (f64::from(terms.limit), f64::from(terms.replicas));
+        let (limit, replicas) = (f64::from(constants.limit), f64::from(constants.replicas));
         let missing = (replicas - f64::from(state.alive(slot))).max(0.0);
-        let pay = limit - f64::from(terms.limit / terms.replicas) * missing;
+        let pay = limit - f64::from(constants.limit / constants.replicas) * missing;
         let weight = f64::from(want.weight.max(1));
         let mut dealt = (None, None);
         let mut part = None;
         if want.flights > 0 {
-            let others = || account.wants.iter().filter(|(who, _)| **who != terms.who);
+            let others = || account.wants.iter().filter(|(who, _)| **who != constants.who);
             let at_others = others().filter(|(_, want)| want.waits_until > now);
             let weights = weight + at_others.map(|(_, want)| want.weight).sum::<f64>();
             part = Some((1e6 * weight / weights).round_ties_even() / 1e6);
             let wanting = others().filter(|(_, want)| want.until > now);
             let floor = wanting.map(|(_, want)| want.served).min_by(f64::total_cmp);
-            let mut mine = account.wants.get(&terms.who).copied().unwrap_or_default();
+            let mut mine = account.wants.get(&constants.who).copied().unwrap_or_default();
             let time = account.virtual_time.max(floor.unwrap_or(0.0));
             if mine.until <= now {
                 mine.served = mine.served.max(time);
             }
             mine.served = mine.served.min(time + 1.0 / weight);
             (mine.weight, mine.until, mine.waits_until) = (weight, now + WANTS, now + WANTS);
-            account.wants.insert(terms.who.clone(), mine);
+            account.wants.insert(constants.who.clone(), mine);
             let all = account.virtual_time.max(floor.unwrap_or(0.0).min(mine.served));
             account
                 .wants
@@ -122,14 +122,14 @@ pub(super) fn lend(
             } else {
                 let recovered = account.rate + (slot - account.paused) / 1e6 * limit / 30.0;
                 let rate = if account.paused > 0.0 { recovered } else { limit };
-                account.next = slot + terms.window.as_micros() as f64 / pay.min(rate);
+                account.next = slot + constants.window.as_micros() as f64 / pay.min(rate);
                 account.virtual_time = account.virtual_time.max(mine.served);
                 mine.served += 1.0 / weight;
                 mine.spends(want, now, slot, account.next);
                 dealt.0 = Some(slot - now);
             }
             mine.comes_again(now, dealt.1);
-            account.wants.insert(terms.who.clone(), mine);
+            account.wants.insert(constants.who.clone(), mine);
         }
         let micros = |micros: f64| Duration::from_micros(micros.round_ties_even() as u64);
         reply.dealt.push(Dealt {
