@@ -70,7 +70,7 @@ pub(super) struct Lease {
     /// Before this nothing is spent and nothing lent.
     quiet: Instant,
     is_alone: bool,
-    is_cut: bool,
+    is_cut_off: bool,
     is_leaving: bool,
     misses: u32,
     steady_since: Option<Instant>,
@@ -88,7 +88,7 @@ impl Lease {
             home,
             quiet: home,
             is_alone: false,
-            is_cut: false,
+            is_cut_off: false,
             is_leaving: false,
             misses: 0,
             steady_since: None,
@@ -97,7 +97,7 @@ impl Lease {
 
     /// Whether permits may be had from the store.
     pub(super) fn lends(&self, now: Instant) -> bool {
-        !self.is_alone && !self.is_cut && self.seen.is_some() && now >= self.quiet
+        !self.is_alone && !self.is_cut_off && self.seen.is_some() && now >= self.quiet
     }
 
     /// Rule 8: whether the slice is spent here.
@@ -106,14 +106,14 @@ impl Lease {
     }
 
     /// Whether calls have had no replies.
-    pub(super) fn is_cut(&self) -> bool {
-        self.is_cut
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.is_cut_off
     }
 
     pub(super) fn standing(&self, now: Instant) -> Standing {
         if self.is_alone {
             Standing::Alone
-        } else if self.is_cut {
+        } else if self.is_cut_off {
             Standing::CutOff
         } else if self.lends(now) {
             Standing::Lending
@@ -152,7 +152,7 @@ impl Lease {
         self.misses += 1;
         self.steady_since = None;
         if self.misses >= MISSES {
-            self.is_cut = true;
+            self.is_cut_off = true;
         }
     }
 
@@ -167,15 +167,15 @@ impl Lease {
         self.misses = 0;
         let steady_since = *self.steady_since.get_or_insert(received);
         let is_odd = self.is_odd(sent, received, generation, time);
-        let mut counts = !is_odd && !self.is_cut;
+        let mut counts = !is_odd && !self.is_cut_off;
         if is_odd {
             // Rule 9.
             self.quiet = self.quiet.max(received + self.window).max(self.home);
         }
-        if self.is_cut && received.saturating_duration_since(steady_since) >= STEADY {
-            self.is_cut = false;
+        if self.is_cut_off && received.saturating_duration_since(steady_since) >= STEADY {
+            self.is_cut_off = false;
         }
-        if self.is_alone && !self.is_cut {
+        if self.is_alone && !self.is_cut_off {
             self.is_alone = false;
             self.quiet = self.quiet.max(received + self.window);
             counts = false;
@@ -202,7 +202,7 @@ impl Lease {
 
     /// Rule 8: cut off, the slice is spent here as soon as it is home. Gives when to look again, while that is to come.
     pub(super) fn look(&mut self, now: Instant) -> Option<Instant> {
-        if self.is_leaving || self.is_alone || !self.is_cut {
+        if self.is_leaving || self.is_alone || !self.is_cut_off {
             return None;
         }
         let at = self.home.max(self.quiet);

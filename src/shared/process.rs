@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::lease::{Lease, Standing};
-use super::script::{Call, Cut, Dealt, Reply, Want};
+use super::script::{BackedUs, Call, Dealt, Reply, Want};
 use super::share::{Leases, Share};
 
 /// A call at least this often.
@@ -81,7 +81,7 @@ struct Borrower {
     /// Not asked for before.
     ask_at: Instant,
     /// When queries may go on after upstream's 429, and how: as known here; and whether the store has to be told.
-    cut: Option<Backed>,
+    backed: Option<Backed>,
     is_news: bool,
     told: Arc<Told>,
 }
@@ -145,7 +145,7 @@ impl Process {
             demand: Demand::default(),
             slot: None,
             ask_at: now,
-            cut: None,
+            backed: None,
             is_news: false,
             told,
         };
@@ -210,18 +210,18 @@ impl Process {
 
     /// Processes that lend, as the store said last; 0 while it says nothing.
     pub(super) fn alive(&self) -> u32 {
-        if self.lease.is_cut() { 0 } else { self.alive }
+        if self.lease.is_cut_off() { 0 } else { self.alive }
     }
 
     /// What upstream's 429 did to the account, wherever it was heard.
     pub(super) fn backed(&self, borrower: BorrowerId) -> Option<Backed> {
-        self.borrowers.get(&borrower)?.cut
+        self.borrowers.get(&borrower)?.backed
     }
 
     /// Upstream said 429 here.
     pub(super) fn back_off(&mut self, borrower: BorrowerId, backed: Backed, now: Instant) {
         self.change(borrower, |borrower| {
-            borrower.cut = Some(backed);
+            borrower.backed = Some(backed);
             borrower.is_news = true;
             borrower.ask_at = now;
         });
@@ -252,7 +252,7 @@ impl Process {
     /// The store has forgotten what upstream said: where a pause is still to come it has to be told, though nobody waits here.
     fn tell_pauses(&mut self, now: Instant) {
         for (id, borrower) in &mut self.borrowers {
-            if borrower.cut.is_some_and(|cut| cut.until > now) {
+            if borrower.backed.is_some_and(|backed| backed.until > now) {
                 borrower.is_news = true;
                 self.wanting.insert(*id);
             }
@@ -315,7 +315,11 @@ impl Process {
     /// No reply in time, or none that can be read.
     pub(super) fn missed(&mut self, now: Instant) {
         self.lease.missed();
-        let pause = if self.lease.is_cut() { AFTER_MANY } else { AFTER_NONE };
+        let pause = if self.lease.is_cut_off() {
+            AFTER_MANY
+        } else {
+            AFTER_NONE
+        };
         self.after_miss(now + pause);
     }
 
@@ -368,7 +372,7 @@ impl Borrower {
     }
 
     fn want(&self, now: Instant) -> Want {
-        let cut = self.cut.filter(|_| self.is_news).map(|backed| Cut {
+        let backed = self.backed.filter(|_| self.is_news).map(|backed| BackedUs {
             left_us: micros(backed.until.saturating_duration_since(now)),
             rate: backed.rate,
             chosen_us: u64::try_from(backed.chosen.as_micros()).unwrap_or(u64::MAX),
@@ -379,7 +383,7 @@ impl Borrower {
             // One permit at a time; news goes at once.
             flights: if self.slot.is_none() { self.demand.flights } else { 0 },
             is_queue: self.demand.is_queue,
-            cut,
+            backed,
         }
     }
 
@@ -388,7 +392,7 @@ impl Borrower {
             self.told.share().told(part, received);
         }
         self.is_news = false;
-        self.learn(dealt.cut, received);
+        self.learn(dealt.backed, received);
         self.ask_at = received + dealt.again.unwrap_or_default().min(HEARTBEAT);
         // One that is not wanted any more is as good as dropped: its slot passes.
         if let Some(slot) = dealt.slot.filter(|_| counts && self.demand.flights > 0) {
@@ -401,23 +405,23 @@ impl Borrower {
     }
 
     /// Takes over what the store knows of upstream's last 429, or keeps what it has to be told.
-    fn learn(&mut self, cut: Option<Cut>, received: Instant) {
-        let heard = cut.and_then(|cut| {
-            let span = Duration::from_micros(cut.left_us.unsigned_abs());
-            let until = if cut.left_us < 0 {
+    fn learn(&mut self, backed: Option<BackedUs>, received: Instant) {
+        let heard = backed.and_then(|backed| {
+            let span = Duration::from_micros(backed.left_us.unsigned_abs());
+            let until = if backed.left_us < 0 {
                 received.checked_sub(span)?
             } else {
                 received + span
             };
             Some(Backed {
                 until,
-                rate: cut.rate,
-                chosen: Duration::from_micros(cut.chosen_us),
+                rate: backed.rate,
+                chosen: Duration::from_micros(backed.chosen_us),
             })
         });
-        match (heard, self.cut) {
+        match (heard, self.backed) {
             (Some(heard), known) if known.is_none_or(|known| heard.until > known.until + SAME) => {
-                self.cut = Some(heard);
+                self.backed = Some(heard);
                 self.told.news.notify_one();
             }
             // It has forgotten, or never knew.
@@ -469,7 +473,7 @@ mod tests {
             slot,
             again: slot.is_none().then_some(ms(50)),
             part: Some(1.0),
-            cut: None,
+            backed: None,
         }
     }
 
@@ -525,7 +529,7 @@ mod tests {
         };
         process.back_off(borrower, backed, sent + ms(2));
         let call = process.call(sent + ms(2)).unwrap();
-        let told = (call.wants[0].flights, call.wants[0].cut.unwrap().left_us);
+        let told = (call.wants[0].flights, call.wants[0].backed.unwrap().left_us);
         assert_eq!(told, (0, 1_000_000), "and no second permit asked for");
         // Once told it is told no more.
         process.heard(
@@ -535,7 +539,7 @@ mod tests {
                 "a",
                 at(3),
                 vec![Dealt {
-                    cut: call.wants[0].cut,
+                    backed: call.wants[0].backed,
                     ..dealt(None)
                 }],
             ),
@@ -546,20 +550,20 @@ mod tests {
     #[test]
     fn what_another_replica_heard_is_taken_over_and_not_told_back() {
         let (mut process, borrower, _, sent, at) = waiting();
-        let cut = Cut {
+        let backed = BackedUs {
             left_us: 500_000,
             rate: 7.5,
             chosen_us: 1_000_000,
         };
         let refused = || Dealt {
-            cut: Some(cut),
+            backed: Some(backed),
             ..dealt(None)
         };
         process.heard(sent, sent + ms(1), &reply("a", at(1), vec![refused()]));
         let backed = process.backed(borrower).unwrap();
         assert_eq!((backed.until, backed.rate), (sent + ms(501), 7.5));
         let call = process.call(sent + ms(51)).unwrap();
-        assert_eq!(call.wants[0].cut, None);
+        assert_eq!(call.wants[0].backed, None);
     }
 
     #[test]
@@ -572,13 +576,13 @@ mod tests {
             chosen: ms(1000),
         };
         process.back_off(borrower, backed, sent);
-        let known = Cut {
+        let known = BackedUs {
             left_us: 39_999_000,
             rate: 7.5,
             chosen_us: 1_000_000,
         };
         let dealt = Dealt {
-            cut: Some(known),
+            backed: Some(known),
             ..dealt(None)
         };
         process.heard(sent, sent + ms(1), &reply("a", at(1), vec![dealt]));
@@ -589,7 +593,7 @@ mod tests {
             call = process.call(now).unwrap();
             process.heard(now, now + ms(1), &reply("b", now - sent + at(1), vec![]));
         }
-        let told = call.wants[0].cut.unwrap();
+        let told = call.wants[0].backed.unwrap();
         assert_eq!((told.left_us, call.wants[0].flights), (micros(until - now), 0));
     }
 

@@ -46,12 +46,12 @@ pub(super) struct Want {
     /// More than one waits, with a connection or without.
     pub(super) is_queue: bool,
     /// Upstream's last 429, where the store does not know of it.
-    pub(super) cut: Option<Cut>,
+    pub(super) backed: Option<BackedUs>,
 }
 
-/// What an upstream 429 does to an account, from now on.
+/// What an upstream 429 does to an account, as a process has it in `Backed`, in µs from now on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Cut {
+pub(super) struct BackedUs {
     /// Until queries may go on, in µs; negative: since when they do.
     pub(super) left_us: i64,
     /// Queries a second, of the limit, that may then be asked.
@@ -81,7 +81,7 @@ pub(super) struct Dealt {
     pub(super) again: Option<Duration>,
     /// This process's part of what is paid out at this moment, from 0 to 1; `None` where it asked for nothing.
     pub(super) part: Option<f64>,
-    pub(super) cut: Option<Cut>,
+    pub(super) backed: Option<BackedUs>,
 }
 
 /// The script, with its digest.
@@ -112,15 +112,15 @@ impl Call {
             constants.window.as_micros().to_string(),
         ];
         for want in &self.wants {
-            let cut = want.cut.filter(|cut| cut.left_us > 0);
+            let backed = want.backed.filter(|backed| backed.left_us > 0);
             words.extend([
                 want.account.clone(),
                 want.weight.max(1).to_string(),
                 want.flights.to_string(),
                 u8::from(want.is_queue).to_string(),
-                cut.map_or(0, |cut| cut.left_us).to_string(),
-                cut.map_or(0.0, |cut| cut.rate).to_string(),
-                cut.map_or(0, |cut| cut.chosen_us).to_string(),
+                backed.map_or(0, |backed| backed.left_us).to_string(),
+                backed.map_or(0.0, |backed| backed.rate).to_string(),
+                backed.map_or(0, |backed| backed.chosen_us).to_string(),
             ]);
         }
         words
@@ -157,10 +157,10 @@ fn dealt(words: &[String]) -> Option<Dealt> {
         "" => None,
         millionths => Some((millionths.parse::<f64>().ok()? / 1e6).clamp(0.0, 1.0)),
     };
-    let cut = if left.is_empty() {
+    let backed = if left.is_empty() {
         None
     } else {
-        Some(Cut {
+        Some(BackedUs {
             left_us: left.parse().ok()?,
             rate: rate.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0)?,
             chosen_us: chosen.parse().ok()?,
@@ -170,6 +170,6 @@ fn dealt(words: &[String]) -> Option<Dealt> {
         slot: span(slot)?,
         again: span(again)?,
         part,
-        cut,
+        backed,
     })
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use proptest::test_runner::{Config, TestRunner};
 use redis::{Connection, ConnectionLike as _, Value};
 
-use super::super::script::{self, Call, Constants, Cut, Reply, Want};
+use super::super::script::{self, BackedUs, Call, Constants, Reply, Want};
 use super::store::{State, lend};
 use super::*;
 
@@ -140,7 +140,7 @@ fn the_script_does_what_its_model_does() {
                         weight: *weight,
                         flights: *flights,
                         is_queue: *is_queue || *flights > 1,
-                        cut: pause.map(|left_us| Cut {
+                        backed: pause.map(|left_us| BackedUs {
                             left_us,
                             rate: 2.5,
                             chosen_us: 1_000_000,
@@ -190,7 +190,7 @@ fn what_an_older_version_has_kept_keeps_nobody_waiting() {
                 weight: 250,
                 flights: 2,
                 is_queue: true,
-                cut: None,
+                backed: None,
             }],
         };
         let reply = ask(connection, &script, now, &call, &constants(who, 15, 2));
@@ -228,7 +228,7 @@ fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever()
             weight: 10,
             flights: 1,
             is_queue: false,
-            cut: None,
+            backed: None,
         };
         let call = Call {
             generation: generation.clone(),

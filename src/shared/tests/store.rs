@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::super::script::{Call, Constants, Cut, Dealt, Reply, Want};
+use super::super::script::{BackedUs, Call, Constants, Dealt, Reply, Want};
 
 const LEASE: f64 = 1e6;
 const STEP: f64 = 5e3;
@@ -84,7 +84,7 @@ pub(super) fn lend(
     }
     for want in &call.wants {
         let mut account = state.accounts.remove(&want.account).unwrap_or_default();
-        account.hear(want.cut, now);
+        account.hear(want.backed, now);
         let slot = account.next.max(now);
         let (limit, replicas) = (f64::from(constants.limit), f64::from(constants.replicas));
         let missing = (replicas - f64::from(state.alive(slot))).max(0.0);
@@ -136,7 +136,7 @@ pub(super) fn lend(
             slot: dealt.0.map(micros),
             again: dealt.1.map(micros),
             part,
-            cut: (account.paused > 0.0).then(|| Cut {
+            backed: (account.paused > 0.0).then(|| BackedUs {
                 left_us: (account.paused - now).round_ties_even() as i64,
                 rate: account.rate,
                 chosen_us: account.chosen as u64,
@@ -171,14 +171,14 @@ impl Wants {
 }
 
 impl Account {
-    fn hear(&mut self, cut: Option<Cut>, now: f64) {
-        if let Some(cut) = cut
-            && cut.left_us > 0
-            && now + cut.left_us as f64 > self.paused
+    fn hear(&mut self, backed: Option<BackedUs>, now: f64) {
+        if let Some(backed) = backed
+            && backed.left_us > 0
+            && now + backed.left_us as f64 > self.paused
         {
-            self.paused = now + cut.left_us as f64;
-            self.rate = cut.rate;
-            self.chosen = cut.chosen_us as f64;
+            self.paused = now + backed.left_us as f64;
+            self.rate = backed.rate;
+            self.chosen = backed.chosen_us as f64;
         }
     }
 }
