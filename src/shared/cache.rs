@@ -645,7 +645,8 @@ async fn open(dialer: &Dialer) -> anyhow::Result<(Connection, Moment)> {
     let ((seconds, micros),) = reply??;
     let clock = Moment {
         at: Instant::now(),
-        unix: Duration::from_secs(seconds) + Duration::from_micros(micros),
+        // However many µs they are, a later time fits into a `Duration`, too.
+        unix: Duration::from_micros(seconds.saturating_mul(1_000_000).saturating_add(micros)),
     };
     Ok((connection, clock))
 }

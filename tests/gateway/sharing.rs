@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -946,5 +947,37 @@ async fn a_user_for_the_gateway_needs_what_the_readme_says_and_no_more() {
         replicas.store().command(&["ACL", "LOG"]).as_deref(),
         Some("*0\r\n"),
         "nothing refused"
+    );
+}
+
+#[tokio::test]
+async fn a_store_that_tells_a_time_beyond_all_times_makes_nobody_panic() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = listener.local_addr().unwrap();
+    // To every call what answers the first: a key is written, and the time is asked for.
+    let most = format!("$20\r\n{}\r\n", u64::MAX);
+    let says = format!("+OK\r\n*2\r\n{most}{most}");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let says = says.clone();
+            tokio::spawn(async move {
+                while let Ok(1..) = stream.read(&mut [0; 4096]).await {
+                    stream.write_all(says.as_bytes()).await.unwrap();
+                }
+            });
+        }
+    });
+    let upstream = Simulator::start(&[]).await;
+    let gateway = Gateway::start(
+        &upstream.url,
+        &format!("shared: {{ max_replicas: 2, url: 'redis://{url}' }}"),
+    )
+    .await;
+    gateway.reaches("crun_gateway_shared_cache_up", 1).await;
+    assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    assert!(
+        gateway.metric("crun_gateway_panics_total").await < 1.0,
+        "{}",
+        gateway.log()
     );
 }
