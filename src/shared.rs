@@ -249,8 +249,7 @@ impl Drop for SharedBudget {
 
 /// A name that no other start of a process has.
 fn random_name() -> String {
-    // The second half of a version 7 is random.
-    uuid::Uuid::now_v7().simple().to_string().split_off(16)
+    uuid::Uuid::new_v4().simple().to_string()
 }
 
 /// Makes the calls, for ever.

@@ -78,7 +78,7 @@ const EACH: Duration = Duration::from_secs(1);
 /// Then it stands where the claim was.
 const EACH_OWN: &[u8] = b"each";
 
-/// Claims in one call: some 20 KB.
+/// Claims in one call: some 25 KB.
 const BATCH: usize = 256;
 
 /// The largest answer that is shared, sealed: at 1 Gbit/s it holds up the calls behind it for 2 ms.
@@ -613,6 +613,7 @@ impl Inner {
                 call.key(self.flight(*place)).arg(&**name);
             }
             let mut calls = line.calls.clone();
+            // Where it fails, `in_time` has given the line up.
             let _ = self.in_time(line, call.invoke_async::<()>(&mut calls)).await;
         }
     }

@@ -39,6 +39,7 @@ impl Connection {
     ///
     /// Cancel safe.
     pub(super) async fn closed(&mut self) {
+        // How it ends, the calls learn.
         let _ = (&mut self.driver).await;
     }
 }

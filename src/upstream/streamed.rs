@@ -60,6 +60,7 @@ impl Interest {
             tokio::select! {
                 _ = &mut connection => {}
                 ended = ended => if let Ok(Whole) = ended {
+                    // What is not sent by then is not sent.
                     let _ = timeout(GRACE, connection).await;
                 }
             }
