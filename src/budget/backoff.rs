@@ -18,7 +18,7 @@ const LONGEST_ASKED: Duration = Duration::from_mins(5);
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// Seconds from a standstill to the full rate.
+/// Seconds from a standstill to the full rate: `RECOVERY` of `shared/lend.lua`.
 const RECOVERY_S: f64 = 30.0;
 
 /// Queries a second that are left however often upstream answers 429; of a limit of 1, half.

@@ -11,10 +11,10 @@ use tokio::time::Instant;
 
 use super::script::Call;
 
-/// How long the store counts on a slice, after the time that the call named.
+/// How long the store counts on a slice, after the time that the call named: `LEASE` of `lend.lua`.
 pub(super) const LENT: Duration = Duration::from_secs(1);
 
-/// A clock may differ by this before it counts as a step.
+/// A clock may differ by this before it counts as a step, here as in `lend.lua`.
 const STEP: Duration = Duration::from_millis(5);
 
 /// Two calls running without a reply: cut off.

@@ -16,7 +16,7 @@ use super::lease::{Lease, Standing};
 use super::script::{BackedUs, Call, Dealt, Reply, Want};
 use super::share::{Leases, Share};
 
-/// A call at least this often.
+/// A call at least this often: `LATEST` of `lend.lua`.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
 /// After a reply that came too late, and after none.
