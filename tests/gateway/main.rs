@@ -9,34 +9,34 @@
 //! - `client_tls`: clients over TLS: certificates that change, clients that have one, handshakes that fail
 //! - `clock`: the wall clock jumps (`tests/clock/run`)
 //! - `coalescing`: a flight for everybody
+//! - `commands`: `check`, the admin port, the demo
+//! - `connections`: time-outs, limits, and who shares what
 //! - `disk`: ended tasks outlive the process, and no disk is in anybody's way
+//! - `edge`: what the RFCs call an error, and the limits of a request
+//! - `fairness`: clients share the budget, and what a client token stands for
 //! - `fidelity`: bytes as upstream sent them
 //! - `freshness`: how long a live answer is served before upstream is asked again
+//! - `hits`: a hit is answered ahead of hyper, and nobody can tell
 //! - `isolation`: keys, accounts, and what passes between them
 //! - `keys`: keys that upstream refuses or has not confirmed lately, and missing credits
+//! - `kubernetes_stop`: nor does a stop as Kubernetes does it, behind a Service, lose anything
+//! - `limits`: what many connections and few file descriptors come to
+//! - `log`: a log that nobody reads holds up nobody
 //! - `misbehaviour`: answers of upstream that are none, and who notices
 //! - `outage`: snapshots while upstream is slow or away, probes, and what comes after
-//! - `restart`: the process that comes next spends no second twice
+//! - `pace`: never more than 15 in any sliding second, never less than 14
+//! - `passthrough`: what is streamed through
 //! - `reload`: a changed configuration is taken over, whole or not at all
 //! - `replicas`: several of them share one budget, whatever becomes of the store
 //! - `requests`: what a poll may look like, and how bad ones are refused
-//! - `fairness`: clients share the budget, and what a client token stands for
+//! - `restart`: the process that comes next spends no second twice
+//! - `resting`: a connection on which nothing is asked keeps next to nothing, and nobody notices
+//! - `secrets`: a key is in nothing that comes out
 //! - `sharing`: replicas share answers and flights, whatever becomes of the store
 //! - `simulator`: the simulated upstream, on which the rest of them rely
 //! - `spans`: what a collector is told of requests
 //! - `status`: the status page and what it is drawn from tell the truth, and no key
-//! - `log`: a log that nobody reads holds up nobody
-//! - `secrets`: a key is in nothing that comes out
 //! - `stop`: a stop loses nothing
-//! - `kubernetes_stop`: nor does one as Kubernetes does it, behind a Service
-//! - `passthrough`: what is streamed through
-//! - `commands`: `check`, the admin port, the demo
-//! - `pace`: never more than 15 in any sliding second, never less than 14
-//! - `edge`: what the RFCs call an error, and the limits of a request
-//! - `limits`: what many connections and few file descriptors come to
-//! - `connections`: time-outs, limits, and who shares what
-//! - `hits`: a hit is answered ahead of hyper, and nobody can tell
-//! - `resting`: a connection on which nothing is asked keeps next to nothing, and nobody notices
 //! - `threads`: too few threads end a start in words, and nothing else for good
 //! - `tls`: upstream over TLS
 //! - `trace`: which trace and which request it was, and who is told
