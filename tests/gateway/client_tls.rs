@@ -617,13 +617,9 @@ async fn a_stop_is_as_clean_over_tls() {
     let mut unfinished = Raw::connect(address).await;
     unfinished.send(b"\x16\x03\x01").await.unwrap();
     reaches(&gateway, "crun_gateway_connections", 32.0).await;
-    while upstream.queries().await < 6 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    upstream.asked(6).await;
     gateway.terminate();
-    while gateway.admin("/readyz").await.0 != 503 {
-        sleep(Duration::from_millis(2)).await;
-    }
+    gateway.drains().await;
     let newcomer = client.poll(address, "ended.kept").await.unwrap();
     assert_eq!(
         (newcomer.status.as_u16(), newcomer.header("connection")),

@@ -76,13 +76,7 @@ impl Replicas {
 
     /// Waits until a series of a replica's is this.
     async fn shows(&self, replica: usize, series: &str, value: f64) {
-        let shown = async {
-            while (self.gateways[replica].metric(series).await - value).abs() > 0.1 {
-                sleep(Duration::from_millis(10)).await;
-            }
-        };
-        let is_shown = timeout(PATIENCE, shown).await.is_ok();
-        assert!(is_shown, "not {series} {value}: {}", self.gateways[replica].log());
+        self.gateways[replica].shows(series, value).await;
     }
 
     async fn all_show(&self, series: &str, value: f64) {
@@ -188,9 +182,7 @@ async fn when_the_replica_that_asks_is_killed_another_asks_and_everybody_is_answ
             .await;
     }
     // It has claimed the flight; that it has asked, upstream knows.
-    while replicas.upstream.queries().await == 0 {
-        sleep(SECOND / 100).await;
-    }
+    replicas.upstream.asked(1).await;
     let killed = Instant::now();
     replicas.gateways.remove(0).kill().await;
     drop(first);
@@ -838,12 +830,7 @@ async fn answers_that_nobody_reads_make_room_and_the_store_never_holds_more_than
     replicas.eval("redis.call('SET', 'theirs', string.rep('x', 8388608)) return 1");
     replicas.eval("for _, key in ipairs(redis.call('KEYS', '*answer:*')) do redis.call('DEL', key) end");
     replicas.poll(0, "ended.a").await;
-    let full = async {
-        while gateway.metric(&wrote("full")).await < 1.0 {
-            sleep(Duration::from_millis(10)).await;
-        }
-    };
-    timeout(PATIENCE, full).await.unwrap();
+    gateway.reaches(&wrote("full"), 1).await;
     replicas.shows(0, "crun_gateway_shared_cache_up", 1.0).await;
 }
 

@@ -10,29 +10,13 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::harness::client::{bare, poll_request, try_request};
 use crate::harness::raw::{self, RawReply};
-use crate::harness::{Gateway, KEY, PATIENCE, Raw, Simulator, poll, request};
+use crate::harness::{Gateway, KEY, Raw, Simulator, poll, request};
 
 /// How long the listener and idle connections stay open.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// What a busy machine may add.
 const SLACK: Duration = Duration::from_millis(1500);
-
-/// Waits until the gateway says that it stops.
-async fn draining(gateway: &Gateway) {
-    let patience = Instant::now() + PATIENCE;
-    while gateway.admin("/readyz").await.0 != 503 {
-        assert!(Instant::now() < patience, "still ready");
-        sleep(Duration::from_millis(2)).await;
-    }
-}
-
-/// Waits until upstream has been asked `queries` times.
-async fn asked(upstream: &Simulator, queries: u64) {
-    while upstream.queries().await < queries {
-        sleep(Duration::from_millis(5)).await;
-    }
-}
 
 #[tokio::test]
 async fn fifty_in_flight_and_fifty_queued_are_answered_and_the_exit_code_is_0() {
@@ -44,10 +28,10 @@ async fn fifty_in_flight_and_fifty_queued_are_answered_and_the_exit_code_is_0() 
     for task in 0..100 {
         polls.spawn(async move { poll(address, &format!("ended.{task}")).await });
     }
-    asked(&upstream, 50).await;
+    upstream.asked(50).await;
     assert!(upstream.queries().await < 55, "the others are still queued");
     gateway.terminate();
-    draining(&gateway).await;
+    gateway.drains().await;
     let mut told = 0;
     for reply in polls.join_all().await {
         assert_eq!(reply.status, 200, "{reply:?}");
@@ -69,10 +53,10 @@ async fn readiness_ends_at_once_and_liveness_does_not() {
     let address = gateway.address;
     assert_eq!(gateway.admin("/readyz").await.0, 200);
     let slow = tokio::spawn(async move { poll(address, "slow-3s.a").await });
-    asked(&upstream, 1).await;
+    upstream.asked(1).await;
     let stopped = Instant::now();
     gateway.terminate();
-    draining(&gateway).await;
+    gateway.drains().await;
     assert!(stopped.elapsed() < Duration::from_secs(1), "{:?}", stopped.elapsed());
     assert_eq!(gateway.admin("/livez").await.0, 200);
     assert_eq!(slow.await.unwrap().status, 200);
@@ -85,7 +69,7 @@ async fn the_listener_stays_open_for_two_seconds_and_whoever_comes_is_answered()
     let mut gateway = Gateway::start(&upstream.url, "").await;
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
     gateway.terminate();
-    draining(&gateway).await;
+    gateway.drains().await;
     let stopped = Instant::now();
     let mut answered = 0;
     while let Ok(mut connection) = Raw::try_connect(gateway.address).await {
@@ -116,7 +100,7 @@ async fn an_idle_connection_may_ask_once_more() {
     assert!(!used.poll("ended.a").await.says_close());
     let mut unused = Raw::connect(gateway.address).await;
     gateway.terminate();
-    draining(&gateway).await;
+    gateway.drains().await;
     for connection in [&mut used, &mut unused] {
         let last = connection.poll("ended.a").await;
         assert!(last.is(200) && last.says_close(), "{last:?}");
@@ -190,7 +174,7 @@ async fn requests_pipelined_behind_the_last_one_do_not_take_its_answer_away() {
     let mut gateway = Gateway::start(&upstream.url, "").await;
     let mut connection = Raw::connect(gateway.address).await;
     gateway.terminate();
-    draining(&gateway).await;
+    gateway.drains().await;
     connection.send(raw::poll("ended.a").repeat(50)).await.unwrap();
     let last = connection.reply().await;
     assert!(last.is(200) && last.says_close(), "{last:?}");
@@ -288,9 +272,9 @@ async fn a_second_signal_ends_at_once() {
     let mut gateway = Gateway::start(&upstream.url, "").await;
     let address = gateway.address;
     let polls = tokio::spawn(async move { try_request(address, poll_request(KEY, "hang.a")).await });
-    asked(&upstream, 1).await;
+    upstream.asked(1).await;
     gateway.terminate();
-    draining(&gateway).await;
+    gateway.drains().await;
     let again = Instant::now();
     gateway.terminate();
     assert_eq!(gateway.exit().await.code(), Some(0));
@@ -304,7 +288,7 @@ async fn a_stop_takes_no_longer_than_drain() {
     let mut gateway = Gateway::start(&upstream.url, "drain: \"3s\"").await;
     let address = gateway.address;
     let hanging = tokio::spawn(async move { try_request(address, poll_request(KEY, "hang.a")).await });
-    asked(&upstream, 1).await;
+    upstream.asked(1).await;
     gateway.terminate();
     let stopped = Instant::now();
     let exit = timeout_at(stopped + Duration::from_secs(7), gateway.exit()).await;

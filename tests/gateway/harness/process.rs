@@ -277,10 +277,32 @@ impl Gateway {
 
     /// Waits until `series` has reached `value`.
     pub async fn reaches(&self, series: &str, value: u32) {
+        self.comes_to(series, |now| now >= f64::from(value)).await;
+    }
+
+    /// Waits until `series` is `value`.
+    pub async fn shows(&self, series: &str, value: f64) {
+        self.comes_to(series, |now| (now - value).abs() < 0.1).await;
+    }
+
+    async fn comes_to(&self, series: &str, is_there: impl Fn(f64) -> bool) {
         let patience = Instant::now() + PATIENCE;
-        while self.metric(series).await < f64::from(value) {
-            assert!(Instant::now() < patience, "{series}\n{}", self.log());
+        loop {
+            let now = self.metric(series).await;
+            if is_there(now) {
+                return;
+            }
+            assert!(Instant::now() < patience, "{series} stays {now}\n{}", self.log());
             sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits until it says that it stops.
+    pub async fn drains(&self) {
+        let patience = Instant::now() + PATIENCE;
+        while self.admin("/readyz").await.0 != 503 {
+            assert!(Instant::now() < patience, "still ready\n{}", self.log());
+            sleep(Duration::from_millis(2)).await;
         }
     }
 }
@@ -375,5 +397,18 @@ impl Simulator {
     /// How many TaskInfo queries arrived.
     pub async fn queries(&self) -> u64 {
         self.stats().await["requests"].as_u64().unwrap()
+    }
+
+    /// Waits until so many TaskInfo queries have arrived.
+    pub async fn asked(&self, queries: u64) {
+        let patience = Instant::now() + PATIENCE;
+        loop {
+            let now = self.queries().await;
+            if now >= queries {
+                return;
+            }
+            assert!(Instant::now() < patience, "{now} queries, not {queries}");
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 }
