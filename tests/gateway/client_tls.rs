@@ -184,19 +184,6 @@ async fn quick() -> Simulator {
     Simulator::start(&["--latency", "0ms"]).await
 }
 
-/// Waits until a series has a value.
-async fn reaches(gateway: &Gateway, series: &str, value: f64) {
-    let patience = Instant::now() + PATIENCE;
-    loop {
-        let is = gateway.metric(series).await;
-        if (is - value).abs() < 0.1 {
-            return;
-        }
-        assert!(Instant::now() < patience, "{series} is {is}, not {value}");
-        sleep(Duration::from_millis(20)).await;
-    }
-}
-
 fn failures(reason: &str) -> String {
     format!("crun_gateway_tls_handshake_failures_total{{reason=\"{reason}\"}}")
 }
@@ -221,7 +208,7 @@ async fn polls_are_answered_over_tls_and_http_1_is_all_that_is_spoken() {
     );
     let newer = authority.client_with(&["h2"], None);
     assert!(newer.connect(gateway.address).await.is_err(), "HTTP/2 is not spoken");
-    reaches(&gateway, &failures("protocol"), 1.0).await;
+    gateway.shows(&failures("protocol"), 1.0).await;
 }
 
 #[tokio::test]
@@ -245,11 +232,11 @@ async fn plain_http_is_told_that_tls_is_spoken_here() {
     client.assert_ends().await;
     let log = gateway.logged(reply.header("x-request-id").unwrap(), 1).await;
     assert!(log.contains("request refused"), "{log}");
-    reaches(&gateway, &failures("plain_http"), 1.0).await;
+    gateway.shows(&failures("plain_http"), 1.0).await;
     let mut client = Raw::connect(gateway.address).await;
     client.send(b"\x16\x03\x01\x00\x05hello").await.unwrap();
     client.assert_ends().await;
-    reaches(&gateway, &failures("protocol"), 1.0).await;
+    gateway.shows(&failures("protocol"), 1.0).await;
 }
 
 #[tokio::test]
@@ -269,7 +256,7 @@ async fn a_client_that_does_not_trust_the_certificate_is_counted() {
     let (authority, other) = (Authority::new(), Authority::new());
     let gateway = Gateway::start("http://127.0.0.1:9", &authority.section("")).await;
     assert!(other.stranger().connect(gateway.address).await.is_err());
-    reaches(&gateway, &failures("refused_by_client"), 1.0).await;
+    gateway.shows(&failures("refused_by_client"), 1.0).await;
 }
 
 #[tokio::test]
@@ -334,7 +321,7 @@ async fn a_certificate_that_cannot_be_served_changes_nothing() {
         key: other.key,
         ..renewed.clone()
     });
-    reaches(&gateway, "crun_gateway_tls_reload_success", 0.0).await;
+    gateway.shows("crun_gateway_tls_reload_success", 0.0).await;
     assert_eq!(client.sees(address).await, before);
     assert_eq!(client.poll(address, "ended.a").await.unwrap().status, 200);
     for (from, until, said) in [
@@ -349,7 +336,7 @@ async fn a_certificate_that_cannot_be_served_changes_nothing() {
         assert_eq!(client.sees(address).await, before);
     }
     authority.mount(&renewed);
-    reaches(&gateway, "crun_gateway_tls_reload_success", 1.0).await;
+    gateway.shows("crun_gateway_tls_reload_success", 1.0).await;
     assert_eq!(client.sees(address).await, renewed.der());
 }
 
@@ -431,13 +418,13 @@ async fn only_clients_that_the_root_vouches_for_are_let_in_and_their_name_is_in_
         authority.stranger().poll(address, "ended.a").await.is_err(),
         "no certificate"
     );
-    reaches(&gateway, &failures("client_certificate"), 1.0).await;
+    gateway.shows(&failures("client_certificate"), 1.0).await;
     let forged = known(&other.client("studio.internal"));
     assert!(
         forged.poll(address, "ended.a").await.is_err(),
         "nobody here vouches for it"
     );
-    reaches(&gateway, &failures("client_certificate"), 2.0).await;
+    gateway.shows(&failures("client_certificate"), 2.0).await;
     let uri = SanType::URI("spiffe://example/ns/music/sa/studio".try_into().unwrap());
     for (name, own) in [
         ("studio.internal", authority.client("studio.internal")),
@@ -465,7 +452,7 @@ async fn only_clients_that_the_root_vouches_for_are_let_in_and_their_name_is_in_
     ] {
         let client = known(&own);
         assert_eq!(client.poll(address, "ended.a").await.unwrap().status, 200, "{name}");
-        reaches(&gateway, &answered(name), 1.0).await;
+        gateway.shows(&answered(name), 1.0).await;
         // Each time the certificate is verified anew.
         let stream = client.connect(address).await.unwrap();
         assert_eq!(stream.get_ref().1.handshake_kind(), Some(HandshakeKind::Full));
@@ -480,10 +467,10 @@ async fn a_certificate_may_be_optional_and_a_wrong_one_is_still_refused() {
     let address = gateway.address;
     assert_eq!(authority.stranger().poll(address, "ended.a").await.unwrap().status, 200);
     assert_eq!(authority.stranger().poll(address, "ended.a").await.unwrap().status, 200);
-    reaches(&gateway, &answered("other"), 1.0).await;
+    gateway.shows(&answered("other"), 1.0).await;
     let known = authority.client_with(&[], Some(&authority.client("studio.internal")));
     assert_eq!(known.poll(address, "ended.a").await.unwrap().status, 200);
-    reaches(&gateway, &answered("studio.internal"), 1.0).await;
+    gateway.shows(&answered("studio.internal"), 1.0).await;
     let forged = authority.client_with(&[], Some(&other.client("studio.internal")));
     assert!(forged.poll(address, "ended.a").await.is_err());
 }
@@ -563,8 +550,8 @@ async fn handshakes_that_never_end_hold_nobody_up() {
     for mut connection in slow {
         connection.assert_ends().await;
     }
-    reaches(&gateway, &failures("timeout"), 200.0).await;
-    reaches(&gateway, "crun_gateway_connections", 0.0).await;
+    gateway.shows(&failures("timeout"), 200.0).await;
+    gateway.shows("crun_gateway_connections", 0.0).await;
 }
 
 #[tokio::test]
@@ -616,7 +603,7 @@ async fn a_stop_is_as_clean_over_tls() {
     }
     let mut unfinished = Raw::connect(address).await;
     unfinished.send(b"\x16\x03\x01").await.unwrap();
-    reaches(&gateway, "crun_gateway_connections", 32.0).await;
+    gateway.shows("crun_gateway_connections", 32.0).await;
     upstream.asked(6).await;
     gateway.terminate();
     gateway.drains().await;

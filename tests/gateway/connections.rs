@@ -23,19 +23,6 @@ async fn quick() -> Simulator {
     Simulator::start(&["--latency", "0ms"]).await
 }
 
-/// Waits until a series has this value.
-async fn reaches(gateway: &Gateway, series: &str, value: f64) {
-    let start = Instant::now();
-    loop {
-        let now = gateway.metric(series).await;
-        if (now - value).abs() < 0.1 {
-            return;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20), "{series} stays {now}");
-        sleep(Duration::from_millis(5)).await;
-    }
-}
-
 #[tokio::test]
 async fn header_timeout_counts_from_a_requests_first_byte() {
     let upstream = quick().await;
@@ -92,7 +79,7 @@ async fn idle_timeout_ends_a_connection_with_a_fin() {
         connection.assert_ends().await;
     }
     drop((used, unused));
-    reaches(&gateway, "crun_gateway_connections", 0.0).await;
+    gateway.shows("crun_gateway_connections", 0.0).await;
 }
 
 async fn the_third_connection_is_turned_away(limit: &str) {
@@ -128,9 +115,9 @@ async fn the_third_connection_is_turned_away(limit: &str) {
     // Those let in and the platform notice nothing; a place that is free again is given away.
     assert!(let_in[0].poll("ended.a").await.is(200));
     assert_eq!(gateway.admin("/readyz").await.0, 200);
-    reaches(&gateway, "crun_gateway_connections", 2.0).await;
+    gateway.shows("crun_gateway_connections", 2.0).await;
     drop(let_in);
-    reaches(&gateway, "crun_gateway_connections", 0.0).await;
+    gateway.shows("crun_gateway_connections", 0.0).await;
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
 }
 
@@ -462,7 +449,7 @@ async fn a_client_that_leaves_takes_its_unsent_flight_with_it() {
     // The first takes the only permit that the next second has.
     let mut stays = Raw::connect(gateway.address).await;
     stays.send(raw::poll("ended.stays")).await.unwrap();
-    reaches(&gateway, QUEUE, 1.0).await;
+    gateway.shows(QUEUE, 1.0).await;
     let mut leaving = Vec::new();
     for number in 0..20 {
         let mut client = Raw::connect(gateway.address).await;
@@ -472,11 +459,11 @@ async fn a_client_that_leaves_takes_its_unsent_flight_with_it() {
         client.send(asked + &behind).await.unwrap();
         leaving.push(client);
     }
-    reaches(&gateway, "crun_gateway_connections", 21.0).await;
+    gateway.shows("crun_gateway_connections", 21.0).await;
     drop(leaving);
-    reaches(&gateway, "crun_gateway_connections", 1.0).await;
+    gateway.shows("crun_gateway_connections", 1.0).await;
     assert!(stays.reply().await.is(200));
-    reaches(&gateway, QUEUE, 0.0).await;
+    gateway.shows(QUEUE, 0.0).await;
     // Whoever had stayed in the queue would have come before this one.
     assert_eq!(poll(gateway.address, "ended.last").await.status, 200);
     assert!(upstream.queries().await <= 3, "{}", upstream.stats().await);

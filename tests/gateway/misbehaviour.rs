@@ -577,7 +577,7 @@ async fn bytes_after_a_body_are_nobodys_answer() {
         // The body itself is whole, and says which task it is about.
         poll_ended(gateway.address, task.to_owned()).await;
         if task == "later" {
-            connections(&gateway, 0).await;
+            gateway.shows("crun_gateway_upstream_connections", 0.0).await;
         }
         poll_ended(gateway.address, format!("after-{task}")).await;
         assert_not_used_again(&upstream.seen(), task);
@@ -599,18 +599,9 @@ async fn a_connection_on_which_upstream_speaks_unasked_is_not_used() {
     .await;
     let gateway = gateway(&upstream).await;
     poll_ended(gateway.address, "good".into()).await;
-    connections(&gateway, 0).await;
+    gateway.shows("crun_gateway_upstream_connections", 0.0).await;
     poll_ended(gateway.address, "next".into()).await;
     assert_not_used_again(&upstream.seen(), "good");
-}
-
-/// Waits until the gateway has so many connections to upstream.
-async fn connections(gateway: &Gateway, wanted: u32) {
-    let patience = Instant::now() + crate::harness::PATIENCE;
-    while (gateway.metric("crun_gateway_upstream_connections").await - f64::from(wanted)).abs() > 0.1 {
-        assert!(Instant::now() < patience, "never {wanted} connections");
-        sleep(Duration::from_millis(5)).await;
-    }
 }
 
 #[tokio::test]
