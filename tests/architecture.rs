@@ -1,4 +1,4 @@
-//! Modules import only from lower rows, as drawn in `src/lib.rs`; and what the lock file may not hold.
+//! Modules import only from lower rows, as drawn in `src/lib.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on shall fail")]
 
@@ -117,16 +117,4 @@ fn a_planted_fault_is_found() {
     assert!(faults("cache", 1, "//! x\nstruct X;\nmod tests {\n    use super::*;\n}\n").is_empty());
     assert_eq!(faults("elsewhere", 1, "//! x\n").len(), 1);
     assert!(faults("cache", 1, "//! x\n// crate::gateway keeps it\n").is_empty());
-}
-
-#[test]
-fn one_tls_provider_and_one_http() {
-    let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
-    let versions = |name: &str| lock.matches(&format!("name = \"{name}\"\n")).count();
-    assert_eq!(
-        versions("aws-lc-rs"),
-        0,
-        "two providers in one process are a panic at the first connection"
-    );
-    assert_eq!((versions("ring"), versions("hyper"), versions("rustls")), (1, 1, 1));
 }
