@@ -540,8 +540,8 @@ fn a_connection_that_comes_while_it_is_open_does_not_close_it() {
 #[derive(Clone, Debug)]
 enum Event {
     /// Of an account's task, asked so many ms ago.
-    Failed(bool, u8, u64),
-    Answered(bool, u64),
+    Failed(bool, u8, u32),
+    Answered(bool, u32),
     Probe(u8),
     Connected,
     ProbeConnected(u8),
@@ -555,8 +555,8 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        8 => (any::<bool>(), 0_u8..3, 0_u64..3000).prop_map(|(whose, task, ago)| Event::Failed(whose, task, ago)),
-        1 => (any::<bool>(), 0_u64..3000).prop_map(|(whose, ago)| Event::Answered(whose, ago)),
+        8 => (any::<bool>(), 0_u8..3, 0_u32..3000).prop_map(|(whose, task, ago)| Event::Failed(whose, task, ago)),
+        1 => (any::<bool>(), 0_u32..3000).prop_map(|(whose, ago)| Event::Answered(whose, ago)),
         4 => (0_u8..3).prop_map(Event::Probe),
         1 => Just(Event::Connected),
         2 => (0_u8..3).prop_map(Event::ProbeConnected),
@@ -568,135 +568,187 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
+/// A breaker, and of what has happened to it as much as says what it may do next.
+struct Model {
+    state: State,
+    now: Instant,
+    opened: Option<Instant>,
+    /// Whose failures, and of which task, since the last answer that was news.
+    failing: Vec<(bool, u8)>,
+    /// When an account asked last what was answered.
+    answered: [Option<Instant>; 2],
+    probing: bool,
+    last_probe: Option<Instant>,
+    connected: u32,
+    connecting: u32,
+    /// How long there was no connection, and whether the time that passes is part of that.
+    without: Duration,
+    is_without: bool,
+}
+
+impl Model {
+    fn new() -> Self {
+        Self {
+            state: State::new(),
+            now: Instant::now() + Duration::from_hours(1),
+            opened: None,
+            failing: Vec::new(),
+            answered: [None; 2],
+            probing: false,
+            last_probe: None,
+            connected: 0,
+            connecting: 0,
+            without: Duration::ZERO,
+            is_without: false,
+        }
+    }
+
+    /// Time passes, then this happens.
+    fn happens(&mut self, event: &Event, later: Duration) -> Result<(), TestCaseError> {
+        self.now += later;
+        self.without += if self.is_without { later } else { Duration::ZERO };
+        let (now, was_open) = (self.now, self.state.is_open());
+        let mut change = None;
+        match *event {
+            Event::Failed(whose, name, ago) => change = self.fails(whose, name, now - ago * MS)?,
+            Event::Answered(whose, ago) => change = self.is_answered(whose, now - ago * MS)?,
+            Event::Probe(name) => {
+                if poll(&mut self.state, own(), &task(&name.to_string()), now).is_some() {
+                    prop_assert_eq!(self.connected, 0, "they come first");
+                    self.probe_begins()?;
+                }
+            }
+            Event::Connected => {
+                self.state.connected();
+                self.connected += 1;
+            }
+            Event::ProbeConnected(name) if self.connected > 0 => {
+                self.connected -= 1;
+                let begun = self.state.probe_connected(own(), &task(&name.to_string()), now);
+                self.state.no_longer_connected();
+                if begun.is_some() {
+                    self.probe_begins()?;
+                }
+            }
+            Event::ProbeEnded => {
+                end_probe(&mut self.state);
+                self.probing = false;
+            }
+            Event::Connecting => {
+                self.state.connecting(now);
+                self.connecting += 1;
+                self.is_without = true;
+            }
+            Event::NoLongerConnecting(is_there) if self.connecting > 0 => {
+                self.connecting -= 1;
+                self.state.no_longer_connecting(now);
+                if is_there {
+                    self.state.reached(now);
+                    self.is_reached();
+                }
+            }
+            Event::GaveUp if self.connecting > 0 => {
+                self.connecting -= 1;
+                self.state.gave_up(now);
+                self.is_without = self.connecting > 0;
+            }
+            Event::ProbeConnected(_) | Event::NoLongerConnecting(_) | Event::GaveUp => {}
+            Event::Look => {
+                change = self.state.look(now);
+                prop_assert!(change.is_none() || self.without >= LONGEST_WITHOUT);
+            }
+        }
+        self.has_changed(was_open, change)
+    }
+
+    fn fails(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
+        self.failing.push((whose, name));
+        let account = Self::account(whose);
+        let change = self
+            .state
+            .failed(Some(account), &task(&name.to_string()), asked, self.now);
+        if change.is_some() {
+            let failing = &self.failing;
+            prop_assert!(failing.len() >= 5, "{failing:?}");
+            prop_assert!(failing.iter().any(|other| other.1 != name), "{failing:?}");
+            let others = self.answered[usize::from(!whose)];
+            let is_contradicted = others.is_some_and(|answered| asked < answered + LATELY);
+            prop_assert!(
+                !is_contradicted || failing.iter().any(|other| other.0 != whose),
+                "{failing:?}"
+            );
+        }
+        Ok(change)
+    }
+
+    fn is_answered(&mut self, whose: bool, asked: Instant) -> Result<Option<Change>, TestCaseError> {
+        let was_open = self.state.is_open();
+        let change = self.state.answered(Self::account(whose), asked, self.now);
+        let is_news = self.opened.is_none_or(|opened| asked >= opened);
+        prop_assert_eq!(change.is_some(), was_open && is_news);
+        if is_news || !was_open {
+            let last = &mut self.answered[usize::from(whose)];
+            *last = (*last).max(Some(asked));
+            self.failing.clear();
+            prop_assert!(!self.state.is_open());
+        }
+        self.is_reached();
+        Ok(change)
+    }
+
+    fn account(whose: bool) -> AccountId {
+        if whose { own() } else { another() }
+    }
+
+    fn is_reached(&mut self) {
+        (self.without, self.is_without) = (Duration::ZERO, self.connecting > 0);
+    }
+
+    fn probe_begins(&mut self) -> Result<(), TestCaseError> {
+        prop_assert!(self.state.is_open());
+        let apart = if self.probing {
+            2 * PROBE_INTERVAL
+        } else {
+            PROBE_INTERVAL
+        };
+        prop_assert!(self.last_probe.is_none_or(|last| self.now >= last + apart));
+        prop_assert!(self.opened.is_some_and(|opened| self.now >= opened + PROBE_INTERVAL));
+        (self.probing, self.last_probe) = (true, Some(self.now));
+        Ok(())
+    }
+
+    fn has_changed(&mut self, was_open: bool, change: Option<Change>) -> Result<(), TestCaseError> {
+        let is_open = self.state.is_open();
+        match change {
+            Some(Change::Opened) => {
+                prop_assert!(!was_open && is_open);
+                self.opened = Some(self.now);
+                self.failing.clear();
+                self.probing = false;
+            }
+            Some(Change::Closed) => {
+                prop_assert!(was_open && !is_open);
+                self.probing = false;
+            }
+            None => prop_assert_eq!(was_open, is_open),
+        }
+        prop_assert!(self.state.until_probe(self.now) <= PROBE_INTERVAL);
+        let looks = self.state.next_look().is_some();
+        prop_assert!(!looks || (!is_open && self.connecting > 0));
+        Ok(())
+    }
+}
+
 proptest! {
     /// Whatever happens: it opens for a reason and closes by an answer; probes are an interval apart, two while one is
     /// under way.
     #[test]
     fn it_opens_for_a_reason_and_probes_seldom(
-        events in prop::collection::vec((event(), 0_u64..1000), 1..300)
+        events in prop::collection::vec((event(), 0_u32..1000), 1..300)
     ) {
-        let start = Instant::now() + Duration::from_hours(1);
-        let (mut state, mut now) = (State::new(), start);
-        let (mut probing, mut last_probe) = (false, None::<Instant>);
-        let mut failing: Vec<(bool, u8)> = Vec::new();
-        // When an account asked last what was answered.
-        let mut answered = [None::<Instant>; 2];
-        let account = |whose| if whose { own() } else { another() };
-        let mut opened = None;
-        let (mut connecting, mut connected) = (0_u32, 0_u32);
-        // How long there was no connection, and whether the time that passes is part of that.
-        let (mut without, mut is_without) = (Duration::ZERO, false);
+        let mut model = Model::new();
         for (event, ms) in events {
-            now += Duration::from_millis(ms);
-            without += Duration::from_millis(if is_without { ms } else { 0 });
-            let was_open = state.is_open();
-            let change = match event {
-                Event::Failed(whose, name, ago) => {
-                    failing.push((whose, name));
-                    let asked = now - Duration::from_millis(ago);
-                    let change = state.failed(Some(account(whose)), &task(&name.to_string()), asked, now);
-                    if change.is_some() {
-                        prop_assert!(failing.len() >= 5, "{failing:?}");
-                        prop_assert!(failing.iter().any(|other| other.1 != failing[0].1), "{failing:?}");
-                        let is_contradicted = answered[usize::from(!whose)].is_some_and(|answered| asked < answered + LATELY);
-                        prop_assert!(!is_contradicted || failing.iter().any(|other| other.0 != whose), "{failing:?}");
-                    }
-                    change
-                }
-                Event::Answered(whose, ago) => {
-                    let asked = now - Duration::from_millis(ago);
-                    let change = state.answered(account(whose), asked, now);
-                    let is_news = opened.is_none_or(|opened| asked >= opened);
-                    prop_assert_eq!(change.is_some(), was_open && is_news);
-                    if is_news || !was_open {
-                        let last = &mut answered[usize::from(whose)];
-                        *last = (*last).max(Some(asked));
-                        failing.clear();
-                        prop_assert!(!state.is_open());
-                    }
-                    (without, is_without) = (Duration::ZERO, connecting > 0);
-                    change
-                }
-                Event::Connected => {
-                    state.connected();
-                    connected += 1;
-                    None
-                }
-                Event::Probe(name) | Event::ProbeConnected(name) => {
-                    let name = task(&name.to_string());
-                    let begun = if matches!(event, Event::Probe(_)) {
-                        let begun = poll(&mut state, own(), &name, now).map(|(number, _)| number);
-                        begun.inspect(|_| assert_eq!(connected, 0, "they come first"))
-                    } else if connected > 0 {
-                        connected -= 1;
-                        let begun = state.probe_connected(own(), &name, now);
-                        state.no_longer_connected();
-                        begun
-                    } else {
-                        None
-                    };
-                    if begun.is_some() {
-                        prop_assert!(was_open);
-                        let apart = if probing { 2 * PROBE_INTERVAL } else { PROBE_INTERVAL };
-                        prop_assert!(last_probe.is_none_or(|last| now >= last + apart));
-                        prop_assert!(opened.is_some_and(|opened| now >= opened + PROBE_INTERVAL));
-                        (probing, last_probe) = (true, Some(now));
-                    }
-                    None
-                }
-                Event::ProbeEnded => {
-                    end_probe(&mut state);
-                    probing = false;
-                    None
-                }
-                Event::Connecting => {
-                    state.connecting(now);
-                    connecting += 1;
-                    is_without = true;
-                    None
-                }
-                Event::NoLongerConnecting(is_there) => {
-                    if connecting > 0 {
-                        connecting -= 1;
-                        state.no_longer_connecting(now);
-                        if is_there {
-                            state.reached(now);
-                            (without, is_without) = (Duration::ZERO, connecting > 0);
-                        }
-                    }
-                    None
-                }
-                Event::GaveUp => {
-                    if connecting > 0 {
-                        connecting -= 1;
-                        state.gave_up(now);
-                        is_without = connecting > 0;
-                    }
-                    None
-                }
-                Event::Look => {
-                    let change = state.look(now);
-                    if change.is_some() {
-                        prop_assert!(without >= LONGEST_WITHOUT);
-                    }
-                    change
-                }
-            };
-            match change {
-                Some(Change::Opened) => {
-                    prop_assert!(!was_open && state.is_open());
-                    opened = Some(now);
-                    failing.clear();
-                    probing = false;
-                }
-                Some(Change::Closed) => {
-                    prop_assert!(was_open && !state.is_open());
-                    probing = false;
-                }
-                None => prop_assert_eq!(was_open, state.is_open()),
-            }
-            prop_assert!(state.until_probe(now) <= PROBE_INTERVAL);
-            prop_assert!(state.next_look().is_none_or(|_| !state.is_open() && connecting > 0));
+            model.happens(&event, ms * MS)?;
         }
     }
 }
