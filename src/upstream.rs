@@ -215,20 +215,25 @@ pub struct Fetched {
 pub struct Failed {
     /// Why.
     pub error: Error,
-    /// Whether the connection closed before any byte of a response: then, and only then, asking again may help.
-    pub unanswered: bool,
-    /// Whether nothing was sent at all: the permit was too late to be used.
-    pub unspent: bool,
+    /// How far it came.
+    pub how: How,
+}
+
+/// How far an attempt came that brought no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Nothing was sent at all: the permit was too late to be used.
+    Unspent,
+    /// The connection closed before any byte of a response: then, and only then, asking again may help.
+    Unanswered,
+    /// It was sent, as far as is known, and is not to be sent again.
+    Spent,
 }
 
 impl Failed {
-    /// One that was sent, as far as is known, and is not to be sent again.
     fn after(error: Error) -> Self {
-        Self {
-            error,
-            unanswered: false,
-            unspent: false,
-        }
+        let how = How::Spent;
+        Self { error, how }
     }
 }
 
@@ -247,20 +252,17 @@ impl Ready {
         task: &TaskId,
         traceparent: Option<HeaderValue>,
     ) -> Result<Fetched, Failed> {
-        let closed = || Failed {
-            unanswered: true,
-            ..Failed::after(Error::UpstreamBroken)
+        let broken = |how| Failed {
+            error: Error::UpstreamBroken,
+            how,
         };
-        let mut connection = self.take().ok_or_else(closed)?;
+        let mut connection = self.take().ok_or(broken(How::Unanswered))?;
         let upstream = Arc::clone(connection.pool.upstream());
         let request = upstream.query(key, task, traceparent).map_err(Failed::after)?;
         let asked = Instant::now();
         if permit.is_late(asked) {
             connection.hand_back();
-            return Err(Failed {
-                unspent: true,
-                ..closed()
-            });
+            return Err(broken(How::Unspent));
         }
         let Line {
             sender,
@@ -285,10 +287,13 @@ impl Ready {
             timeout(upstream.settings.timeout, driver.run(exchange)).await
         };
         let read = match answered {
-            Ok(read) => read.map_err(|error| Failed {
-                unanswered: !wire.heard(),
-                unspent: wire.was_late(),
-                error,
+            Ok(read) => read.map_err(|error| {
+                let how = match (wire.was_late(), wire.heard()) {
+                    (true, _) => How::Unspent,
+                    (false, false) => How::Unanswered,
+                    (false, true) => How::Spent,
+                };
+                Failed { error, how }
             }),
             // Upstream may have been quick enough.
             Err(_) if has_waited => Err(Failed::after(Error::NoRoom)),

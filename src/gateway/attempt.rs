@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::moment::unix_now;
 use crate::stored::{Answer, Draft, Keeping};
 use crate::task::{self, Class, TaskId};
-use crate::upstream::{Failed, Fetched, Ready};
+use crate::upstream::{Failed, Fetched, How, Ready};
 
 /// A flight makes at most two attempts, both paid.
 pub(super) const MOST_ATTEMPTS: u32 = 2;
@@ -95,7 +95,7 @@ impl Gateway {
                 drop(room);
                 Ok(answer)
             }
-            Err(failed) if failed.unspent => {
+            Err(failed) if failed.how == How::Unspent => {
                 query.unsent();
                 Err(failed)
             }
@@ -106,7 +106,7 @@ impl Gateway {
                 log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Class::Unavailable {
                     breaker.refused(account.id, sent);
-                } else if !failed.unanswered || attempt.number >= MOST_ATTEMPTS {
+                } else if failed.how != How::Unanswered || attempt.number >= MOST_ATTEMPTS {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
                     breaker.failed(account.id, task, sent, detail);
                 }

@@ -28,7 +28,7 @@ use crate::panics;
 use crate::shared::Claim;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
-use crate::upstream::Breaker;
+use crate::upstream::{Breaker, Failed, How};
 
 /// How often a flight tries to open a connection: a failed one costs no permit.
 const MOST_CONNECTS: u32 = 2;
@@ -193,14 +193,16 @@ impl Gateway {
                 }
                 Ok(answer) => return Ok(Landed::Fetched(answer, Arc::clone(&errand.key))),
                 // Nothing was sent: a permit that came too late for its slot is no attempt.
-                Err(failed) if failed.unspent => {
+                Err(Failed { how: How::Unspent, .. }) => {
                     leader.update(|progress| progress.phase = Phase::Waiting);
                     continue;
                 }
-                Err(failed) if !failed.unanswered || attempt >= MOST_ATTEMPTS => {
-                    return Err(Landed::Failed(failed.error));
+                Err(Failed {
+                    how: How::Unanswered, ..
+                }) if attempt < MOST_ATTEMPTS => {
+                    leader.update(|progress| progress.phase = Phase::Waiting);
                 }
-                Err(_) => leader.update(|progress| progress.phase = Phase::Waiting),
+                Err(failed) => return Err(Landed::Failed(failed.error)),
             }
             attempt += 1;
         }
