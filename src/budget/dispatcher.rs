@@ -26,9 +26,15 @@ use crate::account::Client;
 use crate::panics::contain_now;
 use crate::shared::{Demand, Right, SharedBudget, Slot};
 
-/// So many flights are called forward, and as many more as keep the pace while connections take up to a second to open. Few,
-/// since whoever is called forward is past every later rule of fairness.
-const READY_AHEAD: usize = 2;
+/// Where connections open at once, as many flights are called forward as there are permits in an eighth of a second, within
+/// these bounds. Few, since whoever is called forward is past every later rule of fairness. Chosen, not measured.
+const LEAST_AHEAD: usize = 2;
+const MOST_AHEAD: usize = 64;
+
+/// Where they open slowly, at most as many as there are permits in a second, and one: the pace is kept while that takes a
+/// second. These bounds were chosen, not measured, too.
+const LEAST_CALLED: usize = 4;
+const MOST_CALLED: usize = 256;
 
 /// What the dispatcher waits for, beside what it is told: by default for nothing, since nobody could use a permit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -399,8 +405,8 @@ impl Dispatcher {
         let longest = self.max_queue.min(usize::try_from(in_time).unwrap_or(usize::MAX));
         // Who is called forward gives way to nobody any more: in a short queue, or where few turns are in time, that must
         // not be everybody.
-        let ahead = (limit / 8).clamp(READY_AHEAD, 64).min(longest / 2).max(1);
-        let most = (limit + 1).clamp(4, 256);
+        let ahead = (limit / 8).clamp(LEAST_AHEAD, MOST_AHEAD).min(longest / 2).max(1);
+        let most = (limit + 1).clamp(LEAST_CALLED, MOST_CALLED);
         while self.called.len() < most {
             let extra = (self.called.len() + 1).saturating_sub(ahead);
             // It would only wait for one to come free.
