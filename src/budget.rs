@@ -130,7 +130,7 @@ impl Parts {
 
 /// Who waits for an account's permits, and who got them lately.
 #[derive(Clone, Debug)]
-pub struct Shares {
+pub struct Usage {
     /// Clients of which flights wait.
     pub clients: usize,
     /// Those with most of them, and how many each has: a flight counts under every client that waits for it.
@@ -304,8 +304,8 @@ impl Budget {
     }
 
     /// Who waits, and who spends.
-    pub fn shares(&self) -> Shares {
-        self.0.desk.shares()
+    pub fn usage(&self) -> Usage {
+        self.0.desk.usage()
     }
 
     /// When a poll of `client` for `task` finds a place that is turned away at `now`, if its turn would have come `late_by`

@@ -21,7 +21,7 @@ use super::fair_queue::{FairQueue, Flight, Shedding};
 use super::pacer::Pacer;
 use super::ring::Room;
 use super::spending::Spending;
-use super::{Expected, MOST_SHOWN, Parts, Shares};
+use super::{Expected, MOST_SHOWN, Parts, Usage};
 use crate::account::Client;
 use crate::panics::contain_now;
 use crate::shared::{Demand, Right, SharedBudget, Slot};
@@ -108,8 +108,8 @@ impl Desk {
     }
 
     /// Who waits, and who spends.
-    pub(super) fn shares(&self) -> Shares {
-        self.dispatcher.lock().shares(Instant::now())
+    pub(super) fn usage(&self) -> Usage {
+        self.dispatcher.lock().usage(Instant::now())
     }
 
     /// No flight stands here any more, nor will: the task ends.
@@ -312,9 +312,9 @@ impl Dispatcher {
         self.watch_pause(now);
     }
 
-    fn shares(&mut self, now: Instant) -> Shares {
+    fn usage(&mut self, now: Instant) -> Usage {
         let (places, background) = self.queue.places(self.called.flights());
-        Shares {
+        Usage {
             clients: places.len(),
             places: places
                 .into_iter()

@@ -13,7 +13,7 @@ use super::Gateway;
 use super::account::Account;
 use super::tally::Polls;
 use crate::account::{Caller, Client};
-use crate::budget::Shares;
+use crate::budget::Usage;
 use crate::outcome::Served;
 
 /// Of the unlisted accounts, so many are told of.
@@ -219,12 +219,12 @@ impl AccountStatus {
             Duration::ZERO
         };
         let (span, polls) = account.tally.lately(now);
-        let Shares {
+        let Usage {
             clients,
             places,
             background,
             spent,
-        } = budget.shares();
+        } = budget.usage();
         Self {
             name: account
                 .number
