@@ -46,7 +46,7 @@ impl Idle {
 }
 
 /// What came of asking for a connection.
-enum Admission {
+enum Offer {
     Idle(Idle),
     /// A place to open one in, and whether it was the last.
     Open(Slot, bool),
@@ -133,16 +133,16 @@ impl Pool {
         loop {
             // From here on, so that no news of a free place is missed.
             let freed = upstream.freed.notified();
-            let admission = upstream.connections.lock().admit(upstream, self.0.id, fresh);
-            match admission {
-                Admission::Idle(Idle { mut line, since }) => {
+            let offer = upstream.connections.lock().offer(upstream, self.0.id, fresh);
+            match offer {
+                Offer::Idle(Idle { mut line, since }) => {
                     let is_young = since + IDLE_LIFETIME > Instant::now();
                     if is_young && upstream.breaker.trusts(since) && line.is_ready() {
                         return Place(Taken::Idle(self.ready(line)));
                     }
                 }
-                Admission::Open(slot, is_last) => return Place(Taken::New(self.clone(), slot, is_last)),
-                Admission::Full(closed) => {
+                Offer::Open(slot, is_last) => return Place(Taken::New(self.clone(), slot, is_last)),
+                Offer::Full(closed) => {
                     drop(closed);
                     freed.await;
                 }
@@ -335,24 +335,24 @@ impl Connections {
         self.next_pool
     }
 
-    fn admit(&mut self, upstream: &Arc<Inner>, pool_id: u64, fresh: bool) -> Admission {
+    fn offer(&mut self, upstream: &Arc<Inner>, pool_id: u64, fresh: bool) -> Offer {
         let full = self.open >= upstream.most_connections;
         let Some(pool) = self.pools.get_mut(&pool_id) else {
-            return Admission::Full(None);
+            return Offer::Full(None);
         };
         if !fresh && let Some(idle) = pool.idle.pop_back() {
-            return Admission::Idle(idle);
+            return Offer::Idle(idle);
         }
         if pool.open >= upstream.settings.connections {
-            return Admission::Full(pool.idle.pop_front());
+            return Offer::Full(pool.idle.pop_front());
         }
         // An account may always open one, or a full process would shut it out.
         if full && pool.open > 0 {
-            return Admission::Full(self.longest_idle());
+            return Offer::Full(self.longest_idle());
         }
         pool.open += 1;
         let is_last = pool.open >= upstream.most_of_one();
-        Admission::Open(self.slot(upstream, Some(pool_id)), is_last)
+        Offer::Open(self.slot(upstream, Some(pool_id)), is_last)
     }
 
     /// A place, or what has to be closed to make room.
