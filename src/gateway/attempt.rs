@@ -22,7 +22,7 @@ use crate::upstream::{Failed, Fetched, How, Ready};
 pub(super) const MOST_ATTEMPTS: u32 = 2;
 
 /// How often, while an attempt is under way, those who wait hear what its silence says.
-const SILENCE_COUNTS: Duration = Duration::from_millis(250);
+const SILENCE_LOOKS: Duration = Duration::from_millis(250);
 
 /// Which attempt of which flight.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +56,7 @@ impl Gateway {
         let traceparent = is_told.then(|| query.context.header()).flatten();
         let mut sending = pin!(ready.send(permit, &key.secret, task, traceparent));
         let result = loop {
-            match timeout(SILENCE_COUNTS, &mut sending).await {
+            match timeout(SILENCE_LOOKS, &mut sending).await {
                 Ok(result) => break result,
                 // Where all connections are in use, nothing else may happen before the attempts have ended.
                 Err(_) if account.budget.waiting() > 0 => {

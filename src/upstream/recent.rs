@@ -29,10 +29,10 @@ const SLACK: Duration = Duration::from_millis(50);
 /// How long the last answers took, and for how long there has been none. There may be thousands: without an answer it is
 /// small.
 #[derive(Debug, Default)]
-pub(super) struct Recent(Mutex<Took>);
+pub(super) struct Recent(Mutex<Times>);
 
 #[derive(Debug, Default)]
-struct Took {
+struct Times {
     /// When each came, and how long it took.
     answers: VecDeque<(Instant, Duration)>,
     /// For how long the last few, in the mean, had a place in which no connection was open yet.
@@ -61,11 +61,11 @@ pub(super) struct Query<'r> {
 impl Recent {
     /// A query goes out, which has had a place for so long in which no connection was open yet.
     pub(super) fn ask(&self, asked: Instant, opening: Duration) -> Query<'_> {
-        let mut took = self.0.lock();
-        if took.out < SILENT {
-            took.silent_since = Some(asked);
+        let mut times = self.0.lock();
+        if times.out < SILENT {
+            times.silent_since = Some(asked);
         }
-        took.out += 1;
+        times.out += 1;
         Query {
             recent: self,
             asked,
@@ -87,8 +87,8 @@ impl Recent {
     /// would be left by that, the nearer to what these take: answers that take longer than `within` are lost whenever they
     /// are asked for. `None` where there are none.
     pub(super) fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
-        let took = self.as_of(now);
-        let (p90, nearly_all) = (took.p90, took.nearly_all?);
+        let times = self.as_of(now);
+        let (p90, nearly_all) = (times.p90, times.nearly_all?);
         let (half, left) = (within.saturating_sub(p90) / 2, within.saturating_sub(nearly_all));
         let beyond_p90 = nearly_all.saturating_sub(p90);
         Some(if beyond_p90 <= half {
@@ -103,14 +103,14 @@ impl Recent {
     /// What the next answer is more likely than not to take at least: where upstream has been silent for longer than is
     /// usual, half as long again.
     pub(super) fn at_least(&self, now: Instant) -> Duration {
-        let took = self.as_of(now);
-        took.silence(now).unwrap_or(took.median)
+        let times = self.as_of(now);
+        times.silence(now).unwrap_or(times.median)
     }
 
     /// What an answer takes in the mean, lately: where upstream has been silent for longer than is usual, half as long again.
     pub(super) fn mean(&self, now: Instant) -> Duration {
-        let took = self.as_of(now);
-        took.silence(now).unwrap_or(took.mean)
+        let times = self.as_of(now);
+        times.silence(now).unwrap_or(times.mean)
     }
 
     /// For how long a query has a place, in the mean, lately, in which no connection is open yet.
@@ -119,20 +119,20 @@ impl Recent {
     }
 
     /// What is known at `now`.
-    fn as_of(&self, now: Instant) -> MutexGuard<'_, Took> {
-        let mut took = self.0.lock();
-        took.forget_old(now);
-        took
+    fn as_of(&self, now: Instant) -> MutexGuard<'_, Times> {
+        let mut times = self.0.lock();
+        times.forget_old(now);
+        times
     }
 }
 
 impl Query<'_> {
     /// It is answered.
     pub(super) fn answered(self, received: Instant) {
-        let mut took = self.recent.0.lock();
-        took.silent_since = Some(received);
-        took.opening = follow(took.opening, self.opening);
-        took.note(received, received.saturating_duration_since(self.asked));
+        let mut times = self.recent.0.lock();
+        times.silent_since = Some(received);
+        times.opening = moving_mean(times.opening, self.opening);
+        times.note(received, received.saturating_duration_since(self.asked));
     }
 }
 
@@ -142,7 +142,7 @@ impl Drop for Query<'_> {
     }
 }
 
-impl Took {
+impl Times {
     /// Half as long again as upstream has been silent, if that is longer than is usual.
     fn silence(&self, now: Instant) -> Option<Duration> {
         let since = self.silent_since.filter(|_| self.out >= SILENT)?;
@@ -169,7 +169,7 @@ impl Took {
         self.mean = if self.answers.is_empty() {
             took
         } else {
-            follow(self.mean, took)
+            moving_mean(self.mean, took)
         };
         self.answers.push_back((received, took));
         self.noted += 1;
@@ -181,7 +181,7 @@ impl Took {
     fn mean_of_few(&self) -> Duration {
         let before = self.answers.len().saturating_sub(FEW);
         let last = self.answers.iter().skip(before).map(|(_, took)| *took);
-        last.reduce(follow).unwrap_or_default()
+        last.reduce(moving_mean).unwrap_or_default()
     }
 
     fn reckon(&mut self) {
@@ -213,9 +213,9 @@ impl Took {
     }
 }
 
-/// The mean of the last few, `now` that there is one more.
-fn follow(mean: Duration, now: Duration) -> Duration {
-    (mean * 7 + now) / 8
+/// The mean of the last few, the `latest` among them.
+fn moving_mean(mean: Duration, latest: Duration) -> Duration {
+    (mean * 7 + latest) / 8
 }
 
 /// Whether an answer that came so long ago counts no longer.
