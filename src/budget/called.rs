@@ -28,7 +28,7 @@ pub(super) struct Called {
     ready: usize,
     /// Since when there has always been one of them, while there is one.
     ready_since: Option<Instant>,
-    /// From a call to its connection, lately.
+    /// From a call to its connection, in the moving mean of the last few.
     opening: Duration,
 }
 
@@ -104,7 +104,7 @@ impl Called {
         self.ready_since
     }
 
-    /// How long it takes from a call to its connection, lately.
+    /// How long it takes from a call to its connection, in the moving mean of the last few.
     pub(super) fn opening(&self) -> Duration {
         self.opening
     }

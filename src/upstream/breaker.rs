@@ -65,8 +65,9 @@ impl Breaker {
         self.state.lock().last_opened().is_none_or(|opened| opened <= since)
     }
 
-    /// Has `task` of `account` be the next to be probed, unless another goes first that was probed longer ago, or is closed by
-    /// now. Gives the right to ask, once a poll comes when one is due; an error where it never does.
+    /// Puts `task` of `account` first in line to be probed; `None` if the breaker is closed, or another is first that was probed
+    /// no later. The receiver gets the right to ask once a poll comes when a probe is due, or fails when the breaker closes or
+    /// another takes its place.
     pub fn line_up(&self, account: AccountId, task: &TaskId) -> Option<oneshot::Receiver<Probe>> {
         self.state.lock().line_up(account, task)
     }

@@ -13,7 +13,7 @@ const ANSWERS: usize = 100;
 /// For how long they count: what made upstream slow may be over long before a hundred others have come.
 const COUNT: Duration = Duration::from_mins(1);
 
-/// Once there are as many, one in so many is looked at for what has changed.
+/// Once there are as many, their ranks are reckoned anew at one new answer in so many: each time all of them are looked at.
 const SELDOM: usize = 10;
 
 /// Where some have become too old, the mean is of so many of them, and mostly of the last ones.
@@ -198,7 +198,7 @@ impl Times {
             (self.opening, self.median, self.p90, self.nearly_all) = Default::default();
             return;
         }
-        // The order of the others is nobody's business.
+        // Only these two ranks are asked for: the rest need not be sorted.
         let (half, most) = (taken.len() / 2, taken.len() * 9 / 10);
         let (below, p90, _) = taken.select_nth_unstable(most);
         self.p90 = *p90;
