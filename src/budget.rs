@@ -473,10 +473,10 @@ impl Turn {
             let since = Instant::now();
             held.budget
                 .tell(|dispatcher| dispatcher.connected(held.flight, since, grant));
-            let Grant { stamp, is_background } = granted.await.ok()?;
+            let Grant { stamp, lane } = granted.await.ok()?;
             self.is_used = true;
             let waits = &held.budget.desk.parts.metrics.budget_wait;
-            waits[usize::from(is_background)].observe(self.entered.elapsed().as_secs_f64());
+            waits[lane as usize].observe(self.entered.elapsed().as_secs_f64());
             Some(Permit(stamp))
         }
     }

@@ -16,7 +16,7 @@ use prometheus::{
 };
 use strum::{AsRefStr, VariantArray};
 
-use crate::outcome::{EdgeRefusal, Served, Shed};
+use crate::outcome::{EdgeRefusal, Lane, Served, Shed};
 use crate::task::Class;
 pub use disk::{DiskMetrics, DiskRead, DiskStep};
 use families::{Families, opts};
@@ -25,9 +25,6 @@ pub use shared::{SharedCacheMetrics, SharedCall, SharedFlight, SharedMetrics, Sh
 
 /// The label of every account, and every client, that configuration does not name.
 pub const OTHER: &str = "other";
-
-/// The lane labels: flights that somebody waits for, and flights whose answer is wanted all the same.
-const LANES: [&str; 2] = ["foreground", "background"];
 
 /// From a hit's tens of microseconds to the longest that a poll may wait.
 const REQUEST_BUCKETS: &[f64] = &[
@@ -82,8 +79,8 @@ pub enum SpanDrop {
     Unsent,
 }
 
-/// The class of an HTTP-like code, as a label.
-pub fn code_class(code: u16) -> usize {
+/// The place of an HTTP-like code's class among [`CODE_CLASSES`].
+fn code_class(code: u16) -> usize {
     match code {
         200..300 => 0,
         300..400 => 1,
@@ -366,6 +363,7 @@ impl Metrics {
 
     /// The handles of one account; those of every unlisted account are the same ones, under `other`.
     pub fn account(&self, account: &str) -> AccountMetrics {
+        let lanes = || Lane::VARIANTS.iter().map(|lane| [account, lane.as_ref()]);
         AccountMetrics {
             request_duration: self.request_duration.clone(),
             // Classes with one word share a series.
@@ -376,8 +374,10 @@ impl Metrics {
             upstream_request_duration: self.upstream_request_duration.clone(),
             saved: Served::SAVING
                 .map(|served| self.upstream_calls_saved.with_label_values(&[account, served.as_ref()])),
-            budget_wait: LANES.map(|lane| self.budget_wait.with_label_values(&[account, lane])),
-            queue_length: LANES.map(|lane| self.budget_queue_length.with_label_values(&[account, lane])),
+            budget_wait: lanes().map(|lane| self.budget_wait.with_label_values(&lane)).collect(),
+            queue_length: lanes()
+                .map(|lane| self.budget_queue_length.with_label_values(&lane))
+                .collect(),
             rate: self.budget_rate.with_label_values(&[account]),
             shed: Shed::VARIANTS
                 .iter()
@@ -484,10 +484,10 @@ pub struct AccountMetrics {
     upstream_requests: Vec<IntCounter>,
     upstream_request_duration: Histogram,
     saved: [IntCounter; Served::SAVING.len()],
-    /// How long flights waited for a permit that they got in the foreground's turn, in the background's.
-    pub budget_wait: [Histogram; 2],
-    /// Flights that wait for a permit: in the foreground, in the background.
-    pub queue_length: [IntGauge; 2],
+    /// How long flights waited for a permit, by [`Lane`].
+    pub budget_wait: Vec<Histogram>,
+    /// Flights that wait for a permit, by [`Lane`].
+    pub queue_length: Vec<IntGauge>,
     rate: prometheus::Gauge,
     shed: Vec<IntCounter>,
     /// Accounts under this label that an upstream 429 has paused.

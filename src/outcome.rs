@@ -1,4 +1,5 @@
-//! The words for how things ended: how a poll was answered, and why the budget or the edge went no further.
+//! The words for how things ended: how a poll was answered, in whose turn a permit came, and why the budget or the edge went
+//! no further.
 //!
 //! Pure. One enum serves metric label, log field and header alike: the word is the variant's name.
 
@@ -24,6 +25,16 @@ pub enum Served {
 impl Served {
     /// Those that save a call upstream, where the poll has opened no flight all the same.
     pub const SAVING: [Self; 3] = [Self::Hit, Self::Stale, Self::Collapsed];
+}
+
+/// In whose turn a flight gets its permit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum Lane {
+    /// A client's that waits for it.
+    Foreground,
+    /// Nobody's: its answer is wanted all the same.
+    Background,
 }
 
 /// Why the budget turns a poll away: answered 429.

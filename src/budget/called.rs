@@ -9,12 +9,13 @@ use tokio::time::Instant;
 
 use super::fair_queue::Flight;
 use super::ring::Stamp;
+use crate::outcome::Lane;
 
 /// A permit, and in whose turn.
 #[derive(Debug)]
 pub(super) struct Grant {
     pub(super) stamp: Stamp,
-    pub(super) is_background: bool,
+    pub(super) lane: Lane,
 }
 
 #[derive(Debug, Default)]

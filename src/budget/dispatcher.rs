@@ -23,6 +23,7 @@ use super::ring::Room;
 use super::spending::Spending;
 use super::{Expected, MOST_SHOWN, Parts, Usage};
 use crate::account::Client;
+use crate::outcome::Lane;
 use crate::panics::contain_now;
 use crate::shared::{Demand, Right, SharedBudget, Slot};
 
@@ -355,8 +356,8 @@ impl Dispatcher {
         let count = |flights: usize| i64::try_from(flights).unwrap_or(i64::MAX);
         let background = count(self.queue.background());
         let foreground = count(self.waiting()) - background;
-        self.parts.metrics.queue_length[0].add(foreground - self.shown.0);
-        self.parts.metrics.queue_length[1].add(background - self.shown.1);
+        self.parts.metrics.queue_length[Lane::Foreground as usize].add(foreground - self.shown.0);
+        self.parts.metrics.queue_length[Lane::Background as usize].add(background - self.shown.1);
         self.shown = (foreground, background);
     }
 
@@ -534,10 +535,11 @@ impl Dispatcher {
     fn hand_over(&mut self, now: Instant, latest: Option<Instant>) {
         let mut stamp = self.parts.ring.take(latest);
         while let Some((flight, to)) = self.called.pop_ready() {
-            let is_background = self.queue.charged(flight).is_none();
-            let Err(back) = to.send(Grant { stamp, is_background }) else {
+            let charged = self.queue.charged(flight);
+            let lane = charged.map_or(Lane::Background, |_| Lane::Foreground);
+            let Err(back) = to.send(Grant { stamp, lane }) else {
                 self.connections.spend(now);
-                return self.spending.charge(self.queue.charged(flight), now);
+                return self.spending.charge(charged, now);
             };
             stamp = back.stamp;
         }

@@ -9,6 +9,7 @@ use super::world::{MARGIN, hold, interval};
 use super::{SECOND, ms};
 use crate::account::Caller;
 use crate::metrics::Metrics;
+use crate::outcome::Lane;
 
 /// Longer than any turn takes to come.
 const FOR_EVER: Duration = Duration::from_hours(1);
@@ -101,8 +102,8 @@ async fn the_dispatcher_ends_when_the_last_budget_and_the_last_standing_are_gone
 async fn the_gauges_that_accounts_share_lose_what_one_that_goes_added_and_no_more() {
     let metrics = metrics();
     let shown = || {
-        let [foreground, background] = metrics.queue_length.each_ref().map(prometheus::IntGauge::get);
-        (foreground, background, metrics.paused.get())
+        let queued = |lane| metrics.queue_length[lane as usize].get();
+        (queued(Lane::Foreground), queued(Lane::Background), metrics.paused.get())
     };
     let (goes, stays) = (budget(15, metrics.clone()), budget(15, metrics.clone()));
     let waiting = flights(&goes, 5);
@@ -263,7 +264,10 @@ async fn a_panic_of_the_dispatcher_ends_the_wait_of_those_who_wait_and_nothing_e
     let called = waiting.join_next().await.unwrap().unwrap().unwrap();
     budget.0.tell(|_| panic!("on purpose"));
     settle().await;
-    assert_eq!((budget.waiting(), metrics.queue_length[0].get()), (0, 0));
+    assert_eq!(
+        (budget.waiting(), metrics.queue_length[Lane::Foreground as usize].get()),
+        (0, 0)
+    );
     let sent_away = waiting.join_all().await.into_iter().filter(Result::is_err).count();
     assert!(sent_away >= 10, "{sent_away}");
     assert_eq!(opened_before.enter(Entry::InTurn).await.map(drop), Err(Shed::QueueFull));
