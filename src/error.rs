@@ -18,6 +18,9 @@ use crate::task::TaskIdError;
 /// When a place may be free of those that others hold: most requests are answered by then.
 const PLACE_FREE: Duration = Duration::from_secs(1);
 
+/// When an unlisted key may have a place: an idle one is forgotten after so long (`gateway/accounts.rs`).
+const KEY_FORGOTTEN: Duration = Duration::from_mins(1);
+
 /// When upstream may answer again.
 const UPSTREAM_BACK: Duration = Duration::from_secs(2);
 
@@ -167,7 +170,7 @@ impl Error {
             Self::MalformedKey => M::theirs(S::UNAUTHORIZED, "malformed_key"),
             Self::UnknownKey => M::theirs(S::UNAUTHORIZED, "unknown_key"),
             Self::TokenMayNotPass => M::theirs(S::FORBIDDEN, "passthrough"),
-            Self::TooManyAccounts => M::denied(S::TOO_MANY_REQUESTS, E::TooManyAccounts, Duration::from_mins(1)),
+            Self::TooManyAccounts => M::denied(S::TOO_MANY_REQUESTS, E::TooManyAccounts, KEY_FORGOTTEN),
             Self::TaskId(_) => M::theirs(S::UNPROCESSABLE_ENTITY, "task_id"),
             Self::MethodNotAllowed => M::theirs(S::METHOD_NOT_ALLOWED, "method"),
             Self::NotFound => M::theirs(S::NOT_FOUND, "path"),

@@ -11,9 +11,6 @@ use tokio::time::Instant;
 use super::Pace;
 use crate::shared::Backed;
 
-/// The longest that upstream can pause an account.
-const LONGEST_ASKED: Duration = Duration::from_mins(5);
-
 /// Where upstream does not say how long: the first pause, and the longest that doubling leads to.
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(30);
@@ -81,8 +78,7 @@ impl Backoff {
             self.cut = Some(((rate / 2.0).max(self.slowest()), now));
             self.cut_at = Some(now);
         }
-        let wanted = retry_after.map(|wanted| wanted.min(LONGEST_ASKED));
-        let Some(pause) = wanted.or(is_news.then_some(self.chosen)) else {
+        let Some(pause) = retry_after.or(is_news.then_some(self.chosen)) else {
             return in_pause.map_or(Duration::ZERO, |until| until - now);
         };
         let until = in_pause.map_or(now + pause, |before| before.max(now + pause));
@@ -198,11 +194,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pause_is_only_ever_extended_and_capped() {
+    async fn a_pause_is_only_ever_extended() {
         let (mut backoff, now) = backoff();
         assert_eq!(backoff.rate_limited(Some(20 * SECOND), now, now), 20 * SECOND);
         assert_eq!(backoff.rate_limited(Some(SECOND), now, now + SECOND), 19 * SECOND);
-        assert_eq!(backoff.rate_limited(Some(9000 * SECOND), now, now), 300 * SECOND);
+        assert_eq!(backoff.rate_limited(Some(300 * SECOND), now, now), 300 * SECOND);
         assert_eq!(backoff.paused_until(now + 299 * SECOND), Some(now + 300 * SECOND));
         assert_eq!(backoff.paused_until(now + 300 * SECOND), None);
     }

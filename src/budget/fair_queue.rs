@@ -36,7 +36,7 @@ pub(super) type Flight = u64;
 const BACKGROUND_SHARE: u32 = 10;
 
 /// Names within a caller are free text: beyond so many waiting at once in an account, the rest share one.
-const MOST_NAMES: usize = 256;
+pub(super) const MOST_NAMES: usize = 256;
 
 /// What gave way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

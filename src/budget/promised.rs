@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::fair_queue::MOST_NAMES;
 use crate::account::Client;
 use crate::task::TaskId;
 
@@ -28,9 +29,7 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Who comes later than that finds what is left of the queue, as whoever comes in time: for so long.
 const REMEMBERED: Duration = Duration::from_secs(30);
 
-/// Names within a caller are free text: beyond so many lines its clients share their caller's, and beyond so many callers
-/// share one.
-const MOST_NAMES: usize = 256;
+/// Beyond [`MOST_NAMES`] lines clients share their caller's, and beyond so many callers share one.
 const MOST_LINES: usize = 2 * MOST_NAMES;
 
 /// Turns of an account beyond so many are told and not remembered: at 15 a second those of the longest line, and of the time

@@ -146,7 +146,8 @@ fn sendable(bytes: &[u8]) -> Result<ApiKey, Wrong> {
         return wrong("the key is empty", "put the key in");
     }
     if key.len() > LONGEST_KEY {
-        return wrong("the key is longer than 512 characters", "put the key alone in");
+        let what = format!("the key is longer than {LONGEST_KEY} characters");
+        return wrong(what, "put the key alone in");
     }
     let key = std::str::from_utf8(key).ok().and_then(ApiKey::new);
     key.map_or_else(

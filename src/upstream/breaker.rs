@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::account::AccountId;
 use crate::error::Error;
 use crate::task::TaskId;
-use state::{Change, State};
+use state::{Change, LONGEST_WITHOUT, State};
 
 /// How often whoever wants to probe looks whether it may.
 const NEXT_LOOK: Duration = Duration::from_millis(50);
@@ -191,7 +191,10 @@ impl Breaker {
     fn look(&self) {
         let mut state = self.state.lock();
         let change = state.look(Instant::now());
-        self.note(change, "no connection for 2 s");
+        self.note(
+            change,
+            format_args!("no connection for {} s", LONGEST_WITHOUT.as_secs()),
+        );
     }
 
     /// Called under the lock, so that changes are shown in their order.
