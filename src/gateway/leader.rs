@@ -23,6 +23,7 @@ use super::shared_cache::Way;
 use super::traced::FlightTrace;
 use super::{FlightKey, Gateway};
 use crate::budget::Entry;
+use crate::error::Error;
 use crate::flight::{Carried, Leader};
 use crate::panics;
 use crate::shared::Claim;
@@ -158,12 +159,13 @@ impl Gateway {
                 }
             };
             trace.step("wait for permit");
-            let permit = shown(leader, |_| Phase::Waiting, turn.permit(&ready));
-            let permit = while_awaited(leader, account, breaker, self.while_spending(claim, permit)).await;
-            let Some(permit) = permit.ok_or_else(given_up)? else {
+            let granting = shown(leader, |_| Phase::Waiting, turn.permit(&ready));
+            let granted = while_awaited(leader, account, breaker, self.while_spending(claim, granting)).await;
+            let Some(granted) = granted.ok_or_else(given_up)? else {
                 continue;
             };
-            let permit = permit.ok_or_else(given_up)?;
+            // The dispatcher has panicked.
+            let permit = granted.ok_or(Landed::Failed(Error::Internal))?;
             if is_in_vain(account, key, launched) {
                 return Err(Landed::InVain);
             }

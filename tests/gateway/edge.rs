@@ -1,6 +1,7 @@
 //! What the RFCs call an error, byte for byte: refused in words, the connection closed, and upstream none the wiser.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::Method;
@@ -713,4 +714,26 @@ async fn a_panic_is_a_500_for_that_request_and_nothing_else_counted_and_logged()
     assert_eq!(paused.ask(upload()).await.status, 200);
     let in_flight = paused.metric("crun_gateway_requests_in_flight");
     assert!(in_flight < 0.1, "{in_flight}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_an_accounts_budget_is_a_500_for_who_waits_for_a_permit_and_nothing_else() {
+    let paused = Paused::start(Behaviour::default(), |_| {});
+    let planted = Arc::new(AtomicBool::new(false));
+    let (first, second, ()) = tokio::join!(
+        // From then on its permit is all that it waits for: whoever grants that panics.
+        paused.poll_planted(KEY, "a", &planted),
+        paused.poll(KEY, "b"),
+        async {
+            // Both have a connection, and nothing is granted in the first second.
+            sleep_until(Instant::now() + Duration::from_millis(500)).await;
+            planted.store(true, Ordering::Relaxed);
+        }
+    );
+    assert!(!planted.load(Ordering::Relaxed), "nobody has panicked");
+    assert_eq!(first.status, 200, "what it has been granted it has");
+    second.assert_is_our_error(500);
+    let internal = paused.metric("crun_gateway_refused_total{reason=\"internal\"}");
+    assert!((internal - 1.0).abs() < 0.1, "{internal}");
+    assert_eq!(paused.poll(KEY, "b").await.status, 200);
 }

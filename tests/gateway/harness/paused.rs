@@ -2,10 +2,14 @@
 //! tested exactly and at once. Everything but the sockets is what runs in production.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -143,6 +147,24 @@ impl Paused {
         self.ask_from(peer, poll_request(key, task)).await
     }
 
+    /// The same over a connection whose task nobody may wake: the first to do so after `planted` is set panics.
+    pub async fn poll_planted(&self, key: &str, task: &str, planted: &Arc<AtomicBool>) -> Reply {
+        let (near, far) = duplex(PIPE);
+        let (gateway, limits) = (Arc::clone(&self.gateway), self.config.limits.clone());
+        let planted = Arc::clone(planted);
+        tokio::spawn(async move {
+            let peer = IpAddr::from(Ipv4Addr::LOCALHOST);
+            let mut serving = pin!(serve_connection(far, peer, gateway, &limits, CancellationToken::new()));
+            poll_fn(|cx| {
+                let (planted, waker) = (Arc::clone(&planted), cx.waker().clone());
+                let planted = Waker::from(Arc::new(Planted { planted, waker }));
+                serving.as_mut().poll(&mut Context::from_waker(&planted))
+            })
+            .await;
+        });
+        over(near, poll_request(key, task)).await.unwrap()
+    }
+
     /// Sends any request over a connection of its own.
     pub async fn ask(&self, request: Request<Full<Bytes>>) -> Reply {
         self.ask_from(IpAddr::from(Ipv4Addr::LOCALHOST), request).await
@@ -263,6 +285,20 @@ impl Paused {
     pub fn arrivals_with(&self, key: &str) -> Vec<Instant> {
         let queries = self.queries().into_iter().filter(|query| query.key == key);
         queries.map(|query| query.at).collect()
+    }
+}
+
+/// A task's waker, with a bug for whoever uses it.
+struct Planted {
+    planted: Arc<AtomicBool>,
+    waker: Waker,
+}
+
+impl Wake for Planted {
+    fn wake(self: Arc<Self>) {
+        self.waker.wake_by_ref();
+        let is_planted = self.planted.swap(false, Ordering::Relaxed);
+        assert!(!is_planted, "a bug, planted");
     }
 }
 
