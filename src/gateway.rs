@@ -116,7 +116,10 @@ impl Gateway {
     /// A gateway with an empty cache, whose budgets grant nothing for the first 1 s plus `budget.margin`.
     ///
     /// # Errors
-    /// When the upstream or the collector in `config` cannot be used.
+    /// When upstream, the collector or the replicas' store in `config` cannot be set up.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime: what lasts is spawned here.
     pub fn new(config: Config, dial: Dial, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
         metrics.lets_in(config.limits.connections);
         let upstream = Upstream::new(&config.upstream, &config.limits, dial, Arc::clone(&metrics))?;
