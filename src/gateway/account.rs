@@ -45,7 +45,7 @@ pub(super) struct Account {
     pub(super) keys: Vec<Arc<Key>>,
     /// Cancelled: one of its keys has come under another budget. What is not sent yet has to be asked for anew.
     pub(super) superseded: CancellationToken,
-    /// Milliseconds from the directory's start to the last poll, or to the last sweep that found it in use.
+    /// Milliseconds from the process's start to the last poll, or to the last sweep that found it in use.
     pub(super) asked_ms: AtomicU64,
 }
 

@@ -300,7 +300,7 @@ impl Accounts {
         self.directory.load().rules.pace.rate()
     }
 
-    /// How long the directory is there.
+    /// How long the process has run.
     pub(super) fn uptime(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.started)
     }
