@@ -30,7 +30,7 @@ pub struct Status {
     full_rate: f64,
     client_connections: i64,
     upstream: UpstreamStatus,
-    cache: CacheStatus,
+    cache: CacheSize,
     /// `None`: no replicas share budgets through a store.
     shared: Option<SharedStatus>,
     /// The listed ones by name, then those of the unlisted ones that ask most, in the order in which they came.
@@ -51,7 +51,7 @@ struct UpstreamStatus {
 }
 
 #[derive(Debug, Serialize)]
-struct CacheStatus {
+struct CacheSize {
     entries: i64,
     bytes: i64,
 }
@@ -164,7 +164,7 @@ impl Gateway {
                 p90_seconds: self.upstream.p90(now).as_secs_f64(),
                 connections: self.metrics.upstream_connections.get(),
             },
-            cache: CacheStatus {
+            cache: CacheSize {
                 entries: self.metrics.cache_entries.get(),
                 bytes: self.metrics.cache_bytes.get(),
             },
