@@ -46,6 +46,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -55,8 +56,13 @@ use gateway::Gateway;
 use metrics::Metrics;
 use panics::supervise;
 
-/// How long a stop that has used up `drain` still waits for the disk.
+/// How long a stop that has used up `drain` still waits for the disk: by `disk`'s figures a full queue is written in less than
+/// a tenth of it, unless the disk stands still.
 const LAST_WRITES: Duration = Duration::from_secs(1);
+
+/// How long, at a stop, a collector may take for the last spans, within `drain`: one that is away shall hardly make a stop
+/// longer. Chosen, not measured.
+const LONGEST_FLUSH: Duration = Duration::from_secs(2);
 
 /// The two edges, bound: tests bind port 0.
 #[derive(Debug)]
@@ -83,9 +89,6 @@ impl Listeners {
     }
 }
 
-/// How long, at a stop, a collector may take for the last spans, within `drain`.
-const LONGEST_FLUSH: Duration = Duration::from_secs(2);
-
 /// How a run ends.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
@@ -97,7 +100,7 @@ pub struct Shutdown {
 
 /// Serves `config`, and what becomes of it at its `source`, until `shutdown` says otherwise; returns when everything is drained, or `config.drain` is over.
 ///
-/// Not cancel safe: what it has started is not stopped. `shutdown` ends it.
+/// Not cancel safe: not all that it has started is stopped then. `shutdown` ends it.
 ///
 /// # Errors
 /// When the files of `tls` cannot be served, when upstream, the collector or the replicas' store cannot be set up, or when the
@@ -120,7 +123,7 @@ pub async fn run(
     let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;
     let health = Health::new(shutdown.drain.clone());
     let stop_admin = CancellationToken::new();
-    let admin_address = listeners.admin.local_addr()?;
+    let (listen_address, admin_address) = (listeners.clients.local_addr()?, listeners.admin.local_addr()?);
     let admin = admin::spawn(
         listeners.admin,
         Arc::clone(&health),
@@ -132,7 +135,7 @@ pub async fn run(
     health.serving();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        listen = %listeners.clients.local_addr()?,
+        listen = %listen_address,
         admin = %admin_address,
         upstream = %config.upstream.url,
         limit = config.budget.limit,
@@ -148,20 +151,20 @@ pub async fn run(
             Instant::now()
         }
     });
-    let beat = tokio::spawn(supervise("beat", async move || health.beat().await));
-    let sweep = tokio::spawn({
+    let mut lasting = JoinSet::new();
+    lasting.spawn(supervise("beat", async move || health.beat().await));
+    lasting.spawn({
         let gateway = Arc::clone(&gateway);
         supervise("sweep", async move || gateway.sweep().await)
     });
-    let reload = source.map(|mut source| {
+    if let Some(mut source) = source {
         let (gateway, metrics) = (Arc::clone(&gateway), Arc::clone(&metrics));
         let watch = async move || reload::watch(&mut source, &gateway, &metrics).await;
-        tokio::spawn(supervise("reload", watch))
-    });
-    let certificates = tls.clone().map(|tls| {
-        let watch = async move || tls.watch().await;
-        tokio::spawn(supervise("certificates", watch))
-    });
+        lasting.spawn(supervise("reload", watch));
+    }
+    if let Some(tls) = tls.clone() {
+        lasting.spawn(supervise("certificates", async move || tls.watch().await));
+    }
     let now = shutdown.now.clone();
     server::serve(
         listeners.clients,
@@ -189,11 +192,7 @@ pub async fn run(
         () = closing => {}
     }
     stopping.abort();
-    beat.abort();
-    sweep.abort();
-    for task in [reload, certificates].into_iter().flatten() {
-        task.abort();
-    }
+    drop(lasting);
     stop_admin.cancel();
     // It ends within a turn of its runtime; a panic there was reported by the hook.
     let _ = panics::blocking(|| admin.join()).await;
