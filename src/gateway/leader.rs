@@ -29,7 +29,7 @@ use crate::panics;
 use crate::shared::Claim;
 use crate::stored::Answer;
 use crate::task::{Class, TaskId};
-use crate::upstream::{Breaker, Failed, How};
+use crate::upstream::{Breaker, Failed, How, Ready};
 
 /// How often a flight tries to open a connection: a failed one costs no permit.
 const MOST_CONNECTS: u32 = 2;
@@ -143,21 +143,8 @@ impl Gateway {
                 Way::Back => continue,
                 Way::On(turn) => turn,
             };
-            let mut connects = 1;
-            let mut ready = loop {
-                // After an unanswered attempt any other idle connection may be as dead.
-                let placing = shown(leader, Phase::Crowded, account.pool.place(attempt > 1));
-                let place = while_awaited(leader, account, breaker, placing).await;
-                let place = place.ok_or_else(given_up)?;
-                trace.step("connect");
-                let connecting = shown(leader, Phase::Connecting, place.connect(task));
-                let connected = while_awaited(leader, account, breaker, connecting).await;
-                match connected.ok_or_else(given_up)? {
-                    Ok(ready) => break ready,
-                    Err(_) if connects < MOST_CONNECTS => connects += 1,
-                    Err(error) => return Err(Landed::Failed(error)),
-                }
-            };
+            // After an unanswered attempt any other idle connection may be as dead.
+            let mut ready = self.connect(leader, account, task, attempt > 1, trace).await?;
             trace.step("wait for permit");
             let granting = shown(leader, |_| Phase::Waiting, turn.permit(&ready));
             let granted = while_awaited(leader, account, breaker, self.while_spending(claim, granting)).await;
@@ -207,6 +194,32 @@ impl Gateway {
                 Err(failed) => return Err(Landed::Failed(failed.error)),
             }
             attempt += 1;
+        }
+    }
+
+    /// A connection for a flight whose turn has come; a `fresh` one is opened for it.
+    async fn connect(
+        &self,
+        leader: &Leader<FlightKey, Progress>,
+        account: &Account,
+        task: &TaskId,
+        fresh: bool,
+        trace: &mut FlightTrace,
+    ) -> Result<Ready, Landed> {
+        let breaker = self.upstream.breaker();
+        let given_up = || self.given_up(account);
+        let mut connects = 1;
+        loop {
+            let placing = shown(leader, Phase::Crowded, account.pool.place(fresh));
+            let place = while_awaited(leader, account, breaker, placing).await;
+            let place = place.ok_or_else(given_up)?;
+            trace.step("connect");
+            let connecting = shown(leader, Phase::Connecting, place.connect(task));
+            let connected = while_awaited(leader, account, breaker, connecting).await;
+            match connected.ok_or_else(given_up)? {
+                Err(_) if connects < MOST_CONNECTS => connects += 1,
+                connected => return connected.map_err(Landed::Failed),
+            }
         }
     }
 }
