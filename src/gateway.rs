@@ -44,6 +44,7 @@ mod status;
 mod tally;
 mod traced;
 
+use std::mem;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,7 +77,7 @@ use clearance::is_refused_key;
 use hit::Lookup;
 pub use hit::{Hit, Looked, Miss, PlainPoll};
 use leader::Sought;
-use poll::{Poll, Terms};
+use poll::{Poll, Seen, Terms};
 use progress::{Landed, Progress, landing};
 use recall::Recall;
 pub use request_body::RequestBody;
@@ -406,7 +407,7 @@ impl Gateway {
                 Some(Ok(asker)) => {
                     (poll.asker, poll.has_flown) = (asker, poll.has_flown && answered.is_ok());
                     // What was seen is the old account's.
-                    (poll.is_looked_up, poll.kept) = (false, None);
+                    poll.seen = Seen::Nothing;
                 }
                 Some(Err(error)) => break Err(error),
             }
@@ -450,10 +451,9 @@ impl Gateway {
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
         let look = || self.cache.get(account.id, &poll.terms.task, poll.arrived, live);
-        let kept = if std::mem::take(&mut poll.is_looked_up) {
-            poll.kept.take()
-        } else {
-            poll.trace.look_up(look)
+        let kept = match mem::take(&mut poll.seen) {
+            Seen::Kept(kept) => kept,
+            Seen::Nothing => poll.trace.look_up(look),
         };
         let kept = match kept {
             None if !on_trial => match self.recall(poll).await? {

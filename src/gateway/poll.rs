@@ -37,14 +37,22 @@ pub(super) struct Poll<'t> {
     /// Whose connection it came on.
     pub(super) caller: &'t Caller,
     pub(super) terms: Terms,
-    /// Whether this is known already: what the cache has.
-    pub(super) is_looked_up: bool,
-    pub(super) kept: Option<Answer>,
+    /// What the cache has, if that is known already.
+    pub(super) seen: Seen,
     /// [`Cache::puts`](crate::cache::Cache::puts) before the cache was looked at.
     pub(super) puts: u64,
     /// Whether it has opened a flight that was to ask, and may go on without it: then it saved no call.
     pub(super) has_flown: bool,
     pub(super) trace: &'t Trace,
+}
+
+/// What a look at the cache has shown.
+#[derive(Debug, Default)]
+pub(super) enum Seen {
+    /// It was not looked at.
+    #[default]
+    Nothing,
+    Kept(Option<Answer>),
 }
 
 impl Gateway {
@@ -71,18 +79,18 @@ impl Gateway {
         trace: &'t Trace,
     ) -> Result<Poll<'t>, Error> {
         self.trace_task(trace, &terms.task);
-        let is_looked_up = seen.is_some();
-        let (asker, puts, kept) = match seen {
-            Some(Lookup { asker, puts, kept, .. }) => (asker, puts, kept),
-            None => (self.accounts.of(&terms.key, arrived)?, self.cache.puts(), None),
+        let (asker, puts, seen) = if let Some(Lookup { asker, puts, kept, .. }) = seen {
+            (asker, puts, Seen::Kept(kept))
+        } else {
+            let asker = self.accounts.of(&terms.key, arrived)?;
+            (asker, self.cache.puts(), Seen::Nothing)
         };
         Ok(Poll {
             arrived,
             asker,
             caller,
             terms,
-            is_looked_up,
-            kept,
+            seen,
             puts,
             has_flown: false,
             trace,
