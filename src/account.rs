@@ -17,7 +17,7 @@ use secrecy::{ExposeSecret, SecretString};
 /// The header that carries an API key, to us and upstream.
 pub const API_KEY_HEADER: &str = "x-api-key";
 
-/// The header that carries an API key, for a map of headers: which would read the name anew each time.
+/// The same as a [`HeaderName`], so that a header map need not parse it at each look-up.
 pub const API_KEY: HeaderName = HeaderName::from_static(API_KEY_HEADER);
 
 /// The most characters that a key may have. Upstream's have some 40; each unlisted one is kept, and strangers choose them.

@@ -71,7 +71,8 @@ impl Key {
         self.refusal.stands()
     }
 
-    /// Whether upstream has not said anything of it for [`CONFIRMED`], and whoever arrived at `now` has not waited for it to.
+    /// Whether upstream has said nothing of it for [`CONFIRMED`], and no answer that says nothing of it has come since `now`:
+    /// whoever waited for one need not ask again.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         let now = self.us(now);
         self.due_us.load(Ordering::Relaxed) <= now && self.in_vain_us.load(Ordering::Relaxed) <= now

@@ -77,7 +77,7 @@ impl Landed {
     pub(super) fn is_unspent(&self) -> bool {
         match self {
             Self::Kept(_) | Self::InVain | Self::Superseded => true,
-            // It may have, or nobody goes on without it.
+            // A query may have gone out; and after `Shed` its polls are answered, and do not go on.
             Self::Fetched(..) | Self::Failed(_) | Self::Shed => false,
         }
     }

@@ -207,7 +207,7 @@ pub(super) fn settle(headers: &mut HeaderMap, is_told: bool, call: &Span) {
     }
     if !is_told || TraceContext::of(headers).is_none() {
         headers.remove(TRACEPARENT);
-        // Without the one the other means nothing (§3.3).
+        // Without the one the other means nothing (W3C Trace Context §3.3).
         headers.remove(TRACESTATE);
     }
     if let Some(call) = call.context().filter(|_| is_told).and_then(|call| call.header()) {

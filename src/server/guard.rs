@@ -175,8 +175,8 @@ impl<S: AsyncRead + Unpin> Guard<S> {
         Poll::Ready(Ok(Read::Held))
     }
 
-    /// Waits, while a request is answered, until the client has left; an error is no other. What it asks meanwhile is held, and
-    /// looked at later. Behind more than a head's worth of that it is not seen to leave.
+    /// Waits, while a request is answered, until the client has left, which an error means, too. What it asks meanwhile is
+    /// held, and looked at later. Behind more than a head's worth of that it is not seen to leave.
     pub(super) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while self.held.len() < self.most_ahead {
             let mut room = [MaybeUninit::uninit(); READ];
