@@ -80,7 +80,7 @@ pub async fn serve_connection<S>(
         builder.max_headers(limits.headers);
     }
     let serve = |guard| Box::new(builder.serve_connection(TokioIo::new(guard), &service));
-    let mut line = Line::Resting(guard);
+    let mut mode = Mode::Resting(guard);
     let mut alarm = pin!(phase.alarm());
     let mut drained = pin!(async {
         draining.cancelled().await;
@@ -92,37 +92,37 @@ pub async fn serve_connection<S>(
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
-                if let Poll::Ready(event) = line.poll(cx, &phase, &look, || draining.is_cancelled()) {
+                if let Poll::Ready(event) = mode.poll(cx, &phase, &look, || draining.is_cancelled()) {
                     return Poll::Ready(event);
                 }
-                if matches!(line, Line::Serving(_)) && !is_closing && phase.may_rest() {
+                if matches!(mode, Mode::Serving(_)) && !is_closing && phase.may_rest() {
                     return Poll::Ready(Event::Rested);
                 }
                 if patience_ends.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Ended);
                 }
-                if !is_closing && !line.is_answering(&phase) && drained.as_mut().poll(cx).is_ready() {
+                if !is_closing && !mode.is_answering(&phase) && drained.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Drained);
                 }
                 poll_alarm(alarm.as_mut(), &phase, cx).map(Event::Over)
             })
             .await
         };
-        line = match (event, line) {
-            (Event::Asked(None), Line::Resting(guard)) => Line::Serving(serve(guard)),
-            (Event::Asked(Some(miss)), Line::Resting(guard)) => {
+        mode = match (event, mode) {
+            (Event::Asked(None), Mode::Resting(guard)) => Mode::Serving(serve(guard)),
+            (Event::Asked(Some(miss)), Mode::Resting(guard)) => {
                 let answer = Box::pin(answer_plain(Arc::clone(&served), miss));
                 let busy = Some(phase.busy());
-                Line::Polling { guard, answer, busy }
+                Mode::Polling { guard, answer, busy }
             }
-            (Event::Rested, Line::Polling { guard, .. }) => Line::Resting(guard),
-            (Event::Rested, Line::Serving(connection)) => {
+            (Event::Rested, Mode::Polling { guard, .. }) => Mode::Resting(guard),
+            (Event::Rested, Mode::Serving(connection)) => {
                 let parts = connection.into_parts();
                 let mut guard = parts.io.into_inner();
                 guard.take_back(&parts.read_buf);
-                Line::Resting(guard)
+                Mode::Resting(guard)
             }
-            (Event::Over(Phase::Head { .. }), line) => {
+            (Event::Over(Phase::Head { .. }), mode) => {
                 phase.ran_out_of_time();
                 let (error, in_body) = (Error::HeaderTimeout, false);
                 if refusal.set(Refused { error, in_body }).is_err() {
@@ -131,11 +131,11 @@ pub async fn serve_connection<S>(
                 }
                 let until = Instant::now() + LINGER;
                 phase.set(Phase::Head { until });
-                line
+                mode
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
             (Event::Over(Phase::Busy { .. }), _) => return served.cut(),
-            (event @ (Event::Drained | Event::Over(Phase::Idle { .. })), Line::Serving(mut connection)) => {
+            (event @ (Event::Drained | Event::Over(Phase::Idle { .. })), Mode::Serving(mut connection)) => {
                 is_closing = true;
                 if matches!(event, Event::Over(_)) {
                     // One more time to close in peace, then it is dropped.
@@ -143,24 +143,24 @@ pub async fn serve_connection<S>(
                     give_up = Some(Instant::now() + LINGER + LINGER);
                 }
                 Pin::new(&mut *connection).graceful_shutdown();
-                Line::Serving(connection)
+                Mode::Serving(connection)
             }
-            (Event::Left | Event::Drained | Event::Over(Phase::Idle { .. }), Line::Resting(guard))
-            | (Event::Left, Line::Polling { guard, .. }) => {
+            (Event::Left | Event::Drained | Event::Over(Phase::Idle { .. }), Mode::Resting(guard))
+            | (Event::Left, Mode::Polling { guard, .. }) => {
                 is_closing = true;
                 phase.set(Phase::Closing);
                 give_up = Some(Instant::now() + LINGER + LINGER);
-                Line::Closing(guard)
+                Mode::Closing(guard)
             }
             (Event::Ended | Event::Over(_), _) => return,
-            (_, line) => line,
+            (_, mode) => mode,
         };
     }
 }
 
 /// A connection between its requests and in them. hyper's side of one weighs 18 KiB, and most connections ask nothing most
 /// of the time, or nothing but plain polls.
-enum Line<G, A, C> {
+enum Mode<G, A, C> {
     /// Nothing is asked, or the beginning of a head is there, or an answer is being sent.
     Resting(G),
     /// A plain poll is being answered.
@@ -176,7 +176,7 @@ enum Line<G, A, C> {
     Closing(G),
 }
 
-impl<S, A, C> Line<Guard<Watched<S>>, A, C>
+impl<S, A, C> Mode<Guard<Watched<S>>, A, C>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     A: Future<Output = (Reply, InFlight)> + Unpin,
