@@ -57,7 +57,7 @@ impl Spending {
 
     /// One permit was granted in the turn of `client`, or in the background's.
     pub(super) fn charge(&mut self, client: Option<&Client>, now: Instant) {
-        self.turn(now);
+        self.forget_old(now);
         match client {
             Some(client) => self.now.charge(client, 1),
             None => self.now.background += 1,
@@ -66,7 +66,7 @@ impl Spending {
 
     /// What was spent in the time that ends at `now`.
     pub(super) fn spent(&mut self, now: Instant) -> Spent {
-        self.turn(now);
+        self.forget_old(now);
         let spans = || self.before.iter().chain([&self.now]);
         let mut by_client: Vec<(Client, u64)> = Vec::new();
         for (client, permits) in spans().flat_map(|span| &span.named) {
@@ -86,7 +86,7 @@ impl Spending {
         }
     }
 
-    fn turn(&mut self, now: Instant) {
+    fn forget_old(&mut self, now: Instant) {
         let lasted = now.saturating_duration_since(self.now.start);
         if lasted < SPAN {
             return;

@@ -314,12 +314,12 @@ impl Accounts {
     /// said of keys that have no account stays known as long as it counts: of an accepted one for ten minutes, of a refused
     /// one while any answer may be kept (`may_hold`) that it must not get, the latest `max_accounts` of them.
     pub(super) fn sweep(&self, now: Instant, may_hold: impl Fn(AccountId) -> bool) {
-        self.each_listed(|account| account.tally.turn(now));
+        self.each_listed(|account| account.tally.forget_old(now));
         let (now_ms, oldest) = (self.ms(now), self.ms(now.checked_sub(IDLE).unwrap_or(self.started)));
         let mut unlisted = self.unlisted.write();
         let forgotten: Vec<_> = unlisted
             .extract_if(|_, account| {
-                account.tally.turn(now);
+                account.tally.forget_old(now);
                 // A poll or a flight under way holds the account, too. It may ask upstream long after its poll came, and
                 // a budget formed anew knows nothing of that.
                 if Arc::strong_count(account) > 1 {

@@ -84,7 +84,7 @@ impl Gateway {
         trace: &Trace,
         broken: impl Fn() -> Option<Error>,
     ) -> Result<Response<Streamed>, Error> {
-        let (_, method) = traced::word(request.method());
+        let method = traced::method_name(request.method()).attribute;
         let log = |code: Option<StatusCode>, detail: Option<&str>| {
             tracing::info!(
                 request_id = request_id.to_str().unwrap_or_default(),

@@ -83,7 +83,7 @@ impl Landed {
     }
 
     /// The change that shows it to the followers.
-    pub(super) fn stage(self) -> impl FnOnce(&mut Progress) {
+    pub(super) fn into_update(self) -> impl FnOnce(&mut Progress) {
         move |progress| progress.landed = Some(self)
     }
 }

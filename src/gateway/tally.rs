@@ -71,7 +71,7 @@ impl Tally {
     }
 
     /// Polls of the last three to six minutes before `now`, and how long that is exactly; longer where nobody calls
-    /// [`Self::turn`].
+    /// [`Self::forget_old`].
     pub(super) fn lately(&self, now: Instant) -> (Duration, Polls) {
         let [(since, before), _] = *self.marks.lock();
         let mut polls = self.total();
@@ -82,8 +82,8 @@ impl Tally {
         (now.saturating_duration_since(since), polls)
     }
 
-    /// Lets go of what is too old; to be called every few seconds.
-    pub(super) fn turn(&self, now: Instant) {
+    /// Forgets what is too old; to be called every few seconds.
+    pub(super) fn forget_old(&self, now: Instant) {
         let mut marks = self.marks.lock();
         let [_, (newer, _)] = *marks;
         if now.saturating_duration_since(newer) >= SPAN {
@@ -105,7 +105,7 @@ mod tests {
             let now = start + Duration::from_secs(second);
             tally.count(Served::Hit, false);
             if second % 5 == 0 {
-                tally.turn(now);
+                tally.forget_old(now);
             }
             let (span, polls) = tally.lately(now);
             assert_eq!(polls.of(Served::Hit), span.as_secs(), "one a second");

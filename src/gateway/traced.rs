@@ -65,11 +65,11 @@ impl Gateway {
         } else {
             prefixes.find(|prefix| path.starts_with(*prefix)).map(String::as_str)
         };
-        let (word, known) = word(method);
-        let name = route.map_or(word.to_owned(), |route| format!("{word} {route}"));
+        let MethodName { in_span, attribute } = method_name(method);
+        let name = route.map_or(in_span.to_owned(), |route| format!("{in_span} {route}"));
         let (context, span) = exporter.begin(told, &name, Kind::Server);
         if span.is_kept() {
-            span.say(METHOD, known);
+            span.say(METHOD, attribute);
             if let Some(route) = route {
                 span.say(ROUTE, route);
             }
@@ -184,9 +184,9 @@ impl Trace {
     /// Upstream's part in a request that is streamed through, from here on.
     pub(super) fn call(&self, method: &Method) -> &Span {
         self.call.get_or_init(|| {
-            let (word, known) = word(method);
-            let call = self.span.child(word, Kind::Client);
-            call.say(METHOD, known);
+            let MethodName { in_span, attribute } = method_name(method);
+            let call = self.span.child(in_span, Kind::Client);
+            call.say(METHOD, attribute);
             call
         })
     }
@@ -308,11 +308,19 @@ impl Query {
     }
 }
 
-/// A method in a span's name, and as its attribute: a client may make up any.
-pub(super) fn word(method: &Method) -> (&'static str, &'static str) {
+/// What a method is called: a client may make up any.
+pub(super) struct MethodName {
+    /// In a span's name.
+    in_span: &'static str,
+    /// As a span's attribute, and in the log.
+    pub(super) attribute: &'static str,
+}
+
+pub(super) fn method_name(method: &Method) -> MethodName {
     const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
-    KNOWN
-        .iter()
-        .find(|known| **known == method.as_str())
-        .map_or(("HTTP", "_OTHER"), |known| (*known, *known))
+    let known = KNOWN.into_iter().find(|known| *known == method.as_str());
+    MethodName {
+        in_span: known.unwrap_or("HTTP"),
+        attribute: known.unwrap_or("_OTHER"),
+    }
 }
