@@ -117,7 +117,7 @@ pub async fn run(
         .clone()
         .map(|files| server::Tls::load(files, Arc::clone(&metrics)));
     let tls = tls.transpose()?;
-    let dial = upstream::tcp(config.upstream.url.clone());
+    let dial = dial::tcp(config.upstream.url.clone());
     metrics.config_reload_success.set(1);
     metrics.config_reload_timestamp.set(moment::unix_now().as_secs_f64());
     let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crun_gateway::config::Config;
+use crun_gateway::dial::Dial;
 use crun_gateway::gateway::Gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
-use crun_gateway::upstream::Dial;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 use tokio::time::{pause, sleep};

@@ -427,7 +427,7 @@ mod tests {
     use super::*;
     use crate::account::Caller;
     use crate::config::{self, Key, KeySource};
-    use crate::upstream::tcp;
+    use crate::dial::tcp;
 
     const MUSIC: [&str; 2] = ["ak_music_1", "ak_music_2"];
 

@@ -17,8 +17,9 @@ use tracing::{Level, enabled};
 
 use super::asker::Asker;
 use super::traced::Trace;
-use super::{Data, Gateway, InFlight, Terms, response};
+use super::{Data, Gateway, Terms, response};
 use crate::account::{ApiKey, Caller};
+use crate::metrics::InFlight;
 use crate::outcome::Served;
 use crate::panics;
 use crate::stored::Answer;

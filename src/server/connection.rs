@@ -35,7 +35,8 @@ use super::{GRACE, LINGER, sleep_until_some};
 use crate::account::Caller;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::gateway::{Body, Data, Gateway, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply, RequestBody};
+use crate::gateway::{Body, Data, Gateway, Looked, Miss, PlainPoll, REQUEST_ID, Reply, RequestBody};
+use crate::metrics::InFlight;
 use crate::outcome::EdgeRefusal;
 
 /// How long the body of a request that is answered without it may take to come: mostly it is on its way.

@@ -26,7 +26,8 @@ use super::framing::{Framing, Refused};
 use super::head::Most;
 use super::phases::{Busy, Phases};
 use crate::error::Error;
-use crate::gateway::{Data, Hit, InFlight, Looked, Miss, PlainPoll, REQUEST_ID, Reply};
+use crate::gateway::{Data, Hit, Looked, Miss, PlainPoll, REQUEST_ID, Reply};
+use crate::metrics::InFlight;
 
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";

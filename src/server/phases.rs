@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::LINGER;
 use crate::config::Limits;
-use crate::gateway::InFlight;
+use crate::metrics::InFlight;
 
 /// What a connection is doing, and until when it may.
 #[derive(Clone, Copy, Debug)]

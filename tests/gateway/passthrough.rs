@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use crun_gateway::config::Config;
+use crun_gateway::dial::{Dial, Stream};
 use crun_gateway::gateway;
 use crun_gateway::metrics::Metrics;
 use crun_gateway::server::serve_connection;
-use crun_gateway::upstream::{Dial, Stream};
 use http::{Method, Request};
 use http_body_util::Full;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};

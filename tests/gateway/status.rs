@@ -417,7 +417,7 @@ fn where_the_main_runtime_stands_still_all_is_told() {
         let _main = stuck.enter();
         let mut config = Config::default();
         list_an_account(&mut config);
-        let dial = crun_gateway::upstream::tcp(config.upstream.url.clone());
+        let dial = crun_gateway::dial::tcp(config.upstream.url.clone());
         Inside::new(config, dial, Arc::new(Metrics::new().unwrap())).unwrap()
     };
     let status = serde_json::to_value(gateway.status()).unwrap();
