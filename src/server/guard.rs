@@ -32,7 +32,8 @@ use crate::metrics::InFlight;
 /// Stands in for what was refused. No client can send it: TRACE is refused.
 pub(super) const REFUSED: &[u8] = b"TRACE / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
 
-/// How much is read at once behind the beginning of a head.
+/// How much is read at once while hyper has no buffer for it: a poll is some hundred bytes, so several of them. It stands on
+/// the stack mostly, and no connection keeps it. Chosen, not measured.
 const READ: usize = 4096;
 
 /// A body of up to so many bytes is sent in one piece with its head: to copy it costs less than to send two.

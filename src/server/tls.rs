@@ -42,7 +42,7 @@ pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// A name in a certificate that is longer, or holds what a metric label had better not, is none.
 const LONGEST_NAME: usize = 128;
 
-/// What a handshake begins with, mostly in one piece.
+/// What a handshake begins with, mostly in one piece. rustls reads as much at once where it reads for itself.
 const HELLO: usize = 4096;
 
 /// The certificate in use, and what may follow it.
