@@ -35,7 +35,8 @@ const MOST_WAITING: usize = 4096;
 const MOST_IN_BATCH: usize = 512;
 const BATCH_DELAY: Duration = Duration::from_secs(1);
 
-/// Between two tries, twice as long each time.
+/// Between two tries, twice as long each time. OpenTelemetry's Collector waits as long at most, and 5 s at first: here the
+/// queue fills meanwhile.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
 

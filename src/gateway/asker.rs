@@ -15,7 +15,8 @@ use crate::account::{Caller, Client};
 use crate::metrics::ClientRequests;
 use crate::stored::Answer;
 
-/// Of a client's own name for itself, so many characters count.
+/// Of a client's own name for itself, so many characters count: strangers choose it, and the queue keeps it. Chosen, not
+/// measured.
 const LONGEST_NAME: usize = 64;
 
 /// A configured client: its token stands for its account's keys.
