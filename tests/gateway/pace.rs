@@ -272,6 +272,24 @@ async fn an_upstream_429_is_felt_by_its_account_alone_and_by_nobody_who_has_a_sn
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pause_outlasts_the_minute_for_which_an_unlisted_account_is_remembered() {
+    let behaviour = Behaviour {
+        answer: |_, _| {
+            let mut response = rate_limited(429);
+            response.headers_mut().insert("retry-after", 200.into());
+            response
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    gateway.sweep();
+    assert_eq!(gateway.poll(KEY, "a").await.json()["message"], "Rate limit exceeded");
+    tokio::time::sleep(Duration::from_secs(150)).await;
+    gateway.poll(KEY, "b").await.assert_is_our_error(429);
+    assert_eq!(gateway.arrivals().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_rate_that_is_shown_is_the_one_that_a_poll_would_find() {
     let rate = "crun_gateway_budget_rate{account=\"other\"}";
     let behaviour = Behaviour {
