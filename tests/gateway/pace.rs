@@ -290,6 +290,25 @@ async fn a_pause_outlasts_the_minute_for_which_an_unlisted_account_is_remembered
 }
 
 #[tokio::test(start_paused = true)]
+async fn polls_that_wait_for_longer_than_an_unlisted_account_is_remembered_bring_nothing_more_upstream() {
+    let gateway = Arc::new(Paused::start(Behaviour::default(), |config| {
+        config.budget.limit = std::num::NonZeroU32::MIN;
+        config.budget.max_wait = Duration::from_secs(200);
+    }));
+    gateway.sweep();
+    let mut polls = JoinSet::new();
+    for (first, number) in [(0, 100), (100, 10)] {
+        for task in first..first + number {
+            let gateway = Arc::clone(&gateway);
+            polls.spawn(async move { gateway.poll(KEY, &format!("task-{task}")).await.status });
+        }
+        tokio::time::sleep(Duration::from_secs(90)).await;
+    }
+    assert!(polls.join_all().await.into_iter().all(|status| status == 200));
+    assert_eq!(most_in_a_second(&gateway.arrivals()), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_rate_that_is_shown_is_the_one_that_a_poll_would_find() {
     let rate = "crun_gateway_budget_rate{account=\"other\"}";
     let behaviour = Behaviour {
