@@ -309,6 +309,38 @@ async fn polls_that_wait_for_longer_than_an_unlisted_account_is_remembered_bring
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_second_attempt_takes_nobodys_place_in_a_full_queue() {
+    let behaviour = Behaviour {
+        answer: |count, task| {
+            if (count, task) == (0, "limited") {
+                rate_limited(429)
+            } else {
+                success(task)
+            }
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| {
+        config.budget.limit = std::num::NonZeroU32::MIN;
+        config.budget.max_wait = Duration::from_secs(100);
+        config.budget.max_queue = 3;
+    }));
+    let mut polls = JoinSet::new();
+    for task in ["limited", "a", "b", "c"] {
+        let own = Arc::clone(&gateway);
+        polls.spawn(async move { own.poll(KEY, task).await });
+        // The others come while it is asked for.
+        while gateway.arrivals().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    for reply in polls.join_all().await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    assert_eq!(gateway.arrivals().len(), 5);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_rate_that_is_shown_is_the_one_that_a_poll_would_find() {
     let rate = "crun_gateway_budget_rate{account=\"other\"}";
     let behaviour = Behaviour {
