@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crun_gateway::account::ApiKey;
+use crun_gateway::config;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -130,6 +132,35 @@ async fn both_ways_take_the_same_for_a_key() {
                 let reply = client.reply().await;
                 assert!(reply.is(status), "{key:?}, {headers:?}: {reply:?}");
             }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn both_ways_refuse_a_key_with_the_token_of_another() {
+    let listed = |text| config::Key {
+        key: ApiKey::new(text).unwrap(),
+        source: config::KeySource::Env("KEY".to_owned()),
+    };
+    let account = config::Account {
+        name: "music".to_owned(),
+        keys: vec![listed("ak_listed")],
+        clients: vec![config::Client {
+            name: "studio".to_owned(),
+            token: listed("token"),
+            weight: 1,
+            passthrough: false,
+        }],
+    };
+    let gateway = Paused::start(Behaviour::default(), |config| config.accounts = vec![account]);
+    let mut client = gateway.connect(ROOM, CancellationToken::new());
+    assert!(client.poll("ended").await.is(200));
+    for (bearer, status) in [("no-token", 200), ("token", 401)] {
+        for headers in ["", "expect: nothing\r\n"] {
+            let headers = format!("authorization: Bearer {bearer}\r\n{headers}");
+            client.send(poll("ended", &headers)).await.unwrap();
+            let reply = client.reply().await;
+            assert!(reply.is(status), "{headers:?}: {reply:?}");
         }
     }
 }
