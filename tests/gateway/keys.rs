@@ -495,7 +495,12 @@ fn ended_once() -> Behaviour {
 async fn a_key_is_confirmed_once_in_ten_minutes_and_nobody_waits_for_it() {
     let start = Instant::now();
     let gateway = Paused::start(ended_once(), one_account(&[GOOD]));
-    let answered = poll_ended(&gateway, GOOD, start, 3600).await;
+    let mut answered = poll_ended(&gateway, GOOD, start, 620).await;
+    assert_eq!(gateway.arrivals().len(), 2);
+    // What it was told then, `running`, is no news of a task that has ended.
+    let live = gateway.metric("crun_gateway_live_tasks{account=\"music\"}");
+    assert!(live.abs() < 0.1, "{live}");
+    answered.extend(poll_ended(&gateway, GOOD, start, 3600).await);
     assert_eq!(answered.len(), 360);
     let arrivals = gateway.arrivals();
     assert_eq!(arrivals.len(), 6, "{arrivals:?}");
