@@ -802,6 +802,8 @@ async fn a_not_found_answer_is_not_asked_for_again_in_its_time() {
     );
     assert_code(&gateway.poll(KEY, "random").await, 404);
     let answered = Instant::now();
+    assert!((gateway.metric("crun_gateway_cache_entries") - 1.0).abs() < 0.1);
+    assert!(gateway.metric("crun_gateway_cache_bytes") > 0.0);
     for tenth in 1..50 {
         sleep_until(answered + Duration::from_millis(100) * tenth).await;
         assert_code(&gateway.poll(KEY, "random").await, 404);
