@@ -211,6 +211,27 @@ async fn polls_are_told_by_how_they_were_answered() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_unlisted_account_is_the_same_for_as_long_as_it_has_hits() {
+    let gateway = Paused::start(Behaviour::default(), |_| {});
+    gateway.sweep();
+    for _ in 0..10 {
+        gateway.poll(KEY, "a").await;
+        after(50.0).await;
+    }
+    let told = |status: Value| {
+        let account = &status["accounts"][0];
+        (account["name"].clone(), account["polls_total"]["hit"].clone())
+    };
+    assert_eq!(told(gateway.status()), (json!("other #1"), json!(9)));
+    after(30.0).await;
+    assert_eq!(
+        told(gateway.status()),
+        (json!(null), json!(null)),
+        "nobody has asked for a minute"
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_those_who_get_a_snapshot_whoever_opened_the_flight_saved_no_call() {
     let behaviour = Behaviour {
         answer: |_, task| running(task),
