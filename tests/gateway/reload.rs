@@ -634,6 +634,28 @@ async fn a_probe_is_not_sent_on_behalf_of_a_budget_that_its_key_has_left() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_change_holds_for_unlisted_accounts_that_are_known_already() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(task),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    gateway.poll(KEY, "a").await;
+    let told = || {
+        let account = &gateway.status()["accounts"][0];
+        let of = |field: &str| account[field].as_f64().unwrap().round();
+        assert_eq!(account["name"], "other #1");
+        (of("rate"), of("freshness_seconds"))
+    };
+    assert_eq!(told(), (15.0, 2.0));
+    gateway.configure(|config| {
+        config.budget.limit = NonZeroU32::new(5).unwrap();
+        config.cache.fresh.floor = Duration::from_secs(7);
+    });
+    assert_eq!(told(), (5.0, 7.0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_account_that_is_removed_shows_neither_rate_nor_live_tasks_any_more() {
     let behaviour = Behaviour {
         answer: |_, task| running(task),
