@@ -168,6 +168,9 @@ async fn a_wrong_configuration_changes_nothing_and_says_what_is_wrong() {
         "0"
     );
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
+    // Whoever asks once more hears it once more.
+    gateway.signal(nix::sys::signal::SIGHUP);
+    gateway.logged("is not taken over", 4).await;
     gateway.reconfigure("budget: { limit: 12 }");
     gateway.logged(TAKEN_OVER, 1).await;
     assert_eq!(
