@@ -281,6 +281,18 @@ async fn a_task_that_nobody_asks_for_any_more_stops_counting_after_twice_the_cei
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_poll_that_is_a_hit_asks_for_its_task_like_any_other() {
+    let gateway = start();
+    gateway.poll(KEY, "live").await;
+    sleep(Duration::from_millis(1900)).await;
+    assert_hit(&gateway.poll(KEY, "live").await);
+    sleep(Duration::from_millis(59_900)).await;
+    assert_about(gateway.metric(LIVE_TASKS), 1.0);
+    sleep(Duration::from_millis(200)).await;
+    assert_about(gateway.metric(LIVE_TASKS), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn ids_that_are_not_found_stretch_nothing() {
     let gateway = start();
     poll_all(&gateway, "lost", 300).await;
