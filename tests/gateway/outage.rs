@@ -347,6 +347,27 @@ async fn one_task_that_always_fails_does_not_keep_it_open() {
     assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_answer_too_large_to_be_read_shows_that_upstream_is_back() {
+    let behaviour = Behaviour {
+        answer: |_, task| running(&task.repeat(2000)),
+        ..away_for_a_minute(Away::Status(503))
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |config| config.upstream.max_body = 1 << 10));
+    sleep(seconds(AWAY)).await;
+    for task in ["a", "b", "a", "b", "a"] {
+        gateway.poll(KEY, task).await;
+    }
+    assert!((gateway.metric(BREAKER) - 1.0).abs() < f64::EPSILON);
+    let opened = Instant::now();
+    while opened.elapsed() < seconds(BACK - AWAY + 5.0) {
+        gateway.poll(KEY, "a").await;
+        sleep(seconds(0.1)).await;
+    }
+    assert!(gateway.metric(BREAKER).abs() < f64::EPSILON);
+    gateway.poll(KEY, "a").await.assert_is_our_error(502);
+}
+
 /// Upstream says 503 to tasks that are named so, except to every tenth where `sometimes`.
 fn failing(task: &str, sometimes: bool) -> Response<Full<Bytes>> {
     if task.starts_with("fails") && !(sometimes && task.ends_with('9')) {
