@@ -567,6 +567,39 @@ async fn a_connection_that_upstream_closes_while_it_waits_for_its_permit_costs_n
     }
 }
 
+/// Answers the first query of each connection, and ends with the second.
+async fn upstream_of_one_answer_a_connection() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut client = Raw::over(stream);
+                client.head().await;
+                // Long enough that two who ask at once have a connection each.
+                sleep(Duration::from_millis(300)).await;
+                let body = br#"{"code":404,"message":"Task not found","data":null}"#;
+                client.send(response("200 OK", "", body)).await?;
+                client.head().await;
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn what_an_idle_connection_has_swallowed_is_asked_again_on_a_new_one() {
+    let upstream = upstream_of_one_answer_a_connection().await;
+    let gateway = Gateway::start(&upstream, "").await;
+    let address = gateway.address;
+    let (a, b) = tokio::join!(poll(address, "a"), poll(address, "b"));
+    assert!(a.status == 200 && b.status == 200, "{a:?}, {b:?}");
+    assert!((gateway.metric("crun_gateway_upstream_connections").await - 2.0).abs() < 0.1);
+    let reply = poll(address, "c").await;
+    assert_eq!(reply.status, 200, "{reply:?}");
+}
+
 /// Sends answers of 48 KiB in 16 chunks, 20 ms apart, and never says how long they are.
 async fn upstream_that_answers_by_and_by() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
