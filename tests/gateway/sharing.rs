@@ -322,6 +322,10 @@ async fn what_one_replica_fetched_is_a_hit_at_the_others() {
         .metric("crun_gateway_shared_cache_reads_total{result=\"hit\"}")
         .await;
     assert!((hits - tasks.len() as f64).abs() < 0.1, "{hits}");
+    let saved = replicas.gateways[1]
+        .metric("crun_gateway_upstream_calls_saved_total{account=\"other\",how=\"hit\"}")
+        .await;
+    assert!((saved - (tasks.len() + 1) as f64).abs() < 0.1, "{saved}");
 }
 
 #[tokio::test]
