@@ -84,6 +84,19 @@ async fn every_fixture_comes_through_byte_for_byte_on_miss_and_hit() {
 }
 
 #[tokio::test]
+async fn ten_thousand_chunks_that_come_at_once_are_one_answer() {
+    let body = "x".repeat(10_000);
+    let chunks = format!(
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{}0\r\n\r\n",
+        "1\r\nx\r\n".repeat(10_000)
+    );
+    let upstream = Scripted::always(chunks).await;
+    let gateway = Gateway::start(&upstream.url, "").await;
+    let reply = poll(gateway.address, "a").await;
+    assert!(reply.status == 200 && reply.body == body, "{reply:?}");
+}
+
+#[tokio::test]
 async fn what_is_too_large_for_the_cache_is_not_said_to_be_stored() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
     let gateway = Gateway::start(&upstream.url, "cache: { max_bytes: \"2MiB\" }").await;
