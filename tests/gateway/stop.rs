@@ -301,3 +301,24 @@ async fn a_stop_takes_no_longer_than_drain() {
     assert!(hanging.await.unwrap().is_err());
     gateway.logged("drain time is over", 1).await;
 }
+
+#[tokio::test]
+async fn an_upload_that_is_turned_away_does_not_hold_a_stop_up() {
+    let upstream = Simulator::start(&[]).await;
+    let mut gateway = Gateway::start(&upstream.url, "limits: { connections: 1 }").await;
+    let mut let_in = Raw::connect(gateway.address).await;
+    assert!(let_in.poll("ended.a").await.is(200));
+    let mut client = Raw::connect(gateway.address).await;
+    let head = "POST /api/v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n";
+    client.send(head).await.unwrap();
+    assert!(client.reply().await.is(503));
+    gateway.terminate();
+    let stopped = Instant::now();
+    tokio::spawn(async move {
+        while client.send([b'x'; 1000]).await.is_ok() {
+            sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let exit = timeout_at(stopped + 2 * GRACE + SLACK, gateway.exit()).await;
+    assert_eq!(exit.expect("in time").code(), Some(0));
+}
