@@ -247,6 +247,47 @@ async fn that_answers_are_kept_again_is_said_when_one_is() {
     assert_eq!((said("cannot be used"), said("are kept on disk")), (1, 2));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_file_that_cannot_be_used_is_tried_again_after_five_seconds_and_then_less_often() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings(folder.path());
+    let in_the_way = settings.path.clone();
+    std::fs::create_dir(&in_the_way).unwrap();
+    let (all, metrics) = metrics();
+    let failed = async |times| {
+        let line = format!(r#"crun_gateway_disk_errors_total{{operation="open"}} {times}"#);
+        while !shows(&all, &line) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        Instant::now()
+    };
+    let comes = async |up| {
+        while metrics.up.get() != up {
+            sleep(Duration::from_millis(1)).await;
+        }
+        Instant::now()
+    };
+    let about = |waited: Duration, wait| (wait..wait + 2).contains(&waited.as_secs());
+    let disk = Disk::open(settings, metrics.clone());
+    let mut tried = failed(1).await;
+    for (times, wait) in [(2, 5), (3, 10), (4, 20)] {
+        let again = failed(times).await;
+        assert!(about(again - tried, wait), "{:?}, not {wait} s", again - tried);
+        tried = again;
+    }
+    std::fs::remove_dir(&in_the_way).unwrap();
+    comes(1).await;
+    disk.put(A, now_ms(), 3, || Some(b"abc".to_vec()));
+    while metrics.writes.get() < 1 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    // An answer is written: what comes next is another trouble.
+    let full = Trouble::Io(std::io::ErrorKind::StorageFull.into());
+    disk.shared.trouble.send(full).await.unwrap();
+    let (away, back) = (comes(0).await, comes(1).await);
+    assert!(about(back - away, 5), "{:?}", back - away);
+}
+
 #[tokio::test]
 async fn a_disk_that_stands_still_fails_once_a_minute() {
     let folder = tempfile::tempdir().unwrap();
