@@ -289,6 +289,33 @@ async fn a_file_that_cannot_be_used_is_tried_again_after_five_seconds_and_then_l
 }
 
 #[tokio::test]
+async fn what_becomes_too_old_goes_though_nothing_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, metrics) = metrics();
+    let max_age = Duration::from_millis(700);
+    let settings = Settings {
+        max_age,
+        ..settings(folder.path())
+    };
+    let disk = Disk::open(settings, metrics.clone());
+    let said = now_ms();
+    disk.put(A, said, 3, || Some(b"abc".to_vec()));
+    while metrics.writes.get() < 1 || now_ms() <= said + millis(max_age) {
+        sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::pause();
+    tokio::time::advance(SWEEP + Duration::from_millis(2)).await;
+    tokio::time::resume();
+    let goes = async {
+        while metrics.expired.get() < 1 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(SWEEP / 6, goes).await.unwrap();
+    assert_eq!(metrics.entries.get(), 0);
+}
+
+#[tokio::test]
 async fn a_disk_that_stands_still_fails_once_a_minute() {
     let folder = tempfile::tempdir().unwrap();
     let (metrics, disk) = with_one(folder.path()).await;
