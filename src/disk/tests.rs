@@ -204,6 +204,8 @@ async fn a_put_never_waits_and_what_finds_no_room_is_counted() {
     disk.put(A, now_ms(), eighth - 10, || None);
     disk.put(B, now_ms(), 11, || None);
     assert_eq!(metrics.dropped.get(), 6, "larger than may wait");
+    disk.close().await;
+    assert_eq!(metrics.dropped.get(), 7, "what comes to nothing is not written, either");
 }
 
 #[tokio::test(start_paused = true)]
