@@ -292,6 +292,22 @@ mod tests {
     }
 
     #[test]
+    fn one_that_is_told_to_stop_while_it_is_alone_spends_nothing_for_a_second_and_a_margin() {
+        let mut played = Played::new().steady(3000);
+        played.lease.missed();
+        played.lease.missed();
+        played.lease.look(played.start + ms(4531));
+        assert!(played.lease.is_alone());
+        played.heard(4540, 1, "a");
+        played.lease.leave(played.start + ms(5500));
+        // The store has been back for a second.
+        played.heard(5550, 1, "a");
+        assert!(!played.lease.is_cut());
+        assert!(!played.lease.lends(played.start + ms(5500) + WINDOW - ms(1)));
+        assert!(played.lease.lends(played.start + ms(5500) + WINDOW));
+    }
+
+    #[test]
     fn a_second_of_replies_ends_being_cut_off_and_a_window_being_alone() {
         let mut played = Played::new().steady(3000);
         played.lease.missed();
