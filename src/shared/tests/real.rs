@@ -221,14 +221,14 @@ fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever()
     let script = timed();
     let constants = constants("one", 15, 3);
     let mut now = 1_790_000_000_000_000;
-    let mut generation = String::new();
+    let (mut generation, backed) = (String::new(), Cell::new(None));
     let mut fields = |now: u64, accounts: std::ops::Range<u32>| {
         let want = |account: u32| Want {
             account: account.to_string(),
             weight: 10,
             flights: 1,
             is_queue: false,
-            backed: None,
+            backed: backed.get(),
         };
         let call = Call {
             generation: generation.clone(),
@@ -240,6 +240,15 @@ fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever()
         redis::cmd("HLEN").arg(KEY).query::<u32>(&mut connection).unwrap()
     };
     let empty = fields(now, 0..0);
+    // Whoever is paused for longer than that is known for as long, and until its rate has recovered.
+    let paused = BackedUs {
+        left_us: 60_000_000,
+        rate: 2.5,
+        chosen_us: 1_000_000,
+    };
+    backed.set(Some(paused));
+    fields(now, 1000..1001);
+    backed.set(None);
     for account in 0..300 {
         fields(now, account..account + 1);
     }
@@ -251,7 +260,13 @@ fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever()
         fields(now, 0..1);
     }
     let left = fields(now, 0..1);
-    assert!(left <= empty + 3, "{left} fields are left of {full}");
+    assert!(left <= empty + 4, "{left} fields are left of {full}");
+    let is_known: bool = redis::cmd("HEXISTS")
+        .arg(KEY)
+        .arg("account:1000")
+        .query(&mut connection)
+        .unwrap();
+    assert!(is_known, "its rate has yet to recover");
     let ttl: i64 = redis::cmd("PTTL").arg(KEY).query(&mut connection).unwrap();
     assert!((1..=60_000).contains(&ttl), "{ttl}");
 }
