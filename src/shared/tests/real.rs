@@ -216,6 +216,35 @@ fn what_an_older_version_has_kept_keeps_nobody_waiting() {
 }
 
 #[test]
+fn replicas_that_are_gone_are_forgotten() {
+    let (_server, mut connection) = Server::start();
+    let script = timed();
+    let now = 1_790_000_000_000_000;
+    let mut generation = String::new();
+    let mut leases = |who: &str, now: u64| {
+        let call = Call {
+            generation: generation.clone(),
+            named: Some(now),
+            lends: true,
+            wants: Vec::new(),
+        };
+        generation = ask(&mut connection, &script, now, &call, &terms(who, 15, 3)).generation;
+        let length = redis::cmd("HSTRLEN")
+            .arg(KEY)
+            .arg("leases")
+            .query::<usize>(&mut connection);
+        length.unwrap()
+    };
+    leases("one", now);
+    let alone = leases("one", now);
+    for replica in 0..100 {
+        leases(&format!("another-{replica}"), now);
+    }
+    assert!(leases("one", now) > 50 * alone);
+    assert_eq!(leases("one", now + 2_100_000), alone);
+}
+
+#[test]
 fn accounts_that_nobody_uses_are_forgotten_and_the_hash_does_not_stay_for_ever() {
     let (_server, mut connection) = Server::start();
     let script = timed();
