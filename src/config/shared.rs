@@ -187,16 +187,9 @@ fn url(value: &Value) -> Result<StoreUrl, Wrong> {
 }
 
 fn address(text: &str, port: u16) -> Option<(String, u16)> {
-    let authority: http::uri::Authority = text.parse().ok()?;
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let has_port = authority.as_str().len() > authority.host().len();
-    let port = if has_port {
-        authority.port_u16().filter(|port| *port > 0)?
-    } else {
-        port
-    };
-    rustls_pki_types::ServerName::try_from(host).ok()?;
-    Some((host.to_owned(), port))
+    let authority = text.parse().ok()?;
+    let (host, named) = values::host_and_port(&authority)?;
+    Some((host.to_owned(), named.unwrap_or(port)))
 }
 
 #[cfg(test)]
@@ -226,6 +219,7 @@ mod tests {
             "redis://:pw@valkey",
             "redis://a,b",
             "redis://a:0",
+            "redis://a:",
             "redis://a/b",
             "redis://a/0/1",
             "redis://a?x=1",

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use http::uri::Scheme;
+use http::uri::{Authority, Scheme};
 use http::{HeaderName, Uri};
 use rustls_pki_types::ServerName;
 use serde_json::Value;
@@ -187,13 +187,20 @@ fn web_url(value: &Value, example: &str) -> Result<Uri, Wrong> {
     if uri.path() != "/" || uri.query().is_some() || text.contains('#') {
         return wrong("has a path, a query or a fragment", fix);
     }
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
-    let port_is_sound = port.is_empty() || authority.port_u16().is_some_and(|port| port > 0);
-    if ServerName::try_from(host).is_err() || !port_is_sound {
+    if host_and_port(authority).is_none() {
         return wrong("has no valid host and port", fix);
     }
     Ok(uri)
+}
+
+/// The host that `authority` names, an IPv6 address without its brackets, and the port, if there is one; `None` unless both
+/// are sound.
+pub(super) fn host_and_port(authority: &Authority) -> Option<(&str, Option<u16>)> {
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let port = authority.port_u16().filter(|port| *port > 0);
+    let has_port = authority.as_str() != authority.host();
+    let is_sound = ServerName::try_from(host).is_ok() && port.is_some() == has_port;
+    is_sound.then_some((host, port))
 }
 
 /// The name of a header that may name a client.
