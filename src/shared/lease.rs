@@ -302,7 +302,7 @@ mod tests {
         played.lease.leave(played.start + ms(5500));
         // The store has been back for a second.
         played.heard(5550, 1, "a");
-        assert!(!played.lease.is_cut());
+        assert!(!played.lease.is_cut_off());
         assert!(!played.lease.lends(played.start + ms(5500) + WINDOW - ms(1)));
         assert!(played.lease.lends(played.start + ms(5500) + WINDOW));
     }

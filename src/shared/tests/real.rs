@@ -228,7 +228,7 @@ fn replicas_that_are_gone_are_forgotten() {
             lends: true,
             wants: Vec::new(),
         };
-        generation = ask(&mut connection, &script, now, &call, &terms(who, 15, 3)).generation;
+        generation = ask(&mut connection, &script, now, &call, &constants(who, 15, 3)).generation;
         let length = redis::cmd("HSTRLEN")
             .arg(KEY)
             .arg("leases")

@@ -542,6 +542,7 @@ enum Event {
     /// Of an account's task, asked so many ms ago.
     Failed(bool, u8, u32),
     Answered(bool, u32),
+    Refused(bool, u32),
     Probe(u8),
     Connected,
     ProbeConnected(u8),
@@ -557,6 +558,7 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         8 => (any::<bool>(), 0_u8..3, 0_u32..3000).prop_map(|(whose, task, ago)| Event::Failed(whose, task, ago)),
         1 => (any::<bool>(), 0_u32..3000).prop_map(|(whose, ago)| Event::Answered(whose, ago)),
+        1 => (any::<bool>(), 0_u32..3000).prop_map(|(whose, ago)| Event::Refused(whose, ago)),
         4 => (0_u8..3).prop_map(Event::Probe),
         1 => Just(Event::Connected),
         2 => (0_u8..3).prop_map(Event::ProbeConnected),
@@ -577,6 +579,10 @@ struct Model {
     failing: Vec<(bool, u8)>,
     /// When an account asked last what was answered.
     answered: [Option<Instant>; 2],
+    /// When it asked last what failed, if it heard nothing since.
+    unheard: [Option<Instant>; 2],
+    /// When somebody asked last what showed that upstream is there.
+    back: Option<Instant>,
     probing: bool,
     last_probe: Option<Instant>,
     connected: u32,
@@ -594,6 +600,8 @@ impl Model {
             opened: None,
             failing: Vec::new(),
             answered: [None; 2],
+            unheard: [None; 2],
+            back: None,
             probing: false,
             last_probe: None,
             connected: 0,
@@ -612,6 +620,7 @@ impl Model {
         match *event {
             Event::Failed(whose, name, ago) => change = self.fails(whose, name, now - ago * MS)?,
             Event::Answered(whose, ago) => change = self.is_answered(whose, now - ago * MS)?,
+            Event::Refused(whose, ago) => change = self.is_refused(whose, now - ago * MS)?,
             Event::Probe(name) => {
                 if poll(&mut self.state, own(), &task(&name.to_string()), now).is_some() {
                     prop_assert_eq!(self.connected, 0, "they come first");
@@ -663,6 +672,10 @@ impl Model {
 
     fn fails(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
         self.failing.push((whose, name));
+        if self.state.is_open() || self.back.is_none_or(|back| asked >= back) {
+            let last = &mut self.unheard[usize::from(whose)];
+            *last = (*last).max(Some(asked));
+        }
         let account = Self::account(whose);
         let change = self
             .state
@@ -689,10 +702,30 @@ impl Model {
         if is_news || !was_open {
             let last = &mut self.answered[usize::from(whose)];
             *last = (*last).max(Some(asked));
+            self.unheard[usize::from(whose)] = None;
             self.failing.clear();
+            self.back = self.back.max(Some(asked));
             prop_assert!(!self.state.is_open());
         }
         self.is_reached();
+        Ok(change)
+    }
+
+    fn is_refused(&mut self, whose: bool, asked: Instant) -> Result<Option<Change>, TestCaseError> {
+        let was_open = self.state.is_open();
+        let change = self.state.refused(Self::account(whose), asked, self.now);
+        let is_news = !was_open || self.opened.is_some_and(|opened| asked >= opened);
+        let lately = |failed| asked.saturating_duration_since(failed) < Duration::from_mins(1);
+        let is_contradicted = self.unheard[usize::from(!whose)].is_some_and(lately);
+        prop_assert_eq!(change.is_some(), was_open && is_news && !is_contradicted);
+        if is_news {
+            self.unheard[usize::from(whose)] = None;
+            self.is_reached();
+        }
+        if change.is_some() {
+            self.failing.clear();
+            self.back = self.back.max(Some(asked));
+        }
         Ok(change)
     }
 
