@@ -55,6 +55,7 @@ use config::Config;
 use gateway::Gateway;
 use metrics::Metrics;
 use panics::supervise;
+use server::descriptors;
 
 /// How long a stop that has used up `drain` still waits for the disk: by `disk`'s figures a full queue is written in less than
 /// a tenth of it, unless the disk stands still.
@@ -103,8 +104,8 @@ pub struct Shutdown {
 /// Not cancel safe: not all that it has started is stopped then. `shutdown` ends it.
 ///
 /// # Errors
-/// When the files of `tls` cannot be served, when upstream, the collector or the replicas' store cannot be set up, or when the
-/// admin port cannot be served.
+/// When the files of `tls` cannot be served, when upstream, the collector or the replicas' store cannot be set up, when the
+/// admin port cannot be served, or when the system does not tell how many file descriptors there are.
 pub async fn run(
     config: Config,
     source: Option<reload::Source>,
@@ -117,6 +118,7 @@ pub async fn run(
         .clone()
         .map(|files| server::Tls::load(files, Arc::clone(&metrics)));
     let tls = tls.transpose()?;
+    let most_turned_away = descriptors::most_turned_away(descriptors::hard_limit().context("file descriptors")?);
     let dial = dial::tcp(config.upstream.url.clone());
     metrics.config_reload_success.set(1);
     metrics.config_reload_timestamp.set(moment::unix_now().as_secs_f64());
@@ -170,6 +172,7 @@ pub async fn run(
         listeners.clients,
         tls,
         Arc::clone(&gateway),
+        most_turned_away,
         metrics,
         shutdown.drain,
         shutdown.now,

@@ -47,15 +47,14 @@ const LINGER: Duration = Duration::from_secs(2);
 /// longer to send nobody any more, and is waited for before the stop begins (`preStop` in `deploy/base`).
 pub const GRACE: Duration = Duration::from_secs(2);
 
-/// Connections that are told at once why they are not let in; beyond, they are closed without a word.
-const MOST_TURNED_AWAY: usize = 64;
-
 /// Accepts and serves clients until `draining` is cancelled, then drains: returns when the last connection has closed, or
-/// `drain` has passed, or `now` is cancelled.
+/// `drain` has passed, or `now` is cancelled. As many as `most_turned_away` are told at once why they are not let in; beyond,
+/// they are closed without a word.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<Arc<Tls>>,
     gateway: Arc<Gateway>,
+    most_turned_away: usize,
     metrics: Arc<Metrics>,
     draining: CancellationToken,
     now: CancellationToken,
@@ -64,7 +63,7 @@ pub async fn serve(
         tls,
         gateway: Arc::clone(&gateway),
         admitted: Arc::default(),
-        turning_away: Arc::new(Semaphore::new(MOST_TURNED_AWAY)),
+        turning_away: Arc::new(Semaphore::new(most_turned_away)),
         metrics,
         draining: draining.clone(),
         tracker: TaskTracker::new(),

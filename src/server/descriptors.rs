@@ -10,8 +10,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::Limits;
 
-/// Descriptors that no limit counts: 64 connections each at the admin port and being turned away, listeners, runtimes,
-/// files and look-ups of names.
+/// Descriptors that no limit counts: a third each for connections at the admin port, for those being turned away, and for
+/// listeners, runtimes, files and look-ups of names.
 const SPARE: u64 = 192;
 
 /// Raises the soft limit to the hard one; says how many descriptors this process may now have.
@@ -82,9 +82,19 @@ impl Shortfall {
     }
 }
 
+/// How many connections may be told at once why they are not let in, without taking the descriptors that connections to
+/// upstream need.
+pub fn most_turned_away(available: u64) -> usize {
+    usize::try_from(spare(available) / 3).unwrap_or(usize::MAX)
+}
+
 /// Descriptors for what `limits` count.
 fn room(available: u64) -> u64 {
-    available - SPARE.min(available / 2)
+    available - spare(available)
+}
+
+fn spare(available: u64) -> u64 {
+    SPARE.min(available / 2)
 }
 
 impl fmt::Display for Shortfall {
@@ -158,6 +168,12 @@ mod tests {
         assert_eq!(fitting(674), None);
         assert_eq!(fitting(675), Some((674, 134)));
         assert_eq!(fitting(100_000), Some((674, 134)));
+    }
+
+    #[test]
+    fn a_third_of_what_is_spare_is_for_those_turned_away() {
+        let cases = [0, 5, 6, 64, 128, 383, 384, 1 << 20, u64::MAX];
+        assert_eq!(cases.map(most_turned_away), [0, 0, 1, 10, 21, 63, 64, 64, 64]);
     }
 
     #[test]

@@ -144,6 +144,36 @@ async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() 
 }
 
 #[tokio::test]
+async fn where_descriptors_are_few_those_turned_away_leave_some_for_upstream() {
+    // Each query needs a connection of its own.
+    let upstream = Simulator::start(&["--latency", "0ms", "--close-after-response"]).await;
+    let gateway = Gateway::start_with_descriptors(&upstream.url, "", 128, 128).await;
+    // Half of 128 for everything else, the rest shared 10 to 1.
+    let fitting = 59;
+    let limit = gateway.metric("crun_gateway_connections_limit").await;
+    assert!((limit - f64::from(fitting)).abs() < 0.5, "{limit}");
+    let mut let_in = Vec::new();
+    for _ in 0..fitting {
+        let_in.push(Raw::connect(gateway.address).await);
+    }
+    for client in &mut let_in {
+        assert!(client.poll("ended.a").await.is(200));
+    }
+    let mut too_many = Vec::new();
+    for _ in 0..300 {
+        too_many.push(Raw::connect(gateway.address).await);
+    }
+    let refusal = too_many[0].reply().await;
+    assert!(refusal.is(503), "{refusal:?}");
+    for (task, client) in let_in.iter_mut().take(15).enumerate() {
+        let reply = client.poll(&format!("ended.{task}")).await;
+        assert!(reply.is(200), "{task}: {reply:?}");
+    }
+    assert_eq!(gateway.admin("/readyz").await.0, 200);
+    assert!(!gateway.log().contains("cannot accept"), "{}", gateway.log());
+}
+
+#[tokio::test]
 async fn an_accept_without_descriptors_waits_and_does_not_spin() {
     let upstream = quick().await;
     // Too few for the process's own.
