@@ -50,6 +50,7 @@ impl Log {
         let stderr = Piled {
             to: Patient(io::stderr()),
             lines: Vec::new(),
+            is_begun: false,
             unwritten: Arc::clone(&unwritten),
         };
         let (lines, flush) = NonBlockingBuilder::default()
@@ -149,6 +150,8 @@ fn log_panic(info: &PanicHookInfo<'_>) {
 struct Piled<W> {
     to: W,
     lines: Vec<u8>,
+    /// Whether they begin within a line, of which the beginning is written.
+    is_begun: bool,
     unwritten: Arc<AtomicU64>,
 }
 
@@ -163,14 +166,33 @@ impl<W: Write> Write for Piled<W> {
 
     /// The thread does it as soon as no further line waits.
     fn flush(&mut self) -> io::Result<()> {
-        if self.to.write_all(&self.lines).is_err() {
-            // Nobody reads them any more: which of them was the first to be lost makes no difference.
-            let lines = memchr::memchr_iter(b'\n', &self.lines).count();
-            self.unwritten.fetch_add(lines as u64, Ordering::Relaxed);
+        let written = written(&mut self.to, &self.lines);
+        if let Some(last) = written.checked_sub(1) {
+            self.is_begun = self.lines[last] != b'\n';
         }
-        self.lines.clear();
+        self.lines.drain(..written);
+        // What follows would else be glued to it, and lost, too.
+        let rest_of_line = memchr::memchr(b'\n', &self.lines).filter(|_| self.is_begun);
+        let kept = rest_of_line.map_or(0, |end| end + 1);
+        let lost = memchr::memchr_iter(b'\n', &self.lines[kept..]).count();
+        self.lines.truncate(kept);
+        self.unwritten.fetch_add(lost as u64, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// Writes as many of `lines` as `to` takes; says how many bytes that is.
+fn written(to: &mut impl Write, lines: &[u8]) -> usize {
+    let mut left = lines;
+    while !left.is_empty() {
+        match to.write(left) {
+            Ok(0) => break,
+            Ok(written) => left = &left[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    lines.len() - left.len()
 }
 
 /// Waits for whoever reads, where that is no pipe that does so itself: others may share it, and one of them may have it so.
@@ -202,20 +224,30 @@ mod tests {
 
     use super::*;
 
-    /// What was written, write by write; nothing more once `is_closed`.
-    #[derive(Default)]
+    /// What was written, write by write, as far as there is room.
     struct Reader {
         read: Vec<String>,
-        is_closed: bool,
+        room: usize,
+    }
+
+    impl Default for Reader {
+        fn default() -> Self {
+            Self {
+                read: Vec::new(),
+                room: usize::MAX,
+            }
+        }
     }
 
     impl Write for &mut Reader {
         fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
-            if self.is_closed {
-                return Err(io::ErrorKind::BrokenPipe.into());
+            let taken = lines.len().min(self.room);
+            if taken == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
             }
-            self.read.push(String::from_utf8_lossy(lines).into_owned());
-            Ok(lines.len())
+            self.room -= taken;
+            self.read.push(String::from_utf8_lossy(&lines[..taken]).into_owned());
+            Ok(taken)
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -227,6 +259,7 @@ mod tests {
         Piled {
             to,
             lines: Vec::new(),
+            is_begun: false,
             unwritten: Arc::default(),
         }
     }
@@ -255,6 +288,7 @@ mod tests {
         let mut log = Piled {
             to: Patient(stderr),
             lines: Vec::new(),
+            is_begun: false,
             unwritten: Arc::default(),
         };
         let mut full = 0;
@@ -282,15 +316,39 @@ mod tests {
         let mut log = piled(&mut reader);
         log.write_all(b"a\n").unwrap();
         log.flush().unwrap();
-        log.to.is_closed = true;
+        log.to.room = 0;
         log.write_all(b"b\n").unwrap();
         log.write_all(b"c\n").unwrap();
         log.flush().unwrap();
         log.flush().unwrap();
         assert_eq!(log.unwritten.load(Ordering::Relaxed), 2);
-        log.to.is_closed = false;
+        log.to.room = usize::MAX;
         log.write_all(b"d\n").unwrap();
         log.flush().unwrap();
         assert_eq!(reader.read, ["a\n", "d\n"]);
+    }
+
+    #[test]
+    fn a_line_is_written_whole_or_not_at_all_however_full_the_disk_was() {
+        for room in 0..=9 {
+            let mut reader = Reader {
+                room,
+                ..Reader::default()
+            };
+            let mut log = piled(&mut reader);
+            log.write_all(b"a1\nb2\nc3\n").unwrap();
+            log.flush().unwrap();
+            // Still full.
+            log.write_all(b"d4\n").unwrap();
+            log.flush().unwrap();
+            log.to.room = usize::MAX;
+            log.write_all(b"e5\n").unwrap();
+            log.flush().unwrap();
+            let begun = room.div_ceil(3);
+            let lost = log.unwritten.load(Ordering::Relaxed);
+            assert_eq!(lost, 4 - begun as u64, "{room}");
+            let written = [&["a1\n", "b2\n", "c3\n"][..begun], &["e5\n"]].concat();
+            assert_eq!(reader.read.concat(), written.concat(), "{room}");
+        }
     }
 }
