@@ -90,6 +90,6 @@ pub(super) fn wrong<T>(what: impl Into<String>, fix: impl Into<String>) -> Resul
 
 /// `name` as it may stand in a message: a word of letters, `_` and `-`, or nothing of it. Keys have digits.
 pub(super) fn quotable(name: &str) -> Option<&str> {
-    let word = name.len() <= 32 && name.chars().all(|c| c.is_ascii_alphabetic() || "_-".contains(c));
+    let word = (1..=32).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphabetic() || "_-".contains(c));
     word.then_some(name)
 }

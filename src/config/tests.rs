@@ -460,6 +460,11 @@ fn an_unknown_field_that_is_not_quoted_has_its_line() {
         );
     }
     refuses(
+        "drain: 3s\nbudget: { '': 1 }",
+        "budget.<unknown>: no such field, on line 2: the fields here are limit, margin, max_wait, max_queue",
+    );
+    refuses_fields("'': 1", &["<unknown>"]);
+    refuses(
         "accounts:\n  - name: a\n    keys:\n      - value: x",
         "accounts[0].keys[0]: has neither `file` nor `env`: write { file: PATH } or { env: NAME }\n\
          accounts[0].keys[0].<unknown>: no such field, on line 4: the fields here are file, env",
