@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 
 use crate::harness::client::{poll_request, try_request};
 use crate::harness::paused::{Behaviour, Paused};
@@ -130,12 +130,7 @@ async fn ten_thousand_polls_over_as_many_connections_make_one_upstream_call() {
     let (stream, _) = timeout(PATIENCE, upstream.accept()).await.unwrap().unwrap();
     let mut upstream_connection = Raw::over(stream);
     assert!(upstream_connection.head().await.is_some());
-    let waiting = async {
-        while (gateway.metric("crun_gateway_requests_in_flight").await - POLLS as f64).abs() > f64::EPSILON {
-            sleep(Duration::from_millis(50)).await;
-        }
-    };
-    timeout(PATIENCE, waiting).await.expect("all polls wait");
+    gateway.shows("crun_gateway_requests_in_flight", POLLS as f64).await;
     // Nobody is to be served from what is kept: upstream would be asked for it again.
     let body = br#"{"code":200,"message":"success","data":{"task_id":"a","status":"running","result":null}}"#;
     let answer = scripted::response("200 OK", "Content-Type: application/json\r\n", body);
@@ -167,13 +162,7 @@ async fn the_first_leaves(task: &'static str, status: &str) {
     let gateway = Gateway::start(&upstream.url, "").await;
     let address = gateway.address;
     let first = tokio::spawn(async move { try_request(address, poll_request(KEY, task)).await });
-    timeout(PATIENCE, async {
-        while upstream.queries().await == 0 {
-            sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .unwrap();
+    upstream.asked(1).await;
     let others = tokio::spawn(async move {
         let mut polls = JoinSet::new();
         for _ in 0..499 {

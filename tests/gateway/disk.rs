@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Clock, HOUR};
 use crate::harness::client::poll_request;
 use crate::harness::paused::{self, Behaviour, Paused};
-use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, raw};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, raw, until};
 
 const OTHER_KEY: &str = "ak_test_0000000000000000000000000002";
 
@@ -283,13 +283,12 @@ async fn age_and_lifetime_go_on_where_they_were() {
     let (upstream, place) = (quick_upstream().await, Place::new());
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
     let fetched = poll(gateway.address, "ended.song").await;
-    let (ttl, age) = loop {
-        let (ttl, age) = ttl_and_age(&poll(gateway.address, "ended.song").await);
-        if age >= 2 {
-            break (ttl, age);
-        }
-        sleep(Duration::from_millis(20)).await;
+    let (mut ttl, mut age) = (0, 0);
+    let ages = async || {
+        (ttl, age) = ttl_and_age(&poll(gateway.address, "ended.song").await);
+        age >= 2
     };
+    until("it is 2 s old", ages).await;
     stop(gateway).await;
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
     for _ in ["from disk", "from memory"] {
@@ -384,9 +383,8 @@ async fn what_is_older_than_it_may_be_is_not_served_and_goes() {
     let (upstream, place) = (quick_upstream().await, Place::new());
     let gateway = Gateway::start(&upstream.url, &place.config("")).await;
     poll(gateway.address, "ended.song").await;
-    while ttl_and_age(&poll(gateway.address, "ended.song").await).1 < 2 {
-        sleep(Duration::from_millis(20)).await;
-    }
+    let is_old = async || ttl_and_age(&poll(gateway.address, "ended.song").await).1 >= 2;
+    until("it is 2 s old", is_old).await;
     stop(gateway).await;
     let gateway = Gateway::start(&upstream.url, &place.config("disk_max_age: \"1s\"")).await;
     let reply = poll(gateway.address, "ended.song").await;

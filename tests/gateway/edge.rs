@@ -561,10 +561,8 @@ async fn more_requests_than_allowed_are_told_why() {
         client.send(head(line, "Host: x")).await.unwrap();
         busy.push(client);
     }
-    let in_flight = async || gateway.metric("crun_gateway_requests_in_flight").await;
-    while in_flight().await < 2.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let in_flight = "crun_gateway_requests_in_flight";
+    gateway.reaches(in_flight, 2).await;
     let mut third = Raw::connect(gateway.address).await;
     let reply = third.poll("a").await;
     assert!(reply.is(503), "{reply:?}");
@@ -579,9 +577,7 @@ async fn more_requests_than_allowed_are_told_why() {
     }
     // The connection is as good as before, and so are the places.
     assert!(third.poll("a").await.is(200));
-    while in_flight().await > 0.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    gateway.shows(in_flight, 0.0).await;
 }
 
 #[tokio::test]

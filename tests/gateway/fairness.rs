@@ -17,7 +17,7 @@ use crate::harness::client::{bare, poll_request};
 use crate::harness::paused::{Behaviour, Paused, goodput, most_in_a_second};
 use crate::harness::raw::{self, Raw};
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, KEY, PATIENCE, Reply, Scripted, Simulator, TASK_INFO, poll, poll_as, request};
+use crate::harness::{Gateway, KEY, Reply, Scripted, Simulator, TASK_INFO, poll, poll_as, request, until};
 
 const GREEDY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 const MODEST: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
@@ -88,9 +88,8 @@ async fn a_greedy_client_cannot_starve_another_on_real_sockets() {
         greedy.spawn(named("greedy", format!("ended.g{task}")));
     }
     let length = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
-    while gateway.metric(length).await < 900.0 || upstream.queries().await == 0 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    gateway.reaches(length, 900).await;
+    upstream.asked(1).await;
     let before = upstream.queries().await;
     let mut modest = JoinSet::new();
     for task in 0..5 {
@@ -365,9 +364,8 @@ async fn clients_that_hang_up_hold_nobody_up_on_real_sockets() {
             .unwrap();
     }
     let length = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
-    while gateway.metric(length).await + (upstream.queries().await as f64) < 101.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let all = async || gateway.metric(length).await + (upstream.queries().await as f64) >= 101.0;
+    until("a hundred wait", all).await;
     tokio::time::sleep_until(started + Duration::from_millis(150)).await;
     drop(leaving);
     let asked = Instant::now();
@@ -377,11 +375,7 @@ async fn clients_that_hang_up_hold_nobody_up_on_real_sockets() {
     assert!(took < Duration::from_secs(1), "{took:?}");
     // The first one, what became due since then, and at most two that had been called forward.
     let due = 1.0 + started.elapsed().as_secs_f64() * 15.0 + 2.0;
-    let patience = Instant::now() + PATIENCE;
-    while gateway.metric(length).await > 0.0 {
-        assert!(Instant::now() < patience, "they still wait");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    gateway.shows(length, 0.0).await;
     let stats = upstream.stats().await;
     assert!(stats["requests"].as_f64().unwrap() <= due, "{due}: {stats}");
     assert_eq!(stats["tasks"]["ended.stays"], 1);

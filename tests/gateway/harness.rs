@@ -10,7 +10,7 @@ pub mod scripted;
 pub mod store;
 
 pub use client::{Reply, poll, poll_as, request};
-pub use process::{Gateway, PATIENCE, Simulator};
+pub use process::{Gateway, PATIENCE, Simulator, until};
 pub use raw::Raw;
 pub use scripted::Scripted;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::harness::scripted::response;
-use crate::harness::{Gateway, Reply, Scripted, poll_as};
+use crate::harness::{Gateway, Reply, Scripted, poll_as, until};
 
 /// Upstream tells each key something else about the same task.
 async fn upstream_that_tells_keys_apart(delay: Duration) -> Scripted {
@@ -71,9 +71,7 @@ async fn keys_of_one_account_share_flights_and_answers() {
     let collapsed = |reply: &Reply| reply.header("cache-status").unwrap().contains("; collapsed");
     assert!(collapsed(&one) != collapsed(&two), "{one:?} {two:?}");
     // Of the key that has not flown upstream is asked in the background, and then of neither any more.
-    while upstream.queries() < 2 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until("both are asked for", async || upstream.queries() >= 2).await;
     let heads = upstream.heads().concat();
     assert!(heads.contains("ak_first") && heads.contains("ak_second"), "{heads}");
     for key in ["ak_first", "ak_second"] {
@@ -97,9 +95,7 @@ async fn a_refused_keys_answer_goes_to_its_own_polls_only() {
         let gateway = Gateway::start(&upstream.url, &config).await;
         let address = gateway.address;
         let refused = tokio::spawn(async move { poll_as(address, revoked, "same").await });
-        while upstream.queries() == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        until("it is asked for", async || upstream.queries() > 0).await;
         // It joins the flight of the revoked key, and goes on with its own when that is refused.
         let good = poll_as(address, "ak_good", "same").await;
         assert_eq!(good.json()["data"]["result"]["message"], "for ak_good");

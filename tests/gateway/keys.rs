@@ -855,10 +855,7 @@ async fn on_real_sockets_refused_keys_and_missing_credits_cost_next_to_nothing()
         assert!(spent <= most, "{key}: {spent}");
     }
     // The last of what is to be logged.
-    while !gateway.log().contains("has no credits") {
-        sleep(Duration::from_millis(5)).await;
-    }
-    let log = gateway.log();
+    let log = gateway.logged("has no credits", 1).await;
     assert_eq!(log.matches("upstream refuses this key").count(), 3, "{log}");
     assert!(log.contains("account=\"music\" key=1 code=401"), "{log}");
     assert_eq!(log.matches("has no credits").count(), 1, "{log}");

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::process::{BINARY, config_file};
 use crate::harness::raw::{self, Raw};
-use crate::harness::{Gateway, KEY, PATIENCE, Simulator, TASK_INFO, poll, value_of};
+use crate::harness::{Gateway, KEY, PATIENCE, Simulator, TASK_INFO, poll, until, value_of};
 
 async fn quick() -> Simulator {
     Simulator::start(&["--latency", "0ms"]).await
@@ -128,18 +128,12 @@ async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() 
     for client in let_in.iter_mut().step_by(10) {
         assert!(client.poll("ended.a").await.is(200));
     }
-    while gateway
-        .metric("crun_gateway_refused_total{reason=\"connections\"}")
-        .await
-        < 300.0
-    {
-        sleep(Duration::from_millis(5)).await;
-    }
+    gateway
+        .reaches("crun_gateway_refused_total{reason=\"connections\"}", 300)
+        .await;
     assert!(!gateway.log().contains("cannot accept"), "{}", gateway.log());
     drop((let_in, too_many));
-    while gateway.metric("crun_gateway_connections").await > 0.0 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    gateway.shows("crun_gateway_connections", 0.0).await;
     assert_eq!(poll(gateway.address, "ended.a").await.status, 200);
 }
 
@@ -188,20 +182,21 @@ async fn an_accept_without_descriptors_waits_and_does_not_spin() {
         clients.push(Raw::connect(gateway.admin).await);
     }
     let failed = "crun_gateway_refused_total{reason=\"accept\"}";
-    while metric(&mut admin, failed).await < 1.0 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    until("none is accepted", async || metric(&mut admin, failed).await >= 1.0).await;
     let (first, started) = (metric(&mut admin, failed).await, Instant::now());
     let cpu = gateway.cpu();
     // Who is connected is served meanwhile.
     assert!(kept.poll("ended.a").await.is(200));
-    let tries = loop {
-        let tries = metric(&mut admin, failed).await - first;
-        if tries >= 10.0 {
-            break tries;
+    let ten_more = async {
+        loop {
+            let tries = metric(&mut admin, failed).await - first;
+            if tries >= 10.0 {
+                return tries;
+            }
+            sleep(Duration::from_millis(20)).await;
         }
-        sleep(Duration::from_millis(20)).await;
     };
+    let tries = timeout(PATIENCE, ten_more).await.expect("it goes on trying");
     let took = started.elapsed();
     // One every 100 ms; the one before the first that is seen here may just have begun.
     assert!(took.as_secs_f64() >= 0.1 * (tries - 1.0), "{tries} in {took:?}");

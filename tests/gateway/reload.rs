@@ -94,9 +94,7 @@ async fn a_key_is_rotated_under_load_without_a_failed_request() {
     let gateway = Gateway::start(&upstream.url, &config).await;
     let stop = Arc::new(AtomicBool::new(false));
     let clients = keep_polling(gateway.address, "token-app", &stop);
-    while upstream.queries().await < 20 {
-        sleep(Duration::from_millis(10)).await;
-    }
+    upstream.asked(20).await;
     // Nobody tells the gateway: it finds out.
     secrets.swap(&[("key", "ak_new"), ("token", "token-app")]);
     gateway.logged(TAKEN_OVER, 1).await;

@@ -236,12 +236,8 @@ impl Replicas {
     /// Waits until so many flights wait at a replica.
     async fn queue(&self, replica: usize, flights: usize) {
         let series = "crun_gateway_budget_queue_length{account=\"other\",lane=\"foreground\"}";
-        let queued = async {
-            while self.gateways[replica].metric(series).await < flights as f64 {
-                sleep(Duration::from_millis(20)).await;
-            }
-        };
-        timeout(PATIENCE, queued).await.expect("flights wait");
+        let flights = u32::try_from(flights).unwrap();
+        self.gateways[replica].reaches(series, flights).await;
     }
 
     fn store(&self) -> &Store {
@@ -658,9 +654,7 @@ async fn whatever_a_replica_had_before_it_has_its_part_as_soon_as_others_want_th
             }
         });
     }
-    while cluster.asked().await.0 < 30 {
-        sleep(SECOND / 50).await;
-    }
+    cluster.upstream.asked(30).await;
     let mut rush = JoinSet::new();
     for task in 0..5 {
         rush.spawn(async move {
@@ -837,11 +831,7 @@ async fn without_a_store_each_replica_spends_its_part() {
     for client in 0..CLIENTS {
         clients.spawn(poll_for_ever(gateway.address, client.to_string()));
     }
-    let patience = Instant::now() + PATIENCE;
-    while upstream.queries().await < 30 {
-        assert!(Instant::now() < patience);
-        sleep(Duration::from_millis(50)).await;
-    }
+    upstream.asked(30).await;
     let stats = upstream.stats().await;
     assert_eq!(stats["highest_in_any_second"], 5, "{stats}");
 }

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::client::{over, poll_request, try_request};
 use crate::harness::store::{Carries, Link, Store};
-use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 const OTHER_KEY: &str = "ak_test_0000000000000000000000000002";
@@ -525,9 +525,8 @@ async fn a_stale_answer_in_memory_hides_nothing_from_a_poll_that_may_not_fly() {
         let live = poll_as(replicas.gateways[1].address, key, task).await;
         assert!(live.status == 200 && !has_ended(&live), "{live:?}");
         // Fresh for 2 s, and ended by then.
-        while !has_ended(&poll_as(replicas.gateways[0].address, key, task).await) {
-            sleep(Duration::from_millis(50)).await;
-        }
+        let address = replicas.gateways[0].address;
+        until("it ends", async || has_ended(&poll_as(address, key, task).await)).await;
     }
     replicas.wrote(0, 2).await;
     let unpaid = poll_as(replicas.gateways[1].address, OTHER_KEY, "http-402.c").await;

@@ -416,9 +416,7 @@ async fn a_stop_loses_no_span() {
     let mut gateway = Gateway::start(&upstream.url, &to(collector.address, ALL)).await;
     let address = gateway.address;
     let last = tokio::spawn(async move { poll(address, "ended.last").await });
-    while upstream.queries().await < 1 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    upstream.asked(1).await;
     gateway.terminate();
     assert_eq!(last.await.unwrap().status, 200);
     assert_eq!(gateway.exit().await.code(), Some(0));

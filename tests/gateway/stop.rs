@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::harness::client::{bare, poll_request, try_request};
 use crate::harness::raw::{self, RawReply};
-use crate::harness::{Gateway, KEY, Raw, Simulator, poll, request};
+use crate::harness::{Gateway, KEY, Raw, Simulator, poll, request, until};
 
 /// How long the listener and idle connections stay open.
 const GRACE: Duration = Duration::from_secs(2);
@@ -255,9 +255,7 @@ async fn a_post_in_flight_finishes() {
     let address = gateway.address;
     let path = "/api/v1/client/job/CreateTask";
     let post = tokio::spawn(async move { request(address, bare(Method::POST, path)).await });
-    while upstream.stats().await["paths"][path] != 1 {
-        sleep(Duration::from_millis(5)).await;
-    }
+    until("it is sent on", async || upstream.stats().await["paths"][path] == 1).await;
     gateway.terminate();
     let reply = post.await.unwrap();
     assert_eq!(reply.status, 200);

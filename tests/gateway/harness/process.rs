@@ -20,6 +20,16 @@ use super::value_of;
 /// Longer than anything here takes: a test that hangs shall say where.
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
+/// Waits until `is_so`; `what` is what a test that waits in vain says.
+pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let comes_true = async {
+        while !is_so().await {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, comes_true).await.is_ok(), "in vain: {what}");
+}
+
 /// The path of the binary.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_crun-gateway");
 
