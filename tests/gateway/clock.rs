@@ -1,7 +1,7 @@
 //! The wall clock jumps by an hour and back: pace and freshness go by another one.
 //!
-//! `tests/clock/run` runs this: it needs libfaketime, under which the real binary runs and which reads from a file what to
-//! add to the wall clock, and to that alone.
+//! `tests/clock/run` runs this: it needs libfaketime, under which the real binary runs and which reads from a file what
+//! to add to the wall clock, and to that alone.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};

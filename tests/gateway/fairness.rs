@@ -179,8 +179,8 @@ async fn whoever_gave_way_in_a_flight_that_another_client_leaves_is_served_all_t
     assert!(gateway.metric(length) < 0.5, "nobody is left behind");
 }
 
-/// How many answers each of twelve clients gets in half a minute, of whom six may wait at once. Each asks for one new task
-/// after the other, and who is turned away comes back `after` so long, or when told to.
+/// How many answers each of twelve clients gets in half a minute, of whom six may wait at once. Each asks for one new
+/// task after the other, and who is turned away comes back `after` so long, or when told to.
 async fn served_of_twelve(latency: Duration, after: Option<Duration>) -> Vec<usize> {
     let upstream = Behaviour {
         latency,

@@ -1,5 +1,5 @@
-//! What upstream says of a key stands above whatever is kept: a refused key costs next to nothing and gets nothing, one not
-//! confirmed lately is asked about behind everybody's back, and a client token goes to the next one.
+//! What upstream says of a key stands above whatever is kept: a refused key costs next to nothing and gets nothing, one
+//! not confirmed lately is asked about behind everybody's back, and a client token goes to the next one.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -177,7 +177,8 @@ async fn what_queues_with_a_key_when_it_is_refused_is_not_spent() {
 const GOOD: &str = "ak_good";
 const BAD: &str = "ak_bad";
 
-/// Of two keys of one account, the bad one is refused from 100 s until 120 s; in between something before the API fails.
+/// Of two keys of one account, the bad one is refused from 100 s until 120 s; in between something before the API
+/// fails.
 fn bad_for_a_while() -> Behaviour {
     Behaviour {
         answer: |_, task| if task == "live" { running(task) } else { success(task) },

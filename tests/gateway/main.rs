@@ -1,7 +1,7 @@
 //! What users see of the gateway: a file a behaviour, tests that state facts.
 //!
-//! Real sockets and the real binary (`harness::Gateway`, `harness::Simulator`), or, where a promise is about time, paused
-//! time over in-memory connections (`harness::paused`).
+//! Real sockets and the real binary (`harness::Gateway`, `harness::Simulator`), or, where a promise is about time,
+//! paused time over in-memory connections (`harness::paused`).
 //!
 //! - `admission`: whoever cannot be served in time hears so at once
 //! - `browser`: the status page in headless Chromium (`tests/browser/run`)

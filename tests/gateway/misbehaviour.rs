@@ -1,5 +1,5 @@
-//! Upstream misbehaves: the answer is honest and bounded in time, nothing of it is kept, its connection is not used again,
-//! and nobody else notices.
+//! Upstream misbehaves: the answer is honest and bounded in time, nothing of it is kept, its connection is not used
+//! again, and nobody else notices.
 //!
 //! What the simulated upstream can do wrong by itself is in `fidelity`; here each byte is scripted.
 

@@ -1,5 +1,5 @@
-//! While upstream is slow or away: whoever has a snapshot is answered with it, nobody waits, upstream is only probed; and
-//! when it is back, so is everything.
+//! While upstream is slow or away: whoever has a snapshot is answered with it, nobody waits, upstream is only probed;
+//! and when it is back, so is everything.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -377,8 +377,9 @@ fn failing(task: &str, sometimes: bool) -> Response<Full<Bytes>> {
     }
 }
 
-/// How many polls of an account that asks for a new task `every` so many seconds are refused, in two minutes and within the
-/// first forty seconds of them, beside `accounts` others that ask 14 times a second each and hear what `answer` says.
+/// How many polls of an account that asks for a new task `every` so many seconds are refused, in two minutes and within
+/// the first forty seconds of them, beside `accounts` others that ask 14 times a second each and hear what `answer`
+/// says.
 async fn refused_beside(
     accounts: usize,
     every: f64,
@@ -1031,8 +1032,8 @@ async fn on_real_sockets_upstream_is_gone_for_a_minute() {
         }
         sleep(seconds(0.2)).await;
     }
-    // Exactly is what paused time shows. Here a machine that other tests share may hold up any one poll. Whatever a gateway
-    // might wait for takes longer than this: a probe's connection 400 ms, a slow attempt 1 s.
+    // Exactly is what paused time shows. Here a machine that other tests share may hold up any one poll. Whatever a
+    // gateway might wait for takes longer than this: a probe's connection 400 ms, a slow attempt 1 s.
     took.sort();
     let slowest = took[took.len() * 99 / 100];
     assert!(slowest < Duration::from_millis(250), "of {}: {slowest:?}", took.len());
@@ -1046,8 +1047,8 @@ async fn on_real_sockets_upstream_is_gone_for_a_minute() {
         if let Some(fresh) = poll_all().await.into_iter().find(Polled::is_fresh) {
             break fresh.at + fresh.took;
         }
-        sleep(seconds(0.1)).await;
         assert!(back.elapsed() < seconds(6.0), "something is back");
+        sleep(seconds(0.1)).await;
     };
     assert!(first - back <= seconds(2.0), "{:?}", first - back);
     while !poll_all().await.iter().all(Polled::is_fresh) {

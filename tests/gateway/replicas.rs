@@ -1,9 +1,9 @@
-//! Replicas that share one budget: real gateways, a real Redis server, and a link between each and the store that is cut,
-//! slowed and restored. Upstream counts the arrivals of them all by the kernel's stamps.
+//! Replicas that share one budget: real gateways, a real Redis server, and a link between each and the store that is
+//! cut, slowed and restored. Upstream counts the arrivals of them all by the kernel's stamps.
 //!
-//! That no schedule of faults breaks the promise is played in simulated time, by the thousand (`src/shared/tests.rs`). Here
-//! it is seen once, fault by fault; `cargo test --test gateway -- --ignored replicas::again` goes on for ten minutes. A reply
-//! of the store that takes 10 ms is none, so they need a machine that is not busy with other things.
+//! That no schedule of faults breaks the promise is played in simulated time, by the thousand (`src/shared/tests.rs`).
+//! Here it is seen once, fault by fault; `cargo test --test gateway -- --ignored replicas::again` goes on for ten
+//! minutes. A reply of the store that takes 10 ms is none, so they need a machine that is not busy with other things.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -62,8 +62,8 @@ impl Silence {
     }
 }
 
-/// How long answers took: hits, and beside each one of a gateway that knows of no store. So what the machine does to both is
-/// known.
+/// How long answers took: hits, and beside each one of a gateway that knows of no store. So what the machine does to
+/// both is known.
 #[derive(Clone, Debug, Default)]
 struct Waits {
     /// Replicas that have what is asked for.
@@ -168,8 +168,8 @@ impl Replicas {
         started
     }
 
-    /// So many replicas of which nothing is asked, once they lend. Their calls may be late by 66 ms: none is cut off because
-    /// other tests share the machine.
+    /// So many replicas of which nothing is asked, once they lend. Their calls may be late by 66 ms: none is cut off
+    /// because other tests share the machine.
     async fn idle(replicas: usize) -> Self {
         Self::idle_with(replicas, "budget: { margin: 200ms }").await
     }
@@ -289,8 +289,8 @@ impl Replicas {
         }
     }
 
-    /// Does `fault`, whose last step is to end it, and waits until all replicas lend again. Somebody has to spend within 3.5 s
-    /// of its beginning, and of its end; and hits are nothing to the store.
+    /// Does `fault`, whose last step is to end it, and waits until all replicas lend again. Somebody has to spend
+    /// within 3.5 s of its beginning, and of its end; and hits are nothing to the store.
     async fn survive(&mut self, name: &str, fault: impl AsyncFnOnce(&mut Self)) {
         let patience = Instant::now() + PATIENCE;
         while self.waits.lock().begun < self.gateways.len() {

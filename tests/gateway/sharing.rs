@@ -1,5 +1,6 @@
-//! Replicas that share answers and flights: what one has fetched is there for all, one asks for all, and no store, whatever
-//! becomes of it, is in anybody's way. Real gateways, a real Redis server, and a link between each and the store.
+//! Replicas that share answers and flights: what one has fetched is there for all, one asks for all, and no store,
+//! whatever becomes of it, is in anybody's way. Real gateways, a real Redis server, and a link between each and the
+//! store.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -191,7 +191,8 @@ async fn poll_until_refused(address: SocketAddr, number: usize) -> usize {
         let mut connection = match Raw::try_connect(address).await {
             Ok(connection) => connection,
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return answers,
-            // The listener closed between this connection's first and last packet: the same window as below, seen earlier.
+            // The listener closed between this connection's first and last packet: the same window as below, seen
+            // earlier.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset && is_refused(address).await => {
                 return answers;
             }

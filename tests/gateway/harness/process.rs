@@ -62,8 +62,8 @@ pub async fn ended(mut command: Command) -> Ended {
     }
 }
 
-/// The binary where it can have so many threads, its first one not counted: each takes a GiB of addresses, and there are
-/// no more. A limit of threads binds a user, and no root.
+/// The binary where it can have so many threads, its first one not counted: each takes a GiB of addresses, and there
+/// are no more. A limit of threads binds a user, and no root.
 pub fn with_threads(threads: u32) -> Command {
     let limited = format!("ulimit -S -v {} && exec \"$0\" \"$@\"", (threads << 20) + (1 << 19));
     let mut command = Command::new("sh");
@@ -385,7 +385,8 @@ impl Simulator {
         self.address.to_string()
     }
 
-    /// Ends it at once, for good: as long as what this gives is there, nobody listens where it was, nor is given its port.
+    /// Ends it at once, for good: as long as what this gives is there, nobody listens where it was, nor is given its
+    /// port.
     pub async fn gone(mut self) -> Socket {
         self.child.kill().await.unwrap();
         let port = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
