@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use flate2::write::{MultiGzDecoder, ZlibDecoder};
 use http::HeaderMap;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
+use http::header::CONTENT_ENCODING;
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
 use parking_lot::Mutex;
@@ -153,10 +153,9 @@ pub(super) async fn read(
     has_waited: &mut bool,
 ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Error> {
     let most = room.most;
-    let announced = headers
-        .get(CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > most) {
+    // Nothing where it does not say how long it is.
+    let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    if announced > most {
         return Err(Error::UpstreamTooLarge);
     }
     let bounded = Bounded {
@@ -169,7 +168,7 @@ pub(super) async fn read(
         permit: None,
         has_waited,
     };
-    share.grow(announced.unwrap_or(0)).await?;
+    share.grow(announced).await?;
     let mut data = next(&mut body).await?;
     let mut decoding = match data {
         Some(_) => Decoder::of(headers, bounded)?,

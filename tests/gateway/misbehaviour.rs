@@ -534,6 +534,15 @@ async fn an_answer_that_means_nothing_goes_through_and_no_further() {
             sends("HTTP/1.1 304 Not Modified\r\n\r\n", Then::Listens),
             Gets::Upstreams(304),
         ),
+        // The length of the body that would have come, had it changed.
+        (
+            "not-modified-of-much",
+            sends(
+                "HTTP/1.1 304 Not Modified\r\nContent-Length: 52428800\r\n\r\n",
+                Then::Listens,
+            ),
+            Gets::Upstreams(304),
+        ),
         (
             "redirect",
             sends(
