@@ -32,7 +32,7 @@ use lately::{Lately, ServedAt};
 /// A flight, by the number it was given.
 pub(super) type Flight = u64;
 
-/// Of so many turns, one is the background's if it has anybody waiting.
+/// Of so many turns, one is the background's if it has anybody waiting. Chosen, not measured.
 const BACKGROUND_SHARE: u32 = 10;
 
 /// Names within a caller are free text: beyond so many waiting at once in an account, the rest share one.

@@ -20,13 +20,13 @@ const LONGEST_LINE: Duration = Duration::from_mins(1);
 /// Who comes so little too early is let in: some count from when they asked.
 const EARLY: Duration = Duration::from_millis(100);
 
-/// How long before a turn its place is kept.
+/// How long before a turn its place is kept. Chosen, not measured.
 const AHEAD: Duration = Duration::from_secs(2);
 
 /// How long after it: `Retry-After` is in whole seconds, and the way takes time.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Who comes later than that finds what is left of the queue, as whoever comes in time: for so long.
+/// Who comes later than that finds what is left of the queue, as whoever comes in time: for so long. Chosen, not measured.
 const REMEMBERED: Duration = Duration::from_secs(30);
 
 /// Beyond [`MOST_NAMES`] lines clients share their caller's, and beyond so many callers share one.

@@ -21,7 +21,8 @@ use crate::upstream::{Failed, Fetched, How, Ready};
 /// A flight makes at most two attempts, both paid.
 pub(super) const MOST_ATTEMPTS: u32 = 2;
 
-/// How often, while an attempt is under way, those who wait hear what its silence says.
+/// How often, while an attempt is under way, those who wait hear what its silence says. Chosen, not measured: before,
+/// some heard of it only when the attempt had ended.
 const SILENCE_LOOKS: Duration = Duration::from_millis(250);
 
 /// Which attempt of which flight.
