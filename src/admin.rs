@@ -46,6 +46,10 @@ const MOST_CONNECTIONS: usize = 64;
 /// many have come after it as there are places.
 const AT_ONCE: u64 = 8;
 
+/// How long hyper waits for a request's head. Chosen, not measured: a connection that says nothing may have to make room
+/// earlier.
+const HEAD_PATIENCE: Duration = Duration::from_secs(30);
+
 /// What the system may hold of answers to one connection, in bytes; it takes twice that. Left to itself it takes megabytes, a
 /// hundred answers to somebody who asks for them at once and reads none.
 const SEND_BUFFER: usize = 32 << 10;
@@ -195,7 +199,7 @@ async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
             // A scraper that goes away is none of our business.
             let _ = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(Duration::from_secs(30))
+                .header_read_timeout(HEAD_PATIENCE)
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
         }));

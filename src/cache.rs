@@ -46,6 +46,10 @@ const ROOMY: u64 = 8;
 /// How many answers that were read one put spares at most, so that it takes no time worth speaking of.
 const MOST_SPARED: usize = 32;
 
+/// How often one put looks again where another thread is just putting or evicting what it would give up. Then it goes on,
+/// and moka evicts whatever was used longest ago. Chosen, not measured.
+const MOST_UNSETTLED: usize = 8;
+
 /// How many places are looked through at once for answers that are kept no longer: ten minutes for a million, at one look
 /// in five seconds, and none takes more than a few milliseconds.
 const MOST_SEARCHED: usize = 1 << 13;
@@ -296,7 +300,7 @@ impl Cache {
     /// Before moka evicts whatever was used longest ago: the account that holds more than half gives up its own.
     fn make_room(&self, account: AccountId, weight: u32) {
         let (mut spared, mut unsettled) = (0, 0);
-        while unsettled < 8
+        while unsettled < MOST_UNSETTLED
             && let Some((key, for_itself)) = self.shares.candidate(account, weight)
         {
             match self.tasks.get(&key) {
