@@ -98,7 +98,8 @@ pub struct Cache {
     puts: AtomicU64,
     keys: RandomState,
     /// Whoever holds it is the only one to put a state because of what is kept, or to give it back: moka's own way to do
-    /// that (`and_compute_with`) costs as much again as all else that a put does.
+    /// that (`and_compute_with`) costs as much again as all else that a put does. It is held while an answer is copied and
+    /// packed: for 2 µs if that is of 2 KiB, for some ms if it is of 16 MiB (which are only copied).
     changing: Mutex<()>,
     /// Seconds of [`Shares`] count from here.
     start: Instant,
