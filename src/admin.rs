@@ -1,6 +1,6 @@
-//! The platform's edge: metrics, health and status page, on a thread and runtime of their own, so that it answers when the
-//! main one is busy. Whoever comes is let in, and whoever came first makes room. Nothing here changes state, and upstream's
-//! health is part of nothing here: cached answers outlive an outage.
+//! The platform's edge: metrics, health and status page, on a thread and runtime of their own, so that it answers when
+//! the main one is busy. Whoever comes is let in, and whoever came first makes room. Nothing here changes state, and
+//! upstream's health is part of nothing here: cached answers outlive an outage.
 
 mod page;
 
@@ -42,16 +42,16 @@ const BEAT: Duration = Duration::from_secs(1);
 /// Scrapes and probes are few; this bounds what stray clients may take together.
 const MOST_CONNECTIONS: usize = 64;
 
-/// Newcomers who are let in before those who are there have another turn: a probe has had several, and its answer, before as
-/// many have come after it as there are places.
+/// Newcomers who are let in before those who are there have another turn: a probe has had several, and its answer,
+/// before as many have come after it as there are places.
 const AT_ONCE: u64 = 8;
 
-/// How long hyper waits for a request's head. Chosen, not measured: a connection that says nothing may have to make room
-/// earlier.
+/// How long hyper waits for a request's head. Chosen, not measured: a connection that says nothing may have to make
+/// room earlier.
 const HEAD_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the system may hold of answers to one connection, in bytes; it takes twice that. Left to itself it takes megabytes, a
-/// hundred answers to somebody who asks for them at once and reads none.
+/// What the system may hold of answers to one connection, in bytes; it takes twice that. Left to itself it takes
+/// megabytes, a hundred answers to somebody who asks for them at once and reads none.
 const SEND_BUFFER: usize = 32 << 10;
 
 /// Whether the process serves, and whether its main runtime turns.
@@ -167,9 +167,9 @@ struct StatusJson {
     status: Status,
 }
 
-/// Where all places are taken, whoever came first makes room: silent connections, and ones that do not read, may come faster
-/// than any time-out ends them, and a probe shall not wait for one. Asking again lengthens no stay, or those who do it without
-/// end would push out a probe that has only come.
+/// Where all places are taken, whoever came first makes room: silent connections, and ones that do not read, may come
+/// faster than any time-out ends them, and a probe shall not wait for one. Asking again lengthens no stay, or those who
+/// do it without end would push out a probe that has only come.
 async fn accept(listener: tokio::net::TcpListener, admin: Arc<Admin>) {
     let mut connections: VecDeque<JoinHandle<()>> = VecDeque::with_capacity(MOST_CONNECTIONS);
     let mut failing = Failing::default();

@@ -1,18 +1,18 @@
 //! The answers that are kept, by account and task.
 //!
-//! moka evicts by LRU (under `TinyLFU` a task that just ended would not get in) and by weight in bytes. Freshness is the
-//! stored value's own business, since moka's clock is not ours. This module adds what moka has not: a late answer takes
-//! nothing back, not-found answers live apart so that random ids push nothing out, and one account may hold at most half while
-//! others need room. It knows nothing of budgets or flights.
+//! moka evicts by LRU (under `TinyLFU` a task that just ended would not get in) and by weight in bytes. Freshness is
+//! the stored value's own business, since moka's clock is not ours. This module adds what moka has not: a late answer
+//! takes nothing back, not-found answers live apart so that random ids push nothing out, and one account may hold at
+//! most half while others need room. It knows nothing of budgets or flights.
 //!
 //! What an answer of 2,050 bytes takes at a million of them, id and body included, is 2,440 bytes of resident memory
-//! (`an_entry_weighs_what_it_takes`). Beside the body: moka's nodes 256 (bucket, value, entry, deque), its table 17 to 34,
-//! the key 32, a [`Shares`] place 20, and 62 of the answer's own, in one piece with its body. It was 2,760 with the key spelt
-//! out, an answer and its body apart, a tree of places, and moka's `Expiry`, whose node takes 48.
+//! (`an_entry_weighs_what_it_takes`). Beside the body: moka's nodes 256 (bucket, value, entry, deque), its table 17 to
+//! 34, the key 32, a [`Shares`] place 20, and 62 of the answer's own, in one piece with its body. It was 2,760 with the
+//! key spelt out, an answer and its body apart, a tree of places, and moka's `Expiry`, whose node takes 48.
 //!
-//! Once an eighth of its room is taken the cache keeps bodies packed (`stored/packed.rs`), so that it holds half as many
-//! again to twice as many; a hit of one takes a twentieth longer. Below that there is memory to spare. Only the cache packs:
-//! whoever waited for an answer gets it as it came.
+//! Once an eighth of its room is taken the cache keeps bodies packed (`stored/packed.rs`), so that it holds half as
+//! many again to twice as many; a hit of one takes a twentieth longer. Below that there is memory to spare. Only the
+//! cache packs: whoever waited for an answer gets it as it came.
 
 mod shares;
 
@@ -46,16 +46,16 @@ const ROOMY: u64 = 8;
 /// How many answers that were read one put spares at most, so that it takes no time worth speaking of.
 const MOST_SPARED: usize = 32;
 
-/// How often one put looks again where another thread is just putting or evicting what it would give up. Then it goes on,
-/// and moka evicts whatever was used longest ago. Chosen, not measured.
+/// How often one put looks again where another thread is just putting or evicting what it would give up. Then it goes
+/// on, and moka evicts whatever was used longest ago. Chosen, not measured.
 const MOST_UNSETTLED: usize = 8;
 
-/// How many places are looked through at once for answers that are kept no longer: ten minutes for a million, at one look
-/// in five seconds, and none takes more than a few milliseconds.
+/// How many places are looked through at once for answers that are kept no longer: ten minutes for a million, at one
+/// look in five seconds, and none takes more than a few milliseconds.
 const MOST_SEARCHED: usize = 1 << 13;
 
-/// What an answer is kept under: a hash of account and task with a key drawn at random. Should two ever have the same, the
-/// later takes the place of the earlier; neither is served for the other, since each answer tells whose it is.
+/// What an answer is kept under: a hash of account and task with a key drawn at random. Should two ever have the same,
+/// the later takes the place of the earlier; neither is served for the other, since each answer tells whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key(u64);
 
@@ -97,9 +97,9 @@ pub struct Cache {
     /// How often an answer was put here.
     puts: AtomicU64,
     keys: RandomState,
-    /// Whoever holds it is the only one to put a state because of what is kept, or to give it back: moka's own way to do
-    /// that (`and_compute_with`) costs as much again as all else that a put does. It is held while an answer is copied and
-    /// packed: for 2 µs if that is of 2 KiB, for some ms if it is of 16 MiB (which are only copied).
+    /// Whoever holds it is the only one to put a state because of what is kept, or to give it back: moka's own way to
+    /// do that (`and_compute_with`) costs as much again as all else that a put does. It is held while an answer is
+    /// copied and packed: for 2 µs if that is of 2 KiB, for some ms if it is of 16 MiB (which are only copied).
     changing: Mutex<()>,
     /// Seconds of [`Shares`] count from here.
     start: Instant,
@@ -147,8 +147,8 @@ impl Cache {
         }
     }
 
-    /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts. `live` is
-    /// the freshness lifetime of live answers.
+    /// What is kept for a task at `now`, fresh or stale: of a state and a not-found answer the one that counts. `live`
+    /// is the freshness lifetime of live answers.
     pub fn get(&self, account: AccountId, task: &TaskId, now: Instant, live: Duration) -> Option<Answer> {
         let state = self.state(account, task.as_str(), now);
         if state.as_ref().is_some_and(|state| state.is_fresh(now, live)) {
@@ -162,8 +162,8 @@ impl Cache {
         kept(&self.tasks, self.key(account, task), account, task, now).inspect(Answer::note_read)
     }
 
-    /// What counts at `now` for a task whose `state`, if one is kept, is not fresh: the not-found answer that is kept, where it
-    /// was asked for no earlier than the state; else the state.
+    /// What counts at `now` for a task whose `state`, if one is kept, is not fresh: the not-found answer that is kept,
+    /// where it was asked for no earlier than the state; else the state.
     pub fn or_not_found(&self, state: Option<Answer>, account: AccountId, task: &str, now: Instant) -> Option<Answer> {
         if !self.may_hold_not_found.load(Ordering::Acquire) {
             return state;
@@ -174,8 +174,8 @@ impl Cache {
         not_found.or(state)
     }
 
-    /// How often an answer was put here so far. While that is the same, whoever has looked need not look again: to be asked
-    /// before the first look.
+    /// How often an answer was put here so far. While that is the same, whoever has looked need not look again: to be
+    /// asked before the first look.
     pub fn puts(&self) -> u64 {
         self.puts.load(Ordering::Acquire)
     }
@@ -255,7 +255,8 @@ impl Cache {
         self.shares.holds(account)
     }
 
-    /// Gives back what is kept no longer, a part at each call, lets moka do what it has put off, and shows how much is kept.
+    /// Gives back what is kept no longer, a part at each call, lets moka do what it has put off, and shows how much is
+    /// kept.
     pub fn maintain(&self) {
         self.give_back(Instant::now());
         self.tasks.run_pending_tasks();

@@ -1,29 +1,29 @@
-//! One budget, many replicas: each process lends its slice of the limit to a shared store, one second at a time, and the
-//! store pays out no more than it holds on loan. So the store may forget everything at any moment.
+//! One budget, many replicas: each process lends its slice of the limit to a shared store, one second at a time, and
+//! the store pays out no more than it holds on loan. So the store may forget everything at any moment.
 //!
-//! W is 1 s + margin; the slice is limit ÷ `max_replicas`, rounded down. Waiting is on the process's own monotonic clock.
-//! The script (`shared/lend.lua`; one hash, one call):
-//! 1. No hash, one of another run of the server, or one stored more than 5 ms ahead of its time: an empty one, under a new
-//!    generation.
+//! W is 1 s + margin; the slice is limit ÷ `max_replicas`, rounded down. Waiting is on the process's own monotonic
+//! clock. The script (`shared/lend.lua`; one hash, one call):
+//! 1. No hash, one of another run of the server, or one stored more than 5 ms ahead of its time: an empty one, under a
+//!    new generation.
 //! 2. A hello, or another generation: only generation and time are told.
 //! 3. The lease runs to **the time that the call names** + 1 s. Already over: as 2. So a late call renews nothing.
 //! 4. The slot is the account's next. More than 100 ms ahead, or another process's turn by the weight of who waits: ask
 //!    again. Else it is paid from what is on loan at the slot: limit − slice × (`max_replicas` − leases alive then).
 //!
 //! The process (`shared/lease.rs`, `shared/process.rs`):
-//! 5. A reply that took longer than a third of the margin is no reply. A call at least every 250 ms, one at a time, on one
-//!    connection; a new one after a time-out.
+//! 5. A reply that took longer than a third of the margin is no reply. A call at least every 250 ms, one at a time, on
+//!    one connection; a new one after a time-out.
 //! 6. At start nothing is spent or lent for 1 s + W: the predecessor may have.
-//! 7. Lending, only permits are spent, at their slot and at most a third of the margin late, counted from when the call was
-//!    sent. A lent slice is home 1 s + W after the reply whose time a call named last.
+//! 7. Lending, only permits are spent, at their slot and at most a third of the margin late, counted from when the call
+//!    was sent. A lent slice is home 1 s + W after the reply whose time a call named last.
 //! 8. Two calls running without a reply: cut off. Then it only says hello and, once the slice is home, spends it. After
 //!    1 s of replies without a miss it stops, waits W, and lends.
-//! 9. Something odd (a new generation, the first too; a time that moved more or less than our own clock allows, ± 5 ms): its
-//!    permits are dropped, and nothing is spent or lent for W, nor before the slice is home.
+//! 9. Something odd (a new generation, the first too; a time that moved more or less than our own clock allows,
+//!    ± 5 ms): its permits are dropped, and nothing is spent or lent for W, nor before the slice is home.
 //! 10. Told to stop, a process owns and lends nothing; it still asks for permits until it has drained.
 //!
-//! They were found by simulation, which is ported to `shared/tests`. Who gets an account's permits within the process is
-//! `budget`'s business. Answers and flights are shared on the way of `shared/cache.rs`, by calls and a connection of
+//! They were found by simulation, which is ported to `shared/tests`. Who gets an account's permits within the process
+//! is `budget`'s business. Answers and flights are shared on the way of `shared/cache.rs`, by calls and a connection of
 //! their own.
 
 mod cache;
@@ -73,8 +73,8 @@ struct Inner {
 }
 
 impl Replica {
-    /// Starts to take part, as `config` says; `None` where it names no store. A store that is away is no error: then the
-    /// slice is spent, from 2 s + margin on.
+    /// Starts to take part, as `config` says; `None` where it names no store. A store that is away is no error: then
+    /// the slice is spent, from 2 s + margin on.
     ///
     /// # Errors
     /// When TLS cannot be set up.

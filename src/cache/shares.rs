@@ -1,10 +1,10 @@
 //! How much of the cache each account holds, and which of its answers go first when it holds too much.
 //!
 //! An account's answers stand in the order in which they were kept; one that was read since it was last looked at is
-//! spared once (CLOCK), which comes close to LRU and leaves reads alone. Each answer carries its place in that order, so
-//! that it leaves the order when it leaves the cache, for whatever reason. All orders lie in one table of 20 bytes an answer,
-//! which is also what is looked through for answers that are kept no longer: no read is disturbed by that, and no clock
-//! other than ours says when.
+//! spared once (CLOCK), which comes close to LRU and leaves reads alone. Each answer carries its place in that order,
+//! so that it leaves the order when it leaves the cache, for whatever reason. All orders lie in one table of 20 bytes
+//! an answer, which is also what is looked through for answers that are kept no longer: no read is disturbed by that,
+//! and no clock other than ours says when.
 
 use std::collections::HashMap;
 

@@ -1,31 +1,33 @@
 //! Answers and flights that replicas share: what one has fetched is there for all, and one asks for all.
 //!
-//! What is kept is sealed before it comes here, and opened and judged by whoever asked; here it is bytes with a label that says
-//! how far the task has come and when upstream was asked and heard. In the store, every key with a time to live:
+//! What is kept is sealed before it comes here, and opened and judged by whoever asked; here it is bytes with a label
+//! that says how far the task has come and when upstream was asked and heard. In the store, every key with a time to
+//! live:
 //! - `answer:…`, the label and the sealed answer. Of two that cross, the one of the later stage stays, and of one stage
-//!   the one that was asked for later; so a fetch that outlives its claim takes nothing back. Beyond `shared.max_bytes` of
-//!   memory in use nothing is written, and answers that nobody reads make room.
-//! - `flight:…`, the claim of the process that fetches it: 2 s, renewed every 500 ms in one call for all claims of a process.
-//!   Whoever dies or stands still renews nothing, so another takes over. A claim only ever saves queries: each is paid for
-//!   all the same, so a store that forgets claims, or tells of them late, costs queries and never breaks a limit.
+//!   the one that was asked for later; so a fetch that outlives its claim takes nothing back. Beyond `shared.max_bytes`
+//!   of memory in use nothing is written, and answers that nobody reads make room.
+//! - `flight:…`, the claim of the process that fetches it: 2 s, renewed every 500 ms in one call for all claims of a
+//!   process. Whoever dies or stands still renews nothing, so another takes over. A claim only ever saves queries: each
+//!   is paid for all the same, so a store that forgets claims, or tells of them late, costs queries and never breaks a
+//!   limit.
 //!
-//! A flight looks once before it queues, and claims when its turn has come (`look.lua`, one round trip each): were the claim
-//! taken before the queue, a greedy client's flights in one replica's queue would hold up a modest client of another. It ends
-//! with the script that keeps the answer, or alone where there is none to keep: where upstream was asked in vain, by whatever
-//! may not be kept, those who waited ask at the same time then, since one after the other the last would wait for as many
-//! answers as there are replicas. Those who wait for another's claim are
-//! found out by one MGET every 50 ms, whatever their number: no subscription that can be lost unnoticed, no second connection, and a
+//! A flight looks once before it queues, and claims when its turn has come (`look.lua`, one round trip each): were the
+//! claim taken before the queue, a greedy client's flights in one replica's queue would hold up a modest client of
+//! another. It ends with the script that keeps the answer, or alone where there is none to keep: where upstream was
+//! asked in vain, by whatever may not be kept, those who waited ask at the same time then, since one after the other
+//! the last would wait for as many answers as there are replicas. Those who wait for another's claim are found out by
+//! one MGET every 50 ms, whatever their number: no subscription that can be lost unnoticed, no second connection, and a
 //! mean of 25 ms beside what upstream takes.
 //!
 //! Times are the store's own: each reply tells it, so the processes' wall clocks need not agree.
 //!
-//! Nobody waits longer than 40 ms for an answer that may be there; a flight whose turn has come, and that needs a permit as
-//! things stand, waits for its claim as long as a call may take. The store is away when a call fails, be it refused, full or
-//! read-only, or has no reply within `shared.timeout`, or when for a second none was quick enough to wait for. Until a key
-//! can be written in time again nobody calls it, and each replica asks upstream for itself. Calls have a connection of their
-//! own: those by which the budget is shared stay quick. And they have tasks of their own, so that whoever leaves cancels
-//! none: the reply is seen for how long it took, a claim that comes too late is given back, and no reply is ever left to the
-//! next call.
+//! Nobody waits longer than 40 ms for an answer that may be there; a flight whose turn has come, and that needs a
+//! permit as things stand, waits for its claim as long as a call may take. The store is away when a call fails, be it
+//! refused, full or read-only, or has no reply within `shared.timeout`, or when for a second none was quick enough to
+//! wait for. Until a key can be written in time again nobody calls it, and each replica asks upstream for itself. Calls
+//! have a connection of their own: those by which the budget is shared stay quick. And they have tasks of their own, so
+//! that whoever leaves cancels none: the reply is seen for how long it took, a claim that comes too late is given back,
+//! and no reply is ever left to the next call.
 
 mod claims;
 #[cfg(test)]
@@ -53,15 +55,15 @@ const LOOK_LUA: &str = include_str!("cache/look.lua");
 const PUBLISH_LUA: &str = include_str!("cache/publish.lua");
 const RENEW_LUA: &str = include_str!("cache/renew.lua");
 
-/// How long a poll waits for an answer that may be there: with it none that needs no permit is answered 50 ms later than
-/// without a store.
+/// How long a poll waits for an answer that may be there: with it none that needs no permit is answered 50 ms later
+/// than without a store.
 const PATIENCE: Duration = Duration::from_millis(40);
 
 /// Slower than that for so long: the store is away.
 const LATE: Duration = Duration::from_secs(1);
 
-/// How soon after the store went away it is looked for again; later each time that it does not stay, so that a store which is
-/// just too slow is away rather than in the way.
+/// How soon after the store went away it is looked for again; later each time that it does not stay, so that a store
+/// which is just too slow is away rather than in the way.
 const RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(4);
 /// What counts as having stayed.
@@ -72,8 +74,8 @@ const CLAIM: Duration = Duration::from_secs(2);
 const RENEW: Duration = Duration::from_millis(500);
 const WATCH: Duration = Duration::from_millis(50);
 
-/// How long after an answer that could not be shared each replica fetches it for itself: those who waited have had their turn
-/// by then, unless there is a queue.
+/// How long after an answer that could not be shared each replica fetches it for itself: those who waited have had
+/// their turn by then, unless there is a queue.
 const EACH: Duration = Duration::from_secs(1);
 /// Then it stands where the claim was.
 const EACH_OWN: &[u8] = b"each";
@@ -138,7 +140,8 @@ impl Line {
     }
 }
 
-/// What is said of an answer beside it, in the clear: the store orders answers by it. Whoever opens an answer checks it.
+/// What is said of an answer beside it, in the clear: the store orders answers by it. Whoever opens an answer checks
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label {
     /// How far the task has come, in upstream's order; 0 is not found.
@@ -231,7 +234,8 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Upstream is asked now: if the claim is given back all the same, there was nothing to share, and each is to ask for itself.
+    /// Upstream is asked now: if the claim is given back all the same, there was nothing to share, and each is to ask
+    /// for itself.
     pub fn asks(&mut self) {
         self.asks = true;
     }
@@ -255,8 +259,8 @@ impl Drop for Claim {
 }
 
 impl SharedCache {
-    /// Starts to take part, as `config` says; `None` where it names no store, or lets it hold no answers. A store that is away is no
-    /// error.
+    /// Starts to take part, as `config` says; `None` where it names no store, or lets it hold no answers. A store that
+    /// is away is no error.
     ///
     /// # Errors
     /// When TLS cannot be set up.
@@ -312,8 +316,8 @@ impl SharedCache {
         Ok(looked.0)
     }
 
-    /// What stands at `place`, and whose the flight is; asked a second time, with what came `before`, whatever stands there
-    /// will not do, and what was `doubtful` is removed. `Err` without a reply in `shared.timeout`.
+    /// What stands at `place`, and whose the flight is; asked a second time, with what came `before`, whatever stands
+    /// there will not do, and what was `doubtful` is removed. `Err` without a reply in `shared.timeout`.
     ///
     /// Cancel safe: a claim whose reply comes later is given back.
     ///
@@ -382,8 +386,8 @@ impl SharedCache {
         }
     }
 
-    /// Keeps an answer for all, and ends this process's claim on its flight. `seal` gives what stands before it, the answer
-    /// itself and how long it is kept, and runs in a task of its own; nobody waits for it.
+    /// Keeps an answer for all, and ends this process's claim on its flight. `seal` gives what stands before it, the
+    /// answer itself and how long it is kept, and runs in a task of its own; nobody waits for it.
     pub fn publish<S>(&self, place: u128, seal: S)
     where
         S: FnOnce(Moment) -> Option<(Label, Vec<u8>, Duration)> + Send + 'static,

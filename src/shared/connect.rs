@@ -1,7 +1,8 @@
 //! How a connection to the shared store is opened: over TCP or TLS, straight or by asking sentinels.
 //!
 //! redis-rs speaks the protocol, on a stream that is opened here: so the roots are the gateway's own, and TLS has one
-//! provider. What goes over a connection, and what a lost one means, is its owner's business: nothing is tried again here.
+//! provider. What goes over a connection, and what a lost one means, is its owner's business: nothing is tried again
+//! here.
 
 use std::fmt;
 use std::time::Duration;

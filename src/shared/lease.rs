@@ -1,8 +1,8 @@
 //! When a process may spend: its slice lent, at home, or neither. Pure: `now` is passed in.
 //!
-//! The numbered rules are those of `shared.rs`. A slice is lent from the store's time that a call names until 1 s later on
-//! the store's clock; on this process's own clock it is home 1 s + window after that time was heard. Everything doubtful
-//! costs a wait, never a query too many.
+//! The numbered rules are those of `shared.rs`. A slice is lent from the store's time that a call names until 1 s later
+//! on the store's clock; on this process's own clock it is home 1 s + window after that time was heard. Everything
+//! doubtful costs a wait, never a query too many.
 
 use std::time::Duration;
 
@@ -77,7 +77,8 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    /// Rule 6: a process that starts at `now` spends and lends nothing for 1 s + window, since its predecessor may have.
+    /// Rule 6: a process that starts at `now` spends and lends nothing for 1 s + window, since its predecessor may
+    /// have.
     pub(super) fn new(window: Duration, third: Duration, now: Instant) -> Self {
         let home = now + LENT + window;
         Self {
@@ -132,8 +133,8 @@ impl Lease {
         self.quiet
     }
 
-    /// A call that is sent at `now`, without the accounts that want a permit. Rule 7: it lends the slice out until 1 s +
-    /// window after the reply whose time it names.
+    /// A call that is sent at `now`, without the accounts that want a permit. Rule 7: it lends the slice out until
+    /// 1 s + window after the reply whose time it names.
     pub(super) fn call(&mut self, now: Instant) -> Call {
         let named = self.seen.filter(|_| self.lends(now));
         if let Some(seen) = named {

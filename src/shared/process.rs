@@ -1,8 +1,8 @@
 //! All that a process does about the shared budget, without doing it: when it calls, with what, and what comes of the
 //! reply. Pure: `now` is passed in, so that whole clusters are played in no time.
 //!
-//! There is one call at a time, for all accounts. An account gets one permit at a time: its dispatcher wants one as soon as a
-//! flight has a connection, and asks for the next when that is spent.
+//! There is one call at a time, for all accounts. An account gets one permit at a time: its dispatcher wants one as
+//! soon as a flight has a connection, and asks for the next when that is spent.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -25,7 +25,8 @@ const AFTER_NONE: Duration = Duration::from_millis(10);
 /// The same while cut off: a store that refuses connections is not asked for them without end.
 const AFTER_MANY: Duration = Duration::from_millis(100);
 
-/// Accounts in one call, at most: a call of so many takes the store a fraction of a millisecond, and the others go next.
+/// Accounts in one call, at most: a call of so many takes the store a fraction of a millisecond, and the others go
+/// next.
 const MOST_ACCOUNTS: usize = 64;
 
 /// Who waits for an account's permits, here.
@@ -249,7 +250,8 @@ impl Process {
         }
     }
 
-    /// The store has forgotten what upstream said: where a pause is still to come it has to be told, though nobody waits here.
+    /// The store has forgotten what upstream said: where a pause is still to come it has to be told, though nobody
+    /// waits here.
     fn tell_pauses(&mut self, now: Instant) {
         for (id, borrower) in &mut self.borrowers {
             if borrower.backed.is_some_and(|backed| backed.until > now) {

@@ -1,9 +1,9 @@
-//! What part of an account's limit a process can count on: what is on loan, less what others take of it who want it, too.
-//! Pure: `now` is passed in.
+//! What part of an account's limit a process can count on: what is on loan, less what others take of it who want it,
+//! too. Pure: `now` is passed in.
 //!
 //! The store speaks of one moment. A single poll at another replica halves what is left here until it is served, and a
-//! replica that restarts is back soon: who waits for seconds is told by the mean of the last two, or half of a queue would
-//! be turned away and the budget then lie idle.
+//! replica that restarts is back soon: who waits for seconds is told by the mean of the last two, or half of a queue
+//! would be turned away and the budget then lie idle.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -122,7 +122,8 @@ impl Share {
     }
 }
 
-/// How many leases count. One that has ended is mostly about to be back: the store has forgotten, or a replica restarts.
+/// How many leases count. One that has ended is mostly about to be back: the store has forgotten, or a replica
+/// restarts.
 #[derive(Debug)]
 pub(super) struct Leases {
     counted: u32,

@@ -1,13 +1,12 @@
 -- Looks for an answer and, where none will do, claims the flight that fetches it (src/shared/cache.rs).
 --
 -- KEYS[1]  the answer; KEYS[2]  the claim on its flight
--- ARGV     'look' (nothing is claimed), 'claim', or 'insist' (whatever stands there will not do); who claims, and for how
---          long in ms; how old a live answer may be in ms; when the answer that the caller has was asked for (ms since 1970,
---          0: none); how the answer begins that could not be opened ('': none)
--- returns  the time in µs; the answer, if it is newer than the caller's or tells that the task has ended ('': none, or none
---          of which it is known how old it is); whose
---          the flight is: 'none', for an answer stands there that will do, 'ours', 'theirs', or 'each', for each fetches
---          it for itself
+-- ARGV     'look' (nothing is claimed), 'claim', or 'insist' (whatever stands there will not do); who claims, and for
+--          how long in ms; how old a live answer may be in ms; when the answer that the caller has was asked for (ms
+--          since 1970, 0: none); how the answer begins that could not be opened ('': none)
+-- returns  the time in µs; the answer, if it is newer than the caller's or tells that the task has ended ('': none, or
+--          none of which it is known how old it is); whose the flight is: 'none', for an answer stands there that will
+--          do, 'ours', 'theirs', or 'each', for each fetches it for itself
 
 local function get(key)
   local value = redis.pcall('GET', key)
@@ -29,8 +28,8 @@ if stands and ARGV[6] ~= '' and string.sub(stands, 1, #ARGV[6]) == ARGV[6] then
   stands = false
 end
 
--- Whoever writes is behind this clock by what a reply takes. What is ahead by so many ms was written before the clock was set
--- back: how old it is nobody can say.
+-- Whoever writes is behind this clock by what a reply takes. What is ahead by so many ms was written before the clock
+-- was set back: how old it is nobody can say.
 local AHEAD = 250
 
 local answer, will_do = '', false

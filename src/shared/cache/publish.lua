@@ -1,9 +1,10 @@
--- Lands a flight: its claim ends, and what it fetched is kept unless something newer stands there (src/shared/cache.rs).
+-- Lands a flight: its claim ends, and what it fetched is kept unless something newer stands there
+-- (src/shared/cache.rs).
 --
 -- KEYS[1]  the answer; KEYS[2]  the claim on its flight
--- ARGV     whose claim ends ('': nobody's); the answer ('': none); for how long it is kept in ms; the most memory, in bytes,
---          that the server may use for one more to be kept; what the names of answers begin with; for how long in ms, where
---          none was kept, each is to fetch the answer for itself (0: one for all again)
+-- ARGV     whose claim ends ('': nobody's); the answer ('': none); for how long it is kept in ms; the most memory, in
+--          bytes, that the server may use for one more to be kept; what the names of answers begin with; for how long
+--          in ms, where none was kept, each is to fetch the answer for itself (0: one for all again)
 -- returns  'stored', 'older', 'full' or 'released'; how many answers made room
 
 local function get(key)
@@ -39,8 +40,8 @@ local function read(value)
   end
 end
 
--- A late answer takes nothing back (Answer::replaces). A not-found answer takes the place of a live one that was asked for
--- earlier: it says more than a state that is stale.
+-- A late answer takes nothing back (Answer::replaces). A not-found answer takes the place of a live one that was asked
+-- for earlier: it says more than a state that is stale.
 local stands, new = get(KEYS[1]), read(ARGV[2])
 stands = stands and read(stands)
 local clock = redis.call('TIME')

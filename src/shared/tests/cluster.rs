@@ -1,5 +1,5 @@
-//! Replicas, links and the store's model on one simulated clock, with everything that can go wrong between them. A seed and
-//! a list of faults give the same history every time.
+//! Replicas, links and the store's model on one simulated clock, with everything that can go wrong between them. A seed
+//! and a list of faults give the same history every time.
 //!
 //! Written after the simulation that found the rules; what is new here is that each replica runs the real
 //! [`Process`], with two accounts. An arrival is the write plus up to a third of the margin.
