@@ -552,6 +552,7 @@ async fn upstreams_pause_goes_with_a_key_whatever_budget_it_comes_under() {
         let mut polls = 0;
         while gateway.poll(KEY, "task").await.status == 429 {
             polls += 1;
+            assert!(polls < 100, "it stays paused");
             sleep(second).await;
         }
         assert!(polls > 3, "each waits for 10 s, or is told at once");
@@ -618,6 +619,7 @@ async fn a_probe_is_not_sent_on_behalf_of_a_budget_that_its_key_has_left() {
     sleep(start + 11 * second - Instant::now()).await;
     let (sent, dials) = (gateway.arrivals().len(), gateway.dials().len());
     while gateway.dials().len() == dials {
+        assert!(start.elapsed() < 60 * second, "no probe comes");
         gateway.poll("ak_moves", "c").await.assert_is_our_error(503);
         sleep(second / 100).await;
     }

@@ -22,6 +22,9 @@ use crate::task::TaskId;
 /// So many failures in a row, over at least two tasks, open it.
 pub(super) const MOST_FAILURES: u32 = 5;
 
+/// So many do between which there were only answers that say nothing against them.
+const MOST_BESIDE_REFUSALS: u32 = 2 * MOST_FAILURES;
+
 /// So long without a connection, while somebody wants one, opens it.
 pub(super) const LONGEST_WITHOUT: Duration = Duration::from_secs(2);
 
@@ -65,8 +68,10 @@ pub(super) struct State {
     phase: Phase,
     /// When it opened last.
     opened: Option<Instant>,
-    /// Failures since the last answer that was none.
+    /// Failures since the last answer that was none, and says something against them.
     failures: u32,
+    /// How many of these open it.
+    enough: u32,
     /// The task of the first of them, and whose it is.
     failing: Option<(Option<AccountId>, TaskId)>,
     /// Whether another task is among them.
@@ -106,6 +111,7 @@ impl State {
             phase: Phase::Closed,
             opened: None,
             failures: 0,
+            enough: MOST_FAILURES,
             failing: None,
             several_fail: false,
             several_accounts_fail: false,
@@ -169,7 +175,7 @@ impl State {
                 self.several_accounts_fail |= *first != account;
             }
         }
-        let is_enough = self.failures >= MOST_FAILURES && self.several_fail;
+        let is_enough = self.failures >= self.enough && self.several_fail;
         let is_contradicted = |account| self.accounts.others_were_answered(account, asked, LATELY);
         let is_its_own = !self.several_accounts_fail && account.is_some_and(is_contradicted);
         (is_enough && !is_its_own).then(|| self.open(now))
@@ -187,19 +193,21 @@ impl State {
     }
 
     /// An attempt of `account`, begun at `asked`, got an answer that tells nothing of its task: a refusal of the key or of the
-    /// rate may come from something that stands before the API, and is there without it. So it contradicts no failure, and
-    /// closes the breaker only where nobody else lately failed: they find out themselves.
+    /// rate may come from something that stands before the API, and is there without it. So where somebody else lately failed,
+    /// and has heard nothing since, it closes nothing, and failures are in a row only since then, but are not forgotten.
     pub(super) fn refused(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
+        let was_open = self.is_open();
         if self.is_old_news(asked) {
             return None;
         }
         self.accounts.refused(account);
-        if !self.is_open() || self.accounts.others_hear_nothing(account, asked) {
+        if self.accounts.others_hear_nothing(account, asked) {
+            self.enough = MOST_BESIDE_REFUSALS.min(self.failures.saturating_add(MOST_FAILURES));
             self.reached(now);
             return None;
         }
         self.is_back(asked, now);
-        Some(Change::Closed)
+        was_open.then_some(Change::Closed)
     }
 
     /// Whether what was asked for at `asked` tells of the time before the outage.
@@ -385,6 +393,7 @@ impl State {
 
     fn forget_failures(&mut self) {
         self.failures = 0;
+        self.enough = MOST_FAILURES;
         self.failing = None;
         self.several_fail = false;
         self.several_accounts_fail = false;

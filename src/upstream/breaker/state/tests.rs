@@ -124,21 +124,31 @@ fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_mi
 #[test]
 fn what_refuses_another_accounts_key_says_nothing_against_an_outage() {
     let (mut state, now) = (State::new(), Instant::now());
-    for name in ["v", "w", "x", "y"] {
-        assert_eq!(state.failed(Some(another()), &task(name), now, now), None);
+    let fails = |state: &mut State, name: u32| state.failed(Some(another()), &task(&name.to_string()), now, now);
+    for failure in 0..9 {
+        assert_eq!(fails(&mut state, failure), None);
         assert_eq!(state.refused(own(), now + MS, now + MS), None);
     }
-    assert_eq!(
-        state.failed(Some(another()), &task("z"), now, now),
-        Some(Change::Opened)
-    );
+    assert_eq!(fails(&mut state, 9), Some(Change::Opened), "ten in all");
     let last = now + JUST_BEFORE_FORGOTTEN;
     assert_eq!(state.refused(own(), last, last), None);
-    assert_eq!(
-        state.refused(own(), last + MS, last + MS),
-        Some(Change::Closed),
-        "whoever failed asks no more"
-    );
+    let closed = state.refused(own(), last + MS, last + MS);
+    assert_eq!(closed, Some(Change::Closed), "whoever failed asks no more");
+    for failure in 0..4 {
+        assert_eq!(fails(&mut state, failure), None);
+    }
+}
+
+#[test]
+fn failures_are_in_a_row_since_the_last_refusal() {
+    for before in 1..5 {
+        let (mut state, now) = (State::new(), Instant::now());
+        for name in 0..before {
+            assert_eq!(state.failed(Some(another()), &task(&name.to_string()), now, now), None);
+        }
+        assert_eq!(state.refused(own(), now, now), None);
+        assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
+    }
 }
 
 #[test]
@@ -722,7 +732,7 @@ impl Model {
             self.unheard[usize::from(whose)] = None;
             self.is_reached();
         }
-        if change.is_some() {
+        if is_news && !is_contradicted {
             self.failing.clear();
             self.back = self.back.max(Some(asked));
         }
