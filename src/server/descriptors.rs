@@ -10,8 +10,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::Limits;
 
-/// Descriptors that no limit counts: a third each for connections at the admin port, for those being turned away, and for
-/// listeners, runtimes, files and look-ups of names.
+/// Descriptors that no limit counts: 64 for connections at the admin port, as many for those being turned away, and the rest
+/// for listeners, runtimes, files and look-ups of names. Where there is less to spare, fewer are turned away with a word.
 const SPARE: u64 = 192;
 
 /// Raises the soft limit to the hard one; says how many descriptors this process may now have.

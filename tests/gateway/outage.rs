@@ -518,6 +518,39 @@ async fn an_upstream_that_refuses_whoever_asks_is_back() {
     }
 }
 
+/// An account that failed and is refused now shows that upstream is back, as an answer does.
+#[tokio::test(start_paused = true)]
+async fn many_that_are_refused_hold_up_nobody_whom_upstream_answers_again() {
+    let behaviour = Behaviour {
+        to_key: |key, _| {
+            let no_credits = serde_json::json!({ "code": 402, "message": "none", "data": null });
+            key.starts_with("ak_refused").then(|| json(&no_credits))
+        },
+        ..away_for_a_minute(Away::Status(503))
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let start = Instant::now();
+    for number in 0..20 {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move {
+            sleep(seconds(AWAY) + seconds(0.1) * number).await;
+            loop {
+                gateway.poll(&format!("ak_refused_{number}"), "a").await;
+                sleep(seconds(2.0)).await;
+            }
+        });
+    }
+    sleep(seconds(AWAY)).await;
+    for number in 0.. {
+        if gateway.poll(KEY, &format!("task-{}", number % 7)).await.status == 200 {
+            break;
+        }
+        sleep(seconds(0.3)).await;
+    }
+    let served = start.elapsed();
+    assert!(served > seconds(BACK) && served < seconds(BACK + 5.0), "{served:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_outage_is_seen_of_which_one_account_hears_first() {
     let gateway = Arc::new(Paused::start(away_for_a_minute(Away::Status(503)), |_| {}));

@@ -31,14 +31,18 @@ struct Known {
     account: AccountId,
     /// When the latest query that was answered was begun.
     answered: Option<Instant>,
-    /// How many were answered since the last failure, up to [`MOST_FAILURES`].
+    /// How many more were answered lately than failed, from 0 to [`MOST_FAILURES`].
     answers: u32,
     /// How many have failed since the last answer, up to [`MOST_FAILURES`].
     failures: u32,
     /// When the latest of these was begun.
     failed: Option<Instant>,
-    /// When the latest that failed was begun, if nothing was heard since, not even a refusal.
-    unheard: Option<Instant>,
+    /// When the latest of all that failed was begun.
+    last_failed: Option<Instant>,
+    /// When the latest to which anything else was said was begun, be it a refusal.
+    heard: Option<Instant>,
+    /// Whether that was a refusal, and nothing came since.
+    is_refused: bool,
     /// Whether somebody else was answered who asked after so many failures.
     is_in_trouble: bool,
 }
@@ -51,20 +55,37 @@ impl Known {
             answers: 0,
             failures: 0,
             failed: None,
-            unheard: None,
+            last_failed: None,
+            heard: None,
+            is_refused: false,
             is_in_trouble: false,
         }
+    }
+
+    fn fails(&mut self, asked: Instant) {
+        self.last_failed = self.last_failed.max(Some(asked));
+        self.is_refused = false;
+    }
+
+    fn hears(&mut self, asked: Instant, is_refusal: bool) {
+        self.heard = self.heard.max(Some(asked));
+        self.is_refused = is_refusal;
+    }
+
+    /// When the latest that failed was begun, if nothing was heard that was asked for since, not even a refusal.
+    fn unheard(&self) -> Option<Instant> {
+        self.last_failed.filter(|failed| Some(*failed) > self.heard)
     }
 }
 
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// as often itself, or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
+    /// so much more often itself, or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
     pub(super) fn failed(&mut self, account: AccountId, asked: Instant) -> bool {
         let mut known = self.take(account);
-        known.answers = 0;
-        known.unheard = known.unheard.max(Some(asked));
+        known.fails(asked);
+        known.answers = known.answers.saturating_sub(1);
         if known.failures < MOST_FAILURES {
             known.failures += 1;
             known.failed = known.failed.max(Some(asked));
@@ -77,7 +98,7 @@ impl Accounts {
     /// The same while the breaker is open: a failure that is expected says nothing of the account.
     pub(super) fn still_fails(&mut self, account: AccountId, asked: Instant) {
         let mut known = self.take(account);
-        known.unheard = known.unheard.max(Some(asked));
+        known.fails(asked);
         self.put(known);
     }
 
@@ -85,10 +106,10 @@ impl Accounts {
     pub(super) fn answered(&mut self, account: AccountId, asked: Instant) {
         let mut known = self.take(account);
         known.answered = known.answered.max(Some(asked));
+        known.hears(asked, false);
         known.answers = MOST_FAILURES.min(known.answers + 1);
         known.failures = 0;
         known.failed = None;
-        known.unheard = None;
         known.is_in_trouble &= known.answers < MOST_FAILURES;
         for other in &mut self.0 {
             other.is_in_trouble |= other.failures == MOST_FAILURES && other.failed < Some(asked);
@@ -96,11 +117,19 @@ impl Accounts {
         self.put(known);
     }
 
-    /// A query of `account` was answered by what tells nothing of its task.
-    pub(super) fn refused(&mut self, account: AccountId) {
+    /// A query of `account` that was begun at `asked` was answered by what tells nothing of its task: whether the account had
+    /// failed before, so that this is a change.
+    pub(super) fn refused(&mut self, account: AccountId, asked: Instant) -> bool {
         let mut known = self.take(account);
-        known.unheard = None;
+        let had_failed = known.unheard().is_some_and(|failed| failed < asked);
+        known.hears(asked, true);
         self.put(known);
+        had_failed
+    }
+
+    /// Whether the last that came of `account` was a refusal: to ask for it again would tell as little.
+    pub(super) fn is_refused(&self, account: AccountId) -> bool {
+        self.0.iter().any(|known| known.account == account && known.is_refused)
     }
 
     /// Whether another account than `account` has failed [`TROUBLE`] before `asked`, or since, and heard nothing afterwards.
@@ -108,7 +137,7 @@ impl Accounts {
         let lately = |failed| asked.saturating_duration_since(failed) < TROUBLE;
         self.0
             .iter()
-            .any(|known| known.account != account && known.unheard.is_some_and(lately))
+            .any(|known| known.account != account && known.unheard().is_some_and(lately))
     }
 
     /// Whether another account than `account` was answered what it asked `within` so long before `asked`, or since.
@@ -177,21 +206,36 @@ mod tests {
     }
 
     #[test]
-    fn an_account_is_out_of_trouble_once_it_is_answered_five_times_in_a_row() {
+    fn an_account_is_out_of_trouble_once_far_more_is_answered_than_fails() {
+        // So many answers to a failure.
+        for (answers, gets_out) in [(1, false), (2, true), (5, true)] {
+            let (mut accounts, [a, b]) = accounts();
+            let now = Instant::now();
+            for _ in 0..5 {
+                accounts.failed(a, now);
+            }
+            accounts.answered(b, now + MS);
+            let is_out = (0..10).any(|_| {
+                for _ in 0..answers {
+                    accounts.answered(a, now + 2 * MS);
+                }
+                accounts.failed(a, now + 2 * MS)
+            });
+            assert_eq!(is_out, gets_out, "{answers}");
+        }
+    }
+
+    #[test]
+    fn an_account_is_refused_until_anything_else_comes() {
         let (mut accounts, [a, b]) = accounts();
         let now = Instant::now();
-        for _ in 0..5 {
-            accounts.failed(a, now);
+        for other in [Accounts::answered, Accounts::still_fails] {
+            assert!(!accounts.is_refused(a));
+            accounts.refused(a, now);
+            assert!(accounts.is_refused(a) && !accounts.is_refused(b));
+            other(&mut accounts, a, now);
         }
-        accounts.answered(b, now + MS);
-        for answer in 0..9 {
-            assert!(!accounts.failed(a, now + 2 * MS) || answer > 4, "{answer}");
-            for _ in 0..answer {
-                accounts.answered(a, now + 2 * MS);
-            }
-            accounts.answered(b, now + 2 * MS);
-        }
-        assert!(accounts.failed(a, now + 3 * MS));
+        assert!(!accounts.is_refused(a));
     }
 
     #[test]
@@ -205,10 +249,18 @@ mod tests {
         assert!(!accounts.others_hear_nothing(b, now), "only another's");
         accounts.still_fails(b, now + MS);
         assert!(accounts.others_hear_nothing(a, now + TROUBLE));
-        accounts.refused(b);
+        assert!(!accounts.refused(b, now));
+        assert!(accounts.others_hear_nothing(a, now), "that was asked for before");
+        assert!(accounts.refused(b, now + 2 * MS), "a change");
+        assert!(!accounts.refused(b, now + 2 * MS));
         assert!(!accounts.others_hear_nothing(a, now));
-        accounts.failed(b, now);
-        accounts.answered(b, now);
+        accounts.still_fails(b, now);
+        assert!(
+            !accounts.others_hear_nothing(a, now),
+            "an old failure that comes in late"
+        );
+        accounts.failed(b, now + 2 * MS);
+        accounts.answered(b, now + 2 * MS);
         assert!(!accounts.others_hear_nothing(a, now));
     }
 

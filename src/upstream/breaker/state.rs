@@ -193,15 +193,16 @@ impl State {
     }
 
     /// An attempt of `account`, begun at `asked`, got an answer that tells nothing of its task: a refusal of the key or of the
-    /// rate may come from something that stands before the API, and is there without it. So where somebody else lately failed,
-    /// and has heard nothing since, it closes nothing, and failures are in a row only since then, but are not forgotten.
+    /// rate may come from something that stands before the API, and is there without it. So where the account had not failed,
+    /// and somebody else lately has and heard nothing since, it closes nothing, and failures are in a row only since then, but
+    /// are not forgotten.
     pub(super) fn refused(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
         let was_open = self.is_open();
         if self.is_old_news(asked) {
             return None;
         }
-        self.accounts.refused(account);
-        if self.accounts.others_hear_nothing(account, asked) {
+        let is_change = self.accounts.refused(account, asked);
+        if !is_change && self.accounts.others_hear_nothing(account, asked) {
             self.enough = MOST_BESIDE_REFUSALS.min(self.failures.saturating_add(MOST_FAILURES));
             self.reached(now);
             return None;
@@ -284,9 +285,13 @@ impl State {
     /// Makes `task` of `account` the next to be probed, unless another goes first: one that is polled seldom is not there
     /// when a probe is due. They are told when it starts, or the sender is dropped.
     pub(super) fn line_up(&mut self, account: AccountId, task: &TaskId) -> Option<oneshot::Receiver<Probe>> {
+        let is_refused = |account| self.accounts.is_refused(account);
+        // However many are refused, nobody else waits behind them all.
+        let was_refused = self.probed.back().is_some_and(|(last, _)| is_refused(*last));
+        let rank = |account, task: &TaskId| (was_refused && is_refused(account), self.last_probed(account, task));
         let goes_first = |other: &Candidate| {
             // Whoever has gone would let the probe go to waste.
-            !other.turn.is_closed() && self.last_probed(other.account, &other.task) <= self.last_probed(account, task)
+            !other.turn.is_closed() && rank(other.account, &other.task) <= rank(account, task)
         };
         if !self.is_open() || self.candidate.as_ref().is_some_and(goes_first) {
             return None;

@@ -140,6 +140,33 @@ fn what_refuses_another_accounts_key_says_nothing_against_an_outage() {
 }
 
 #[test]
+fn of_many_that_are_refused_no_two_are_probed_in_a_row_while_another_waits() {
+    static IDS: LazyLock<AccountIds> = LazyLock::new(AccountIds::default);
+    let (mut state, mut at) = opened();
+    state.failed(Some(another()), &task("x"), at, at);
+    let refused: Vec<_> = (0..10).map(|number| IDS.listed(&format!("refused {number}"))).collect();
+    let mut probed = Vec::new();
+    for account in &refused {
+        assert_eq!(state.refused(*account, at, at), None);
+    }
+    for _ in 0..20 {
+        at += PROBE_INTERVAL;
+        for account in &refused {
+            std::mem::forget(state.line_up(*account, &task("x")));
+        }
+        poll(&mut state, another(), &task("x"), at).unwrap();
+        let account = state.probed.back().unwrap().0;
+        if refused.contains(&account) {
+            assert_eq!(state.refused(account, at, at), None);
+        }
+        end_probe(&mut state);
+        probed.push(account);
+    }
+    assert!(probed.windows(2).all(|two| two.contains(&another())), "{probed:?}");
+    assert!(refused.iter().all(|account| probed.contains(account)), "{probed:?}");
+}
+
+#[test]
 fn failures_are_in_a_row_since_the_last_refusal() {
     for before in 1..5 {
         let (mut state, now) = (State::new(), Instant::now());
@@ -152,17 +179,17 @@ fn failures_are_in_a_row_since_the_last_refusal() {
 }
 
 #[test]
-fn a_refusal_closes_it_where_nobody_else_fails() {
+fn a_refusal_closes_it_where_nobody_else_fails_or_the_account_has() {
     let (mut state, now) = opened();
     assert_eq!(state.refused(own(), now - MS, now + MS), None, "from before");
+    assert_eq!(state.refused(another(), now + MS, now + MS), None);
     assert_eq!(state.refused(own(), now + MS, now + MS), Some(Change::Closed));
-    let (mut state, now) = (State::new(), Instant::now());
-    assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
-    state.failed(Some(own()), &task("a"), now + MS, now + MS);
-    assert_eq!(state.refused(own(), now + 2 * MS, now + 2 * MS), None);
+    let (mut state, now) = opened();
+    state.failed(Some(another()), &task("b"), now, now);
     assert_eq!(
-        state.refused(another(), now + 2 * MS, now + 2 * MS),
-        Some(Change::Closed)
+        state.refused(another(), now + MS, now + MS),
+        Some(Change::Closed),
+        "that it is refused is new"
     );
 }
 
@@ -589,8 +616,9 @@ struct Model {
     failing: Vec<(bool, u8)>,
     /// When an account asked last what was answered.
     answered: [Option<Instant>; 2],
-    /// When it asked last what failed, if it heard nothing since.
-    unheard: [Option<Instant>; 2],
+    /// When it asked last what failed, and what anything else was said to.
+    failed: [Option<Instant>; 2],
+    heard: [Option<Instant>; 2],
     /// When somebody asked last what showed that upstream is there.
     back: Option<Instant>,
     probing: bool,
@@ -610,7 +638,8 @@ impl Model {
             opened: None,
             failing: Vec::new(),
             answered: [None; 2],
-            unheard: [None; 2],
+            failed: [None; 2],
+            heard: [None; 2],
             back: None,
             probing: false,
             last_probe: None,
@@ -683,7 +712,7 @@ impl Model {
     fn fails(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
         self.failing.push((whose, name));
         if self.state.is_open() || self.back.is_none_or(|back| asked >= back) {
-            let last = &mut self.unheard[usize::from(whose)];
+            let last = &mut self.failed[usize::from(whose)];
             *last = (*last).max(Some(asked));
         }
         let account = Self::account(whose);
@@ -712,7 +741,8 @@ impl Model {
         if is_news || !was_open {
             let last = &mut self.answered[usize::from(whose)];
             *last = (*last).max(Some(asked));
-            self.unheard[usize::from(whose)] = None;
+            let heard = &mut self.heard[usize::from(whose)];
+            *heard = (*heard).max(Some(asked));
             self.failing.clear();
             self.back = self.back.max(Some(asked));
             prop_assert!(!self.state.is_open());
@@ -726,10 +756,16 @@ impl Model {
         let change = self.state.refused(Self::account(whose), asked, self.now);
         let is_news = !was_open || self.opened.is_some_and(|opened| asked >= opened);
         let lately = |failed| asked.saturating_duration_since(failed) < Duration::from_mins(1);
-        let is_contradicted = self.unheard[usize::from(!whose)].is_some_and(lately);
+        let unheard = |whose: bool| {
+            let (failed, heard) = (self.failed[usize::from(whose)], self.heard[usize::from(whose)]);
+            failed.filter(|_| failed > heard)
+        };
+        let is_change = unheard(whose).is_some_and(|failed| failed < asked);
+        let is_contradicted = !is_change && unheard(!whose).is_some_and(lately);
         prop_assert_eq!(change.is_some(), was_open && is_news && !is_contradicted);
         if is_news {
-            self.unheard[usize::from(whose)] = None;
+            let heard = &mut self.heard[usize::from(whose)];
+            *heard = (*heard).max(Some(asked));
             self.is_reached();
         }
         if is_news && !is_contradicted {
