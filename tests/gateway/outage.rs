@@ -463,7 +463,7 @@ async fn a_key_that_is_refused_hides_no_outage() {
         let (mut polls, mut waited) = (JoinSet::new(), JoinSet::new());
         for number in 0..1000 {
             let at = seconds(f64::from(number) / 10.0);
-            if number % 30 == 0 {
+            if number % 7 == 0 {
                 let gateway = Arc::clone(&gateway);
                 polls.spawn(async move {
                     sleep(at).await;
@@ -546,6 +546,38 @@ async fn many_that_are_refused_hold_up_nobody_whom_upstream_answers_again() {
             break;
         }
         sleep(seconds(0.3)).await;
+    }
+    let served = start.elapsed();
+    assert!(served > seconds(BACK) && served < seconds(BACK + 5.0), "{served:?}");
+}
+
+/// Anybody can make up keys, and what stands before upstream refuses them all the time.
+#[tokio::test(start_paused = true)]
+async fn made_up_keys_keep_nobody_waiting_whom_upstream_answers_again() {
+    let behaviour = Behaviour {
+        to_key: |key, at| {
+            let code = match key {
+                KEY => (seconds(AWAY)..seconds(BACK)).contains(&at).then_some(503),
+                _ => Some(401),
+            };
+            code.map(|code| json(&serde_json::json!({ "code": code, "message": "no", "data": null })))
+        },
+        ..Behaviour::default()
+    };
+    let gateway = Arc::new(Paused::start(behaviour, |_| {}));
+    let start = Instant::now();
+    let strangers = Arc::clone(&gateway);
+    tokio::spawn(async move {
+        for number in 0.. {
+            strangers.poll(&format!("ak_made_up_{number}"), "a").await;
+            sleep(seconds(0.5)).await;
+        }
+    });
+    sleep(seconds(AWAY)).await;
+    let mut number = 0;
+    while gateway.poll(KEY, &format!("task-{number}")).await.json()["code"] != 200 {
+        number += 1;
+        sleep(seconds(0.2)).await;
     }
     let served = start.elapsed();
     assert!(served > seconds(BACK) && served < seconds(BACK + 5.0), "{served:?}");

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::state::{FORGOTTEN_AFTER, MOST_FAILURES};
 use crate::account::AccountId;
+use crate::task::TaskId;
 
 /// So long after an account asked what was answered, another's failures alone are its own.
 pub(super) const LATELY: Duration = Duration::from_secs(2);
@@ -31,7 +32,7 @@ struct Known {
     account: AccountId,
     /// When the latest query that was answered was begun.
     answered: Option<Instant>,
-    /// How many more were answered lately than failed, from 0 to [`MOST_FAILURES`].
+    /// How many were answered since another task failed than the one that had failed last, up to [`MOST_FAILURES`].
     answers: u32,
     /// How many have failed since the last answer, up to [`MOST_FAILURES`].
     failures: u32,
@@ -39,10 +40,12 @@ struct Known {
     failed: Option<Instant>,
     /// When the latest of all that failed was begun.
     last_failed: Option<Instant>,
+    /// The task that failed last.
+    failing: Option<TaskId>,
+    /// Whether another has failed since anything was heard.
+    several_fail: bool,
     /// When the latest to which anything else was said was begun, be it a refusal.
     heard: Option<Instant>,
-    /// Whether that was a refusal, and nothing came since.
-    is_refused: bool,
     /// Whether somebody else was answered who asked after so many failures.
     is_in_trouble: bool,
 }
@@ -56,20 +59,25 @@ impl Known {
             failures: 0,
             failed: None,
             last_failed: None,
+            failing: None,
+            several_fail: false,
             heard: None,
-            is_refused: false,
             is_in_trouble: false,
         }
     }
 
-    fn fails(&mut self, asked: Instant) {
+    fn fails(&mut self, task: &TaskId, asked: Instant) {
         self.last_failed = self.last_failed.max(Some(asked));
-        self.is_refused = false;
+        if self.failing.as_ref() != Some(task) {
+            self.several_fail |= self.failing.replace(task.clone()).is_some();
+            // A task that always fails keeps the account in trouble no longer than the others do.
+            self.answers = 0;
+        }
     }
 
-    fn hears(&mut self, asked: Instant, is_refusal: bool) {
+    fn hears(&mut self, asked: Instant) {
         self.heard = self.heard.max(Some(asked));
-        self.is_refused = is_refusal;
+        self.several_fail = false;
     }
 
     /// When the latest that failed was begun, if nothing was heard that was asked for since, not even a refusal.
@@ -81,11 +89,10 @@ impl Known {
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// so much more often itself, or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
-    pub(super) fn failed(&mut self, account: AccountId, asked: Instant) -> bool {
+    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
+    pub(super) fn failed(&mut self, account: AccountId, task: &TaskId, asked: Instant) -> bool {
         let mut known = self.take(account);
-        known.fails(asked);
-        known.answers = known.answers.saturating_sub(1);
+        known.fails(task, asked);
         if known.failures < MOST_FAILURES {
             known.failures += 1;
             known.failed = known.failed.max(Some(asked));
@@ -96,9 +103,9 @@ impl Accounts {
     }
 
     /// The same while the breaker is open: a failure that is expected says nothing of the account.
-    pub(super) fn still_fails(&mut self, account: AccountId, asked: Instant) {
+    pub(super) fn still_fails(&mut self, account: AccountId, task: &TaskId, asked: Instant) {
         let mut known = self.take(account);
-        known.fails(asked);
+        known.fails(task, asked);
         self.put(known);
     }
 
@@ -106,7 +113,7 @@ impl Accounts {
     pub(super) fn answered(&mut self, account: AccountId, asked: Instant) {
         let mut known = self.take(account);
         known.answered = known.answered.max(Some(asked));
-        known.hears(asked, false);
+        known.hears(asked);
         known.answers = MOST_FAILURES.min(known.answers + 1);
         known.failures = 0;
         known.failed = None;
@@ -118,26 +125,35 @@ impl Accounts {
     }
 
     /// A query of `account` that was begun at `asked` was answered by what tells nothing of its task: whether the account had
-    /// failed before, so that this is a change.
+    /// failed before, so that this is a change. One that has never been anything but refused is not remembered: there may be
+    /// any number of such keys.
     pub(super) fn refused(&mut self, account: AccountId, asked: Instant) -> bool {
-        let mut known = self.take(account);
+        let Some(known) = self.0.iter_mut().find(|known| known.account == account) else {
+            return false;
+        };
         let had_failed = known.unheard().is_some_and(|failed| failed < asked);
-        known.hears(asked, true);
-        self.put(known);
+        known.hears(asked);
         had_failed
     }
 
-    /// Whether the last that came of `account` was a refusal: to ask for it again would tell as little.
-    pub(super) fn is_refused(&self, account: AccountId) -> bool {
-        self.0.iter().any(|known| known.account == account && known.is_refused)
-    }
-
-    /// Whether another account than `account` has failed [`TROUBLE`] before `asked`, or since, and heard nothing afterwards.
-    pub(super) fn others_hear_nothing(&self, account: AccountId, asked: Instant) -> bool {
-        let lately = |failed| asked.saturating_duration_since(failed) < TROUBLE;
+    /// Whether `account` has failed, and heard nothing since.
+    pub(super) fn hears_nothing(&self, account: AccountId) -> bool {
         self.0
             .iter()
-            .any(|known| known.account != account && known.unheard().is_some_and(lately))
+            .any(|known| known.account == account && known.unheard().is_some())
+    }
+
+    /// Whether other accounts than `account` have failed [`TROUBLE`] before `asked`, or since, with at least two tasks, and heard
+    /// nothing afterwards.
+    pub(super) fn others_hear_nothing(&self, account: AccountId, asked: Instant) -> bool {
+        let lately = |failed| asked.saturating_duration_since(failed) < TROUBLE;
+        let mut others = self
+            .0
+            .iter()
+            .filter(|known| known.account != account && known.unheard().is_some_and(lately));
+        others
+            .next()
+            .is_some_and(|first| first.several_fail || others.next().is_some())
     }
 
     /// Whether another account than `account` was answered what it asked `within` so long before `asked`, or since.
@@ -169,6 +185,10 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn task(name: &str) -> TaskId {
+        TaskId::new(name).unwrap()
+    }
+
     fn accounts<const N: usize>() -> (Accounts, [AccountId; N]) {
         let ids = AccountIds::default();
         (Accounts::default(), std::array::from_fn(|n| ids.listed(&n.to_string())))
@@ -196,72 +216,77 @@ mod tests {
         let now = Instant::now();
         for failure in 0..5 {
             accounts.answered(b, now + failure * MS);
-            assert!(accounts.failed(a, now + failure * MS));
+            assert!(accounts.failed(a, &task("a"), now + failure * MS));
         }
         accounts.answered(b, now + 4 * MS);
-        assert!(accounts.failed(a, now + 5 * MS), "that was asked for before");
+        assert!(
+            accounts.failed(a, &task("a"), now + 5 * MS),
+            "that was asked for before"
+        );
         accounts.answered(b, now + 5 * MS);
-        assert!(!accounts.failed(a, now + 6 * MS));
-        assert!(accounts.failed(b, now + 6 * MS));
+        assert!(!accounts.failed(a, &task("a"), now + 6 * MS));
+        assert!(accounts.failed(b, &task("a"), now + 6 * MS));
     }
 
     #[test]
-    fn an_account_is_out_of_trouble_once_far_more_is_answered_than_fails() {
-        // So many answers to a failure.
-        for (answers, gets_out) in [(1, false), (2, true), (5, true)] {
+    fn an_account_is_out_of_trouble_once_it_is_answered_five_times_in_a_row_but_for_a_task_that_always_fails() {
+        for (tasks, gets_out) in [(&["a", "a"], true), (&["a", "b"], false)] {
             let (mut accounts, [a, b]) = accounts();
             let now = Instant::now();
             for _ in 0..5 {
-                accounts.failed(a, now);
+                accounts.failed(a, &task("a"), now);
             }
             accounts.answered(b, now + MS);
-            let is_out = (0..10).any(|_| {
-                for _ in 0..answers {
-                    accounts.answered(a, now + 2 * MS);
-                }
-                accounts.failed(a, now + 2 * MS)
+            let is_out = (0..10).any(|round| {
+                accounts.answered(a, now + 2 * MS);
+                accounts.failed(a, &task(tasks[round % 2]), now + 2 * MS)
             });
-            assert_eq!(is_out, gets_out, "{answers}");
+            assert_eq!(is_out, gets_out, "{tasks:?}");
         }
     }
 
     #[test]
-    fn an_account_is_refused_until_anything_else_comes() {
-        let (mut accounts, [a, b]) = accounts();
+    fn however_many_keys_are_refused_nobody_is_forgotten_for_them() {
+        let (mut accounts, [a, b, refused @ ..]) = accounts::<200>();
         let now = Instant::now();
-        for other in [Accounts::answered, Accounts::still_fails] {
-            assert!(!accounts.is_refused(a));
-            accounts.refused(a, now);
-            assert!(accounts.is_refused(a) && !accounts.is_refused(b));
-            other(&mut accounts, a, now);
+        accounts.answered(b, now);
+        for refused in refused {
+            accounts.refused(refused, now);
         }
-        assert!(!accounts.is_refused(a));
+        assert!(accounts.others_were_answered(a, now, LATELY));
     }
 
     #[test]
     fn an_account_hears_nothing_from_a_failure_on_until_anything_is_said_to_it() {
-        let (mut accounts, [a, b]) = accounts();
+        let (mut accounts, [a, b, c]) = accounts();
         let now = Instant::now();
+        let fails = |accounts: &mut Accounts, at| {
+            accounts.failed(b, &task("a"), at);
+            accounts.failed(b, &task("b"), at);
+        };
         assert!(!accounts.others_hear_nothing(a, now));
-        accounts.failed(b, now);
+        fails(&mut accounts, now);
         assert!(accounts.others_hear_nothing(a, now + TROUBLE - MS));
         assert!(!accounts.others_hear_nothing(a, now + TROUBLE));
         assert!(!accounts.others_hear_nothing(b, now), "only another's");
-        accounts.still_fails(b, now + MS);
+        accounts.still_fails(b, &task("a"), now + MS);
         assert!(accounts.others_hear_nothing(a, now + TROUBLE));
         assert!(!accounts.refused(b, now));
-        assert!(accounts.others_hear_nothing(a, now), "that was asked for before");
+        assert!(accounts.hears_nothing(b), "that was asked for before");
         assert!(accounts.refused(b, now + 2 * MS), "a change");
         assert!(!accounts.refused(b, now + 2 * MS));
+        assert!(!accounts.hears_nothing(b));
+        fails(&mut accounts, now);
+        assert!(!accounts.others_hear_nothing(a, now), "old failures that come in late");
+        fails(&mut accounts, now + 3 * MS);
+        assert!(accounts.others_hear_nothing(a, now));
+        accounts.answered(b, now + 3 * MS);
         assert!(!accounts.others_hear_nothing(a, now));
-        accounts.still_fails(b, now);
-        assert!(
-            !accounts.others_hear_nothing(a, now),
-            "an old failure that comes in late"
-        );
-        accounts.failed(b, now + 2 * MS);
-        accounts.answered(b, now + 2 * MS);
+        // One task says little of upstream, two accounts say more.
+        accounts.failed(b, &task("b"), now + 4 * MS);
         assert!(!accounts.others_hear_nothing(a, now));
+        accounts.failed(c, &task("b"), now + 4 * MS);
+        assert!(accounts.others_hear_nothing(a, now));
     }
 
     #[test]
@@ -269,13 +294,13 @@ mod tests {
         let (mut accounts, [a, b]) = accounts();
         let now = Instant::now();
         for _ in 0..5 {
-            accounts.failed(a, now);
+            accounts.failed(a, &task("a"), now);
         }
         accounts.answered(b, now + MS);
-        assert!(!accounts.failed(a, now + TROUBLE));
-        assert!(accounts.failed(a, now + TROUBLE + MS));
+        assert!(!accounts.failed(a, &task("a"), now + TROUBLE));
+        assert!(accounts.failed(a, &task("a"), now + TROUBLE + MS));
         accounts.answered(b, now + TROUBLE + MS);
-        assert!(!accounts.failed(a, now + TROUBLE + 2 * MS));
+        assert!(!accounts.failed(a, &task("a"), now + TROUBLE + 2 * MS));
     }
 
     #[test]
@@ -284,13 +309,13 @@ mod tests {
         let now = Instant::now();
         for round in 0..5 {
             let at = now + round * MS;
-            accounts.failed(a, at);
+            accounts.failed(a, &task("a"), at);
             for other in &others[..MOST_KNOWN - 1] {
                 accounts.answered(*other, at);
             }
         }
         accounts.answered(others[0], now + 5 * MS);
-        assert!(!accounts.failed(a, now + 6 * MS));
+        assert!(!accounts.failed(a, &task("a"), now + 6 * MS));
         for other in others {
             accounts.answered(other, now);
         }

@@ -96,6 +96,8 @@ pub(super) struct State {
     /// The tasks that were probed last, and whose they are, the last at the back: the next outage goes on where the last one
     /// ended, else whoever polls most would be probed first each time, though it may be what opens the breaker.
     probed: VecDeque<(AccountId, TaskId)>,
+    /// Whether the last that was heard while it is open was a refusal.
+    was_refused: bool,
     /// Of those that were kept back and not probed since, the one that goes first.
     candidate: Option<Candidate>,
     /// When anybody asked last.
@@ -124,6 +126,7 @@ impl State {
             probes: 0,
             next_probe: None,
             probed: VecDeque::new(),
+            was_refused: false,
             candidate: None,
             asked: None,
             connected: 0,
@@ -157,14 +160,15 @@ impl State {
     ) -> Option<Change> {
         if self.is_open() {
             if let Some(account) = account {
-                self.accounts.still_fails(account, asked);
+                self.accounts.still_fails(account, task, asked);
+                self.was_refused = false;
             }
             return None;
         }
         if self.answered.is_some_and(|answered| asked < answered) {
             return None;
         }
-        if account.is_some_and(|account| !self.accounts.failed(account, asked)) {
+        if account.is_some_and(|account| !self.accounts.failed(account, task, asked)) {
             return None;
         }
         self.failures = self.failures.saturating_add(1);
@@ -194,21 +198,27 @@ impl State {
 
     /// An attempt of `account`, begun at `asked`, got an answer that tells nothing of its task: a refusal of the key or of the
     /// rate may come from something that stands before the API, and is there without it. So where the account had not failed,
-    /// and somebody else lately has and heard nothing since, it closes nothing, and failures are in a row only since then, but
-    /// are not forgotten.
+    /// and others lately have and heard nothing since, it closes nothing, and failures are in a row only since then, but are not
+    /// forgotten.
     pub(super) fn refused(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
         let was_open = self.is_open();
         if self.is_old_news(asked) {
             return None;
         }
+        self.was_refused = true;
         let is_change = self.accounts.refused(account, asked);
+        self.reached(now);
         if !is_change && self.accounts.others_hear_nothing(account, asked) {
             self.enough = MOST_BESIDE_REFUSALS.min(self.failures.saturating_add(MOST_FAILURES));
-            self.reached(now);
+            return None;
+        }
+        self.forget_failures();
+        if !was_open {
+            // What others asked before may yet turn out to have failed, and be the first that tells.
             return None;
         }
         self.is_back(asked, now);
-        was_open.then_some(Change::Closed)
+        Some(Change::Closed)
     }
 
     /// Whether what was asked for at `asked` tells of the time before the outage.
@@ -285,10 +295,11 @@ impl State {
     /// Makes `task` of `account` the next to be probed, unless another goes first: one that is polled seldom is not there
     /// when a probe is due. They are told when it starts, or the sender is dropped.
     pub(super) fn line_up(&mut self, account: AccountId, task: &TaskId) -> Option<oneshot::Receiver<Probe>> {
-        let is_refused = |account| self.accounts.is_refused(account);
-        // However many are refused, nobody else waits behind them all.
-        let was_refused = self.probed.back().is_some_and(|(last, _)| is_refused(*last));
-        let rank = |account, task: &TaskId| (was_refused && is_refused(account), self.last_probed(account, task));
+        // However many are refused, nobody whom upstream may answer again waits behind them all.
+        let rank = |account, task: &TaskId| {
+            let is_later = self.was_refused && !self.accounts.hears_nothing(account);
+            (is_later, self.last_probed(account, task))
+        };
         let goes_first = |other: &Candidate| {
             // Whoever has gone would let the probe go to waste.
             !other.turn.is_closed() && rank(other.account, &other.task) <= rank(account, task)
@@ -386,6 +397,7 @@ impl State {
     fn open(&mut self, now: Instant) -> Change {
         self.phase = Phase::Open;
         self.opened = Some(now);
+        self.was_refused = false;
         self.forget_failures();
         self.next_probe = Some(now + PROBE_INTERVAL);
         Change::Opened
