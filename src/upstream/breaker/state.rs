@@ -5,8 +5,8 @@
 //! somebody wanted one. The pause behind an attempt that failed is part of these; the one behind an attempt that was given up
 //! is not: nobody knows what would have become of it. Evidence is weighed by when it was *asked for*: a time-out that comes in
 //! after upstream has recovered tells of the outage, and an answer that was on its way when the breaker opened does not close
-//! it. Nothing but an answer does, unless nobody has asked for a minute: then there is nobody to be kept from upstream, and
-//! nobody is told of an outage that may be over.
+//! it. Nothing but an answer does, and of answers that refuse only one that contradicts somebody's failures; unless nobody has
+//! asked for a minute: then there is nobody to be kept from upstream, and nobody is told of an outage that may be over.
 
 use std::collections::VecDeque;
 use std::time::Duration;
