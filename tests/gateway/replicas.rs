@@ -188,7 +188,8 @@ impl Replicas {
     }
 
     async fn idle_by(urls: Vec<String>, more: &str) -> Self {
-        let upstream = Simulator::start(&["--latency", "50ms"]).await;
+        // A pause that a replica hears of though it is cut off from its store for a moment, which a busy machine brings about.
+        let upstream = Simulator::start(&["--latency", "50ms", "--retry-after", "3"]).await;
         let silence = Arc::new(Mutex::new(Silence {
             since: Instant::now(),
             longest: Duration::ZERO,

@@ -67,12 +67,13 @@ impl Known {
     }
 
     fn fails(&mut self, task: &TaskId, asked: Instant) {
-        self.last_failed = self.last_failed.max(Some(asked));
         if self.failing.as_ref() != Some(task) {
-            self.several_fail |= self.failing.replace(task.clone()).is_some();
+            self.several_fail |= self.unheard().is_some();
+            self.failing = Some(task.clone());
             // A task that always fails keeps the account in trouble no longer than the others do.
             self.answers = 0;
         }
+        self.last_failed = self.last_failed.max(Some(asked));
     }
 
     fn hears(&mut self, asked: Instant) {
@@ -89,7 +90,8 @@ impl Known {
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`]: else the two would open and close the breaker for ever.
+    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`]: else the two would
+    /// open and close the breaker for ever.
     pub(super) fn failed(&mut self, account: AccountId, task: &TaskId, asked: Instant) -> bool {
         let mut known = self.take(account);
         known.fails(task, asked);
@@ -283,9 +285,9 @@ mod tests {
         accounts.answered(b, now + 3 * MS);
         assert!(!accounts.others_hear_nothing(a, now));
         // One task says little of upstream, two accounts say more.
-        accounts.failed(b, &task("b"), now + 4 * MS);
+        accounts.failed(b, &task("c"), now + 4 * MS);
         assert!(!accounts.others_hear_nothing(a, now));
-        accounts.failed(c, &task("b"), now + 4 * MS);
+        accounts.failed(c, &task("c"), now + 4 * MS);
         assert!(accounts.others_hear_nothing(a, now));
     }
 

@@ -719,9 +719,9 @@ impl Model {
         self.failing.push((whose, name));
         if self.state.is_open() || self.back.is_none_or(|back| asked >= back) {
             let whose = usize::from(whose);
+            let is_another = self.failed_task[whose].replace(name) != Some(name);
+            self.several_fail[whose] |= is_another && self.failed[whose] > self.heard[whose];
             self.failed[whose] = self.failed[whose].max(Some(asked));
-            let before = self.failed_task[whose].replace(name);
-            self.several_fail[whose] |= before.is_some_and(|before| before != name);
         }
         let account = Self::account(whose);
         let change = self
