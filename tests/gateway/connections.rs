@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -567,17 +568,19 @@ async fn a_connection_that_upstream_closes_while_it_waits_for_its_permit_costs_n
     }
 }
 
-/// Answers the first query of each connection, and ends with the second.
+/// Answers the first query of each connection, once there are two of them, and ends with the second.
 async fn upstream_of_one_answer_a_connection() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
+    let asked = watch::Sender::new(0);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
+            let asked = asked.clone();
             tokio::spawn(async move {
                 let mut client = Raw::over(stream);
                 client.head().await;
-                // Long enough that two who ask at once have a connection each.
-                sleep(Duration::from_millis(300)).await;
+                asked.send_modify(|asked| *asked += 1);
+                let _ = asked.subscribe().wait_for(|asked| *asked >= 2).await;
                 let body = br#"{"code":404,"message":"Task not found","data":null}"#;
                 client.send(response("200 OK", "", body)).await?;
                 client.head().await;
