@@ -24,6 +24,9 @@ use state::{Change, LONGEST_WITHOUT, State};
 /// How often whoever wants to probe looks whether it may.
 const NEXT_LOOK: Duration = Duration::from_millis(50);
 
+/// What the log says when an answer closes it.
+const BACK: &str = "upstream is back: the breaker is closed";
+
 /// What the upstream's health allows. Its changes are logged once each, here.
 #[derive(Debug)]
 pub struct Breaker {
@@ -116,14 +119,14 @@ impl Breaker {
     pub fn answered(&self, account: AccountId, asked: Instant) {
         let mut state = self.state.lock();
         let change = state.answered(account, asked, Instant::now());
-        self.note_back(change);
+        self.note_closed(change, BACK);
     }
 
     /// An attempt of `account`, begun at `asked`, got an answer that tells nothing of its task.
     pub fn refused(&self, account: AccountId, asked: Instant) {
         let mut state = self.state.lock();
         let change = state.refused(account, asked, Instant::now());
-        self.note_back(change);
+        self.note_closed(change, BACK);
     }
 
     /// An attempt of `account` for `task`, begun at `asked`, got an answer that says that upstream is unavailable.
@@ -182,10 +185,11 @@ impl Breaker {
     /// seconds.
     pub(super) fn sweep(&self, now: Instant) {
         let mut state = self.state.lock();
-        if state.forget(now) == Some(Change::Closed) {
-            self.show(false);
-            tracing::info!("nobody has asked for a minute: the breaker is closed, the next poll will tell");
-        }
+        let change = state.forget(now);
+        self.note_closed(
+            change,
+            "nobody has asked for a minute: the breaker is closed, the next poll will tell",
+        );
     }
 
     fn look(&self) {
@@ -208,10 +212,11 @@ impl Breaker {
         }
     }
 
-    fn note_back(&self, change: Option<Change>) {
+    /// The same for a change the other way, of which `why` tells.
+    fn note_closed(&self, change: Option<Change>, why: &str) {
         if change == Some(Change::Closed) {
             self.show(false);
-            tracing::info!("upstream is back: the breaker is closed");
+            tracing::info!("{why}");
         }
     }
 

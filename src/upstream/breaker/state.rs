@@ -192,7 +192,8 @@ impl State {
             return None;
         }
         self.accounts.answered(account, asked);
-        self.is_back(asked, now);
+        self.is_back(asked);
+        self.reached(now);
         was_open.then_some(Change::Closed)
     }
 
@@ -212,13 +213,13 @@ impl State {
             self.enough = MOST_BESIDE_REFUSALS.min(self.failures.saturating_add(MOST_FAILURES));
             return None;
         }
-        self.forget_failures();
-        if !was_open {
-            // What others asked before may yet turn out to have failed, and be the first that tells.
-            return None;
+        if was_open {
+            self.is_back(asked);
+        } else {
+            // And no more: what others asked before may yet turn out to have failed, and be the first that tells.
+            self.forget_failures();
         }
-        self.is_back(asked, now);
-        Some(Change::Closed)
+        was_open.then_some(Change::Closed)
     }
 
     /// Whether what was asked for at `asked` tells of the time before the outage.
@@ -226,11 +227,10 @@ impl State {
         self.is_open() && self.opened.is_some_and(|opened| asked < opened)
     }
 
-    fn is_back(&mut self, asked: Instant, now: Instant) {
+    fn is_back(&mut self, asked: Instant) {
         self.close();
         self.forget_failures();
         self.answered = self.answered.max(Some(asked));
-        self.reached(now);
     }
 
     /// Upstream was reached at `now`, be it by an answer that counts as a failure.
