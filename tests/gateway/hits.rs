@@ -2,12 +2,10 @@
 
 use std::time::Duration;
 
-use crun_gateway::account::ApiKey;
-use crun_gateway::config;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::paused::{Behaviour, Paused, json, running, success};
+use crate::harness::paused::{Behaviour, Paused, json, music, running, success};
 use crate::harness::raw::{self, RawReply};
 use crate::harness::{self, Gateway, KEY, Raw, Simulator, TASK_INFO};
 
@@ -138,20 +136,7 @@ async fn both_ways_take_the_same_for_a_key() {
 
 #[tokio::test(start_paused = true)]
 async fn both_ways_refuse_a_key_with_the_token_of_another() {
-    let listed = |text| config::Key {
-        key: ApiKey::new(text).unwrap(),
-        source: config::KeySource::Env("KEY".to_owned()),
-    };
-    let account = config::Account {
-        name: "music".to_owned(),
-        keys: vec![listed("ak_listed")],
-        clients: vec![config::Client {
-            name: "studio".to_owned(),
-            token: listed("token"),
-            weight: 1,
-            passthrough: false,
-        }],
-    };
+    let account = music("ak_listed", "token");
     let gateway = Paused::start(Behaviour::default(), |config| config.accounts = vec![account]);
     let mut client = gateway.connect(ROOM, CancellationToken::new());
     assert!(client.poll("ended").await.is(200));

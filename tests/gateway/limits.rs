@@ -93,20 +93,8 @@ async fn where_descriptors_are_few_a_change_names_what_was_changed_and_what_is_s
     );
 }
 
-#[tokio::test]
-async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() {
-    let upstream = quick().await;
-    let gateway = Gateway::start_with_descriptors(&upstream.url, "", 512, 512).await;
-    // A change of the configuration changes nothing of that.
-    gateway.reconfigure("max_accounts: 7");
-    let started = Instant::now();
-    while !gateway.log().contains("the changed configuration is taken over") {
-        assert!(started.elapsed() < PATIENCE);
-        sleep(Duration::from_millis(5)).await;
-    }
-    assert!(!gateway.log().contains("need a restart"), "{}", gateway.log());
-    // 512 less 192 for everything else, shared 10 to 1.
-    let fitting = 291;
+/// So many clients as are let in, each of which is served.
+async fn as_many_as_fit(gateway: &Gateway, fitting: u32) -> Vec<Raw<TcpStream>> {
     let limit = gateway.metric("crun_gateway_connections_limit").await;
     assert!((limit - f64::from(fitting)).abs() < 0.5, "{limit}");
     let mut let_in = Vec::new();
@@ -116,6 +104,19 @@ async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() 
     for client in &mut let_in {
         assert!(client.poll("ended.a").await.is(200));
     }
+    let_in
+}
+
+#[tokio::test]
+async fn where_descriptors_are_few_the_admin_port_and_those_let_in_are_served() {
+    let upstream = quick().await;
+    let gateway = Gateway::start_with_descriptors(&upstream.url, "", 512, 512).await;
+    // A change of the configuration changes nothing of that.
+    gateway.reconfigure("max_accounts: 7");
+    let log = gateway.logged("the changed configuration is taken over", 1).await;
+    assert!(!log.contains("need a restart"), "{log}");
+    // 512 less 192 for everything else, shared 10 to 1.
+    let mut let_in = as_many_as_fit(&gateway, 291).await;
     let mut too_many = Vec::new();
     for _ in 0..300 {
         too_many.push(Raw::connect(gateway.address).await);
@@ -143,16 +144,7 @@ async fn where_descriptors_are_few_those_turned_away_leave_some_for_upstream() {
     let upstream = Simulator::start(&["--latency", "0ms", "--close-after-response"]).await;
     let gateway = Gateway::start_with_descriptors(&upstream.url, "", 128, 128).await;
     // Half of 128 for everything else, the rest shared 10 to 1.
-    let fitting = 59;
-    let limit = gateway.metric("crun_gateway_connections_limit").await;
-    assert!((limit - f64::from(fitting)).abs() < 0.5, "{limit}");
-    let mut let_in = Vec::new();
-    for _ in 0..fitting {
-        let_in.push(Raw::connect(gateway.address).await);
-    }
-    for client in &mut let_in {
-        assert!(client.poll("ended.a").await.is(200));
-    }
+    let mut let_in = as_many_as_fit(&gateway, 59).await;
     let mut too_many = Vec::new();
     for _ in 0..300 {
         too_many.push(Raw::connect(gateway.address).await);
@@ -207,11 +199,10 @@ async fn an_accept_without_descriptors_waits_and_does_not_spin() {
     assert_eq!(said, 1, "{log}");
     drop(clients);
     // Once it has seen them go, there is room again.
-    let started = Instant::now();
-    while poll(gateway.address, "ended.a").await.status != 200 {
-        assert!(started.elapsed() < PATIENCE);
-        sleep(Duration::from_millis(5)).await;
-    }
+    until("there is room", async || {
+        poll(gateway.address, "ended.a").await.status == 200
+    })
+    .await;
     assert_eq!(gateway.admin("/readyz").await.0, 200);
 }
 

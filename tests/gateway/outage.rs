@@ -324,7 +324,7 @@ async fn one_task_that_always_fails_never_opens_it() {
 #[tokio::test(start_paused = true)]
 async fn one_task_that_always_fails_does_not_keep_it_open() {
     let answer = |_: usize, task: &str| match task {
-        "bad" => json(&serde_json::json!({ "code": 502, "message": "no", "data": null })),
+        "bad" => says(502),
         _ => running(task),
     };
     let behaviour = Behaviour {
@@ -368,10 +368,15 @@ async fn an_answer_too_large_to_be_read_shows_that_upstream_is_back() {
     gateway.poll(KEY, "a").await.assert_is_our_error(502);
 }
 
+/// HTTP 200, and this code in the body.
+fn says(code: u16) -> Response<Full<Bytes>> {
+    json(&serde_json::json!({ "code": code, "message": "no", "data": null }))
+}
+
 /// Upstream says 503 to tasks that are named so, except to every tenth where `sometimes`.
 fn failing(task: &str, sometimes: bool) -> Response<Full<Bytes>> {
     if task.starts_with("fails") && !(sometimes && task.ends_with('9')) {
-        json(&serde_json::json!({ "code": 503, "message": "no", "data": null }))
+        says(503)
     } else {
         running(task)
     }
@@ -453,7 +458,7 @@ async fn a_key_that_is_refused_hides_no_outage() {
     for varies in [|_: &str| Duration::ZERO, hangs] {
         let behaviour = Behaviour {
             answer: |_, task| match task {
-                "refused" => json(&serde_json::json!({ "code": 401, "message": "no", "data": null })),
+                "refused" => says(401),
                 _ => failing(task, false),
             },
             varies,
@@ -498,10 +503,7 @@ async fn a_key_that_is_refused_hides_no_outage() {
 async fn an_upstream_that_refuses_whoever_asks_is_back() {
     for keys in [&["ak_a"][..], &["ak_a", "ak_b", "ak_c"]] {
         let behaviour = Behaviour {
-            to_key: |_, at| {
-                let no_credits = serde_json::json!({ "code": 402, "message": "none", "data": null });
-                (at > seconds(BACK)).then(|| json(&no_credits))
-            },
+            to_key: |_, at| (at > seconds(BACK)).then(|| says(402)),
             ..away_for_a_minute(Away::Status(503))
         };
         let gateway = Paused::start(behaviour, |_| {});
@@ -522,10 +524,7 @@ async fn an_upstream_that_refuses_whoever_asks_is_back() {
 #[tokio::test(start_paused = true)]
 async fn many_that_are_refused_hold_up_nobody_whom_upstream_answers_again() {
     let behaviour = Behaviour {
-        to_key: |key, _| {
-            let no_credits = serde_json::json!({ "code": 402, "message": "none", "data": null });
-            key.starts_with("ak_refused").then(|| json(&no_credits))
-        },
+        to_key: |key, _| key.starts_with("ak_refused").then(|| says(402)),
         ..away_for_a_minute(Away::Status(503))
     };
     let gateway = Arc::new(Paused::start(behaviour, |_| {}));
@@ -560,7 +559,7 @@ async fn made_up_keys_keep_nobody_waiting_whom_upstream_answers_again() {
                 KEY => (seconds(AWAY)..seconds(BACK)).contains(&at).then_some(503),
                 _ => Some(401),
             };
-            code.map(|code| json(&serde_json::json!({ "code": code, "message": "no", "data": null })))
+            code.map(says)
         },
         ..Behaviour::default()
     };

@@ -188,7 +188,7 @@ impl Replicas {
     }
 
     async fn idle_by(urls: Vec<String>, more: &str) -> Self {
-        // A pause that a replica hears of though it is cut off from its store for a moment, which a busy machine brings about.
+        // A replica that a busy machine has cut off from its store for a moment hears of a pause of so many seconds.
         let upstream = Simulator::start(&["--latency", "50ms", "--retry-after", "3"]).await;
         let silence = Arc::new(Mutex::new(Silence {
             since: Instant::now(),

@@ -6,8 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crun_gateway::account::ApiKey;
-use crun_gateway::config::{self, Config, KeySource};
+use crun_gateway::config::Config;
 use crun_gateway::gateway::Gateway as Inside;
 use crun_gateway::metrics::Metrics;
 use http::Method;
@@ -17,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::harness::client::{bare, poll_request};
-use crate::harness::paused::{Away, Behaviour, Paused, json as answer, running, success};
+use crate::harness::paused::{Away, Behaviour, Paused, json as answer, music, running, success};
 use crate::harness::{Gateway, KEY, Raw, Simulator, request};
 
 const GREEDY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
@@ -26,25 +25,9 @@ const MODEST: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 const LISTED_KEY: &str = "ak_listed_secret";
 const TOKEN: &str = "token_secret";
 
-fn key(text: &str) -> config::Key {
-    config::Key {
-        key: ApiKey::new(text).unwrap(),
-        source: KeySource::Env("KEY".to_owned()),
-    }
-}
-
 /// The account `music`, of which `studio` has a token.
 fn list_an_account(config: &mut Config) {
-    config.accounts = vec![config::Account {
-        name: "music".to_owned(),
-        keys: vec![key(LISTED_KEY)],
-        clients: vec![config::Client {
-            name: "studio".to_owned(),
-            token: key(TOKEN),
-            weight: 1,
-            passthrough: false,
-        }],
-    }];
+    config.accounts = vec![music(LISTED_KEY, TOKEN)];
 }
 
 async fn after(seconds: f64) {

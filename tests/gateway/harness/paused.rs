@@ -208,13 +208,9 @@ impl Paused {
 
     /// Takes over a configuration that lists these accounts, each with its keys.
     pub fn list(&self, accounts: &[(&str, &[&str])]) {
-        let key = |text: &&str| config::Key {
-            key: ApiKey::new(text).unwrap(),
-            source: config::KeySource::Env("KEY".to_owned()),
-        };
         let account = |(name, keys): &(&str, &[&str])| config::Account {
             name: (*name).to_owned(),
-            keys: keys.iter().map(key).collect(),
+            keys: keys.iter().map(|key| listed(key)).collect(),
             clients: Vec::new(),
         };
         self.configure(|config| config.accounts = accounts.iter().map(account).collect());
@@ -299,6 +295,28 @@ impl Wake for Planted {
         self.waker.wake_by_ref();
         let is_planted = self.planted.swap(false, Ordering::Relaxed);
         assert!(!is_planted, "a bug, planted");
+    }
+}
+
+/// A key or a token that the configuration lists.
+pub fn listed(text: &str) -> config::Key {
+    config::Key {
+        key: ApiKey::new(text).unwrap(),
+        source: config::KeySource::Env("KEY".to_owned()),
+    }
+}
+
+/// The account `music` with this key, of which `studio` has this token.
+pub fn music(key: &str, token: &str) -> config::Account {
+    config::Account {
+        name: "music".to_owned(),
+        keys: vec![listed(key)],
+        clients: vec![config::Client {
+            name: "studio".to_owned(),
+            token: listed(token),
+            weight: 1,
+            passthrough: false,
+        }],
     }
 }
 

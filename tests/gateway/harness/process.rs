@@ -12,7 +12,7 @@ use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 use super::client::{bare, request};
 use super::value_of;
@@ -21,13 +21,18 @@ use super::value_of;
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Waits until `is_so`; `what` is what a test that waits in vain says.
-pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let comes_true = async {
+pub async fn until(what: &str, is_so: impl AsyncFnMut() -> bool) {
+    assert!(comes_true(is_so).await, "in vain: {what}");
+}
+
+/// Waits until `is_so`: whether it ever is.
+async fn comes_true(mut is_so: impl AsyncFnMut() -> bool) -> bool {
+    let waiting = async {
         while !is_so().await {
             sleep(Duration::from_millis(5)).await;
         }
     };
-    assert!(timeout(PATIENCE, comes_true).await.is_ok(), "in vain: {what}");
+    timeout(PATIENCE, waiting).await.is_ok()
 }
 
 /// The path of the binary.
@@ -228,12 +233,7 @@ impl Gateway {
 
     /// Waits until so many lines with `text` are logged, and gives everything logged by then.
     pub async fn logged(&self, text: &str, times: usize) -> String {
-        let found = async {
-            while self.log().matches(text).count() < times {
-                sleep(Duration::from_millis(5)).await;
-            }
-        };
-        let is_there = timeout(PATIENCE, found).await.is_ok();
+        let is_there = comes_true(async || self.log().matches(text).count() >= times).await;
         let log = self.log();
         assert!(is_there, "not {times} times {text:?} in\n{log}");
         log
@@ -296,24 +296,18 @@ impl Gateway {
     }
 
     async fn comes_to(&self, series: &str, is_there: impl Fn(f64) -> bool) {
-        let patience = Instant::now() + PATIENCE;
-        loop {
-            let now = self.metric(series).await;
-            if is_there(now) {
-                return;
-            }
-            assert!(Instant::now() < patience, "{series} stays {now}\n{}", self.log());
-            sleep(Duration::from_millis(10)).await;
-        }
+        let mut now = f64::NAN;
+        let comes = comes_true(async || {
+            now = self.metric(series).await;
+            is_there(now)
+        });
+        assert!(comes.await, "{series} stays {now}\n{}", self.log());
     }
 
     /// Waits until it says that it stops.
     pub async fn drains(&self) {
-        let patience = Instant::now() + PATIENCE;
-        while self.admin("/readyz").await.0 != 503 {
-            assert!(Instant::now() < patience, "still ready\n{}", self.log());
-            sleep(Duration::from_millis(2)).await;
-        }
+        let stops = comes_true(async || self.admin("/readyz").await.0 == 503).await;
+        assert!(stops, "still ready\n{}", self.log());
     }
 }
 
@@ -412,14 +406,11 @@ impl Simulator {
 
     /// Waits until so many TaskInfo queries have arrived.
     pub async fn asked(&self, queries: u64) {
-        let patience = Instant::now() + PATIENCE;
-        loop {
-            let now = self.queries().await;
-            if now >= queries {
-                return;
-            }
-            assert!(Instant::now() < patience, "{now} queries, not {queries}");
-            sleep(Duration::from_millis(5)).await;
-        }
+        let mut now = 0;
+        let comes = comes_true(async || {
+            now = self.queries().await;
+            now >= queries
+        });
+        assert!(comes.await, "{now} queries, not {queries}");
     }
 }
