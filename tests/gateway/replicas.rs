@@ -3,7 +3,8 @@
 //!
 //! That no schedule of faults breaks the promise is played in simulated time, by the thousand (`src/shared/tests.rs`).
 //! Here it is seen once, fault by fault; `cargo test --test gateway -- --ignored replicas::again` goes on for ten
-//! minutes. A reply of the store that takes 10 ms is none, so they need a machine that is not busy with other things.
+//! minutes. A reply of the store counts for a third of the margin: 10 ms, where it is not said otherwise. What a busy
+//! machine makes of that is no fault, so most of them say otherwise.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -33,12 +34,19 @@ const LONGEST_SILENCE: Duration = Duration::from_millis(3500);
 /// Many more than the budget of a second.
 const CLIENTS: usize = 25;
 
+/// Replies may be late by 30 ms, and the whole budget is 13.76 a second.
+const PATIENT: &str = "budget: { margin: 90ms }";
+/// All of that, but for a moment.
+const WHOLE: f64 = 13.5;
+
 /// Replicas at work.
 struct Replicas {
     upstream: Simulator,
     store: Option<Store>,
     links: Vec<Link>,
     urls: Vec<String>,
+    /// Configuration of theirs, beside what they share.
+    more: String,
     gateways: Vec<Gateway>,
     /// One that is no replica, and is never asked for a task.
     beside: Gateway,
@@ -134,27 +142,27 @@ async fn poll_for_ever(address: SocketAddr, client: String) {
 impl Replicas {
     /// So many replicas under full load.
     async fn start(replicas: usize) -> Self {
-        Self::start_on(Store::start().await, replicas).await
+        Self::start_on(Store::start().await, replicas, PATIENT).await
     }
 
-    /// The same, with this store.
-    async fn start_on(store: Store, replicas: usize) -> Self {
+    /// The same, with this store and `more` configuration.
+    async fn start_on(store: Store, replicas: usize, more: &str) -> Self {
         let (mut urls, mut links) = (Vec::new(), Vec::new());
         for _ in 0..replicas {
-            let link = Link::to(store.address).await;
+            let link = Link::to(store.address);
             urls.push(format!("redis://{}", link.address));
             links.push(link);
         }
         Self {
             store: Some(store),
             links,
-            ..Self::start_by(urls).await
+            ..Self::start_by(urls, more).await
         }
     }
 
     /// One replica for each of these stores' URLs, under full load.
-    async fn start_by(urls: Vec<String>) -> Self {
-        let mut started = Self::idle_by(urls, "").await;
+    async fn start_by(urls: Vec<String>, more: &str) -> Self {
+        let mut started = Self::idle_by(urls, more).await;
         let listening = listen(started.upstream.address, Arc::clone(&started.silence));
         started.clients.spawn(listening);
         for (replica, gateway) in started.gateways.iter().enumerate() {
@@ -201,22 +209,22 @@ impl Replicas {
             store: None,
             links: Vec::new(),
             urls,
+            more: more.to_owned(),
             gateways: Vec::new(),
             clients: JoinSet::new(),
             silence,
             waits: Arc::default(),
         };
         for replica in 0..started.urls.len() {
-            let config = format!("{}\n{more}", started.config(replica));
-            let gateway = Gateway::start(&started.upstream.url, &config).await;
+            let gateway = Gateway::start(&started.upstream.url, &started.config(replica)).await;
             started.gateways.push(gateway);
         }
         started
     }
 
     fn config(&self, replica: usize) -> String {
-        let (replicas, url) = (self.urls.len(), &self.urls[replica]);
-        format!("shared: {{ max_replicas: {replicas}, url: '{url}' }}")
+        let (replicas, url, more) = (self.urls.len(), &self.urls[replica], &self.more);
+        format!("shared: {{ max_replicas: {replicas}, url: '{url}' }}\n{more}")
     }
 
     /// Polls of so many tasks at a replica, all at once; gives how long each took, and its answer.
@@ -370,11 +378,11 @@ impl Replicas {
     }
 }
 
-/// Full load on so many: the whole budget, and no more.
-async fn replicas_spend_one_budget(replicas: usize) {
-    let cluster = Replicas::start(replicas).await;
+/// Full load on so many: at least so much of the budget, and no more than the whole.
+async fn replicas_spend_one_budget(replicas: usize, more: &str, least: f64) {
+    let cluster = Replicas::start_on(Store::start().await, replicas, more).await;
     cluster.all_lend().await;
-    cluster.spend(14.0).await;
+    cluster.spend(least).await;
     cluster.assert_within_the_limit().await;
     // One of them that is held up for a moment lends nothing, or wants nothing and the others have its share.
     let expected = serde_json::json!({ "standing": "lending", "leases": replicas, "max_replicas": replicas });
@@ -399,17 +407,17 @@ async fn replicas_spend_one_budget(replicas: usize) {
 
 #[tokio::test]
 async fn two_replicas_spend_one_budget() {
-    replicas_spend_one_budget(2).await;
+    replicas_spend_one_budget(2, "", 14.0).await;
 }
 
 #[tokio::test]
 async fn three_replicas_spend_one_budget() {
-    replicas_spend_one_budget(3).await;
+    replicas_spend_one_budget(3, PATIENT, WHOLE).await;
 }
 
 #[tokio::test]
 async fn four_replicas_spend_one_budget() {
-    replicas_spend_one_budget(4).await;
+    replicas_spend_one_budget(4, PATIENT, WHOLE).await;
 }
 
 /// Everything that may become of the store, one after the other.
@@ -473,7 +481,7 @@ async fn one_link_suffers(cluster: &mut Replicas) {
         .survive("one cut off", async |cluster| {
             cluster.cut_off(0).await;
             cluster.stand("lending", &[1, 2]).await;
-            cluster.spend(13.5).await;
+            cluster.spend(13.0).await;
             cluster.carry(&[0], Carries::default());
         })
         .await;
@@ -500,7 +508,7 @@ async fn one_link_suffers(cluster: &mut Replicas) {
             cluster.carry(&[0], Carries::default());
         })
         .await;
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     cluster.assert_within_the_limit().await;
 }
 
@@ -569,7 +577,7 @@ async fn no_hit_waits_for_a_store_that_is_away() {
 async fn the_clock_of_the_store_may_jump() {
     let clock = Clock::new();
     let store = Store::start_with_env(&clock.env()).await;
-    let mut cluster = Replicas::start_on(store, 3).await;
+    let mut cluster = Replicas::start_on(store, 3, PATIENT).await;
     cluster.all_lend().await;
     for (name, ahead) in [
         ("an hour ahead", HOUR),
@@ -593,7 +601,7 @@ async fn the_clock_of_the_store_may_jump() {
             "{name}: {told}"
         );
     }
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     cluster.assert_within_the_limit().await;
 }
 
@@ -612,7 +620,7 @@ async fn again_and_again() {
 async fn a_greedy_client_of_one_replica_does_not_starve_a_small_one_of_another() {
     let mut cluster = Replicas::start(2).await;
     cluster.all_lend().await;
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     // The second replica serves a single client from now on, one poll after the other.
     cluster.clients.abort_all();
     while cluster.clients.join_next().await.is_some() {}
@@ -725,7 +733,7 @@ async fn a_second_look_takes_no_turn_from_whoever_waits_at_another_replica() {
 async fn what_upstream_says_to_one_replica_pauses_the_other() {
     let cluster = Replicas::start(2).await;
     cluster.all_lend().await;
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     let paused = "crun_gateway_upstream_paused{account=\"other\"}";
     assert!(cluster.gateways[1].metric(paused).await < 0.5);
     let request = poll_request(KEY, "first-429.once");
@@ -774,7 +782,7 @@ async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget_and_no_
         let polling = poll_whoever_is_ready(Arc::clone(&ready), client, Arc::clone(&faults));
         cluster.clients.spawn(polling);
     }
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     for replica in 0..3 {
         let address = cluster.gateways[replica].address;
         ready.lock().retain(|other| *other != address);
@@ -786,7 +794,7 @@ async fn replicas_that_are_restarted_one_after_the_other_keep_the_budget_and_no_
         cluster.all_lend().await;
         cluster.assert_within_the_limit().await;
     }
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     cluster.assert_within_the_limit().await;
     let faults: &Vec<String> = &faults.lock();
     assert!(faults.is_empty(), "{faults:#?}");
@@ -809,7 +817,7 @@ async fn a_key_that_is_listed_no_longer_spends_one_budget_whichever_replicas_kne
         for gateway in &cluster.gateways {
             gateway.logged("the changed configuration is taken over", times).await;
         }
-        cluster.spend(14.0).await;
+        cluster.spend(WHOLE).await;
     }
     cluster.gateways[1].terminate();
     cluster.gateways[1].exit().await;
@@ -820,7 +828,7 @@ async fn a_key_that_is_listed_no_longer_spends_one_budget_whichever_replicas_kne
     }
     cluster.all_lend().await;
     cluster.queue(1, 1).await;
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     cluster.assert_within_the_limit().await;
 }
 
@@ -850,7 +858,7 @@ async fn replicas_whose_processes_stand_still_spend_nothing_late() {
         sleep(Duration::from_millis(50)).await;
     }
     cluster.all_lend().await;
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     cluster.assert_within_the_limit().await;
 }
 
@@ -878,7 +886,7 @@ async fn a_primary_that_dies_or_comes_back_to_life_is_replaced() {
         sleep(Duration::from_millis(50)).await;
     }
     let url = format!("redis+sentinel://{}/main", sentinel.address);
-    let mut cluster = Replicas::start_by(vec![url; 3]).await;
+    let mut cluster = Replicas::start_by(vec![url; 3], PATIENT).await;
     cluster.all_lend().await;
     cluster
         .fail_over("frozen", async |_| {
@@ -897,7 +905,7 @@ async fn a_primary_that_dies_or_comes_back_to_life_is_replaced() {
             comes_to_be(&primary, "master").await;
         })
         .await;
-    cluster.spend(14.0).await;
+    cluster.spend(WHOLE).await;
     cluster.assert_within_the_limit().await;
 }
 

@@ -5,15 +5,16 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use http::Method;
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::harness::client::{over, poll_request, try_request};
+use crate::harness::client::{bare, over, poll_request, try_request};
 use crate::harness::store::{Carries, Link, Store};
-use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, until};
+use crate::harness::{Gateway, KEY, PATIENCE, Reply, Simulator, poll, poll_as, request, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 const OTHER_KEY: &str = "ak_test_0000000000000000000000000002";
@@ -53,11 +54,12 @@ impl Replicas {
         Self::start(replicas, &["--limit", "1000000", "--latency", "1ms"], QUICK).await
     }
 
-    /// One more, with more fields of `shared`.
+    /// One more, with more fields of `shared`. A busy machine may hold up a call for a second: no flight is alone for it.
     async fn add(&mut self, max_replicas: usize, shared: &str, more: &str) {
-        let link = Link::to(self.store().address).await;
+        let link = Link::to(self.store().address);
         let url = link.address;
-        let config = format!("shared: {{ max_replicas: {max_replicas}, url: 'redis://{url}'{shared} }}\n{more}");
+        let store = format!("url: 'redis://{url}', timeout: 1s");
+        let config = format!("shared: {{ max_replicas: {max_replicas}, {store}{shared} }}\n{more}");
         self.gateways.push(Gateway::start(&self.upstream.url, &config).await);
         self.links.push(link);
     }
@@ -607,7 +609,7 @@ async fn an_ended_task_taken_over_from_another_replica_outlives_the_process_too(
     assert_eq!(replicas.upstream.queries().await, 2);
 }
 
-/// What 200 polls in turn took, of which each needs no permit; the slowest but one.
+/// What 200 polls in turn took, of which each needs no permit; the slowest but two.
 async fn p99(address: SocketAddr, task: &str) -> Duration {
     let mut took = Vec::new();
     for _ in 0..200 {
@@ -708,7 +710,7 @@ async fn a_store_that_comes_and_goes_costs_a_poll_that_may_not_fly_fifty_millise
     replicas.finds_upstream_away(0).await;
     // Each asks the store, and the store comes and goes: the worst that can be.
     let link = &replicas.links[0];
-    let mut took = Vec::new();
+    let (mut took, mut others) = (Vec::new(), Vec::new());
     for round in 0..100 {
         let down = if round % 2 == 0 { 5 * SECOND } else { Duration::ZERO };
         link.set(Carries {
@@ -720,11 +722,17 @@ async fn a_store_that_comes_and_goes_costs_a_poll_that_may_not_fly_fifty_millise
             let reply = poll(address, "ended.unknown").await;
             took.push(begun.elapsed());
             assert_ne!(reply.status, 200);
+            // What the machine does to a request that asks nobody.
+            let begun = Instant::now();
+            assert_eq!(request(address, bare(Method::GET, "/nothing")).await.status, 404);
+            others.push(begun.elapsed());
         }
     }
-    took.sort_unstable();
-    let p99 = took[took.len() * 99 / 100];
-    assert!(p99 < Duration::from_millis(60), "{p99:?}: {:?}", took.last());
+    let [p99, other] = [took, others].map(|mut took| {
+        took.sort_unstable();
+        took[took.len() * 99 / 100]
+    });
+    assert!(p99 < other + Duration::from_millis(50), "{p99:?}, others {other:?}");
 }
 
 /// How many calls a replica has had replies to.

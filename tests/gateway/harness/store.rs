@@ -174,43 +174,55 @@ pub struct Carries {
     pub down: Duration,
 }
 
-/// The link of one replica.
+/// The link of one replica. It has a thread of its own: what a test's clients do holds up no reply.
 pub struct Link {
     pub address: SocketAddr,
     carries: watch::Sender<Carries>,
 }
 
 impl Link {
-    pub async fn to(store: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    pub fn to(store: SocketAddr) -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
+        listener.set_nonblocking(true).unwrap();
         let (carries, looks) = watch::channel(Carries::default());
-        tokio::spawn(async move {
-            while let Ok((near, _)) = listener.accept().await {
-                let looks = looks.clone();
-                tokio::spawn(async move {
-                    let Ok(far) = TcpStream::connect(store).await else {
-                        return;
-                    };
-                    near.set_nodelay(true).unwrap();
-                    far.set_nodelay(true).unwrap();
-                    let (near_reads, near_writes) = near.into_split();
-                    let (far_reads, far_writes) = far.into_split();
-                    let up = carry(near_reads, far_writes, looks.clone(), |carries| carries.up);
-                    let down = carry(far_reads, near_writes, looks.clone(), |carries| carries.down);
-                    tokio::select! {
-                        () = up => {}
-                        () = down => {}
-                        () = healed(looks) => {}
-                    }
-                });
-            }
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let mut ends = looks.clone();
+                tokio::select! {
+                    () = accept(TcpListener::from_std(listener).unwrap(), store, looks) => {}
+                    _ = ends.wait_for(|_| false) => {}
+                }
+            });
         });
         Self { address, carries }
     }
 
     pub fn set(&self, carries: Carries) {
         self.carries.send_replace(carries);
+    }
+}
+
+async fn accept(listener: TcpListener, store: SocketAddr, looks: watch::Receiver<Carries>) {
+    while let Ok((near, _)) = listener.accept().await {
+        let looks = looks.clone();
+        tokio::spawn(async move {
+            let Ok(far) = TcpStream::connect(store).await else {
+                return;
+            };
+            near.set_nodelay(true).unwrap();
+            far.set_nodelay(true).unwrap();
+            let (near_reads, near_writes) = near.into_split();
+            let (far_reads, far_writes) = far.into_split();
+            let up = carry(near_reads, far_writes, looks.clone(), |carries| carries.up);
+            let down = carry(far_reads, near_writes, looks.clone(), |carries| carries.down);
+            tokio::select! {
+                () = up => {}
+                () = down => {}
+                () = healed(looks) => {}
+            }
+        });
     }
 }
 
