@@ -67,6 +67,9 @@ impl Known {
     }
 
     fn fails(&mut self, task: &TaskId, asked: Instant) {
+        if Some(asked) < self.heard {
+            return;
+        }
         if self.failing.as_ref() != Some(task) {
             self.several_fail |= self.unheard().is_some();
             self.failing = Some(task.clone());
@@ -78,7 +81,7 @@ impl Known {
 
     fn hears(&mut self, asked: Instant) {
         self.heard = self.heard.max(Some(asked));
-        self.several_fail = false;
+        self.several_fail &= self.unheard().is_some();
     }
 
     /// When the latest that failed was begun, if nothing was heard that was asked for since, not even a refusal.
@@ -90,8 +93,8 @@ impl Known {
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`]: else the two would
-    /// open and close the breaker for ever.
+    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`] who has not failed as
+    /// often since: else the two would open and close the breaker for ever.
     pub(super) fn failed(&mut self, account: AccountId, task: &TaskId, asked: Instant) -> bool {
         let mut known = self.take(account);
         known.fails(task, asked);
@@ -99,7 +102,7 @@ impl Accounts {
             known.failures += 1;
             known.failed = known.failed.max(Some(asked));
         }
-        let may_count = !known.is_in_trouble || !self.others_were_answered(account, asked, TROUBLE);
+        let may_count = !known.is_in_trouble || !self.others_do_well(account, asked);
         self.put(known);
         may_count
     }
@@ -121,28 +124,33 @@ impl Accounts {
         known.failed = None;
         known.is_in_trouble &= known.answers < MOST_FAILURES;
         for other in &mut self.0 {
-            other.is_in_trouble |= other.failures == MOST_FAILURES && other.failed < Some(asked);
+            if !other.is_in_trouble && other.failures == MOST_FAILURES && other.failed < Some(asked) {
+                other.is_in_trouble = true;
+                other.answers = 0;
+            }
         }
         self.put(known);
     }
 
     /// A query of `account` that was begun at `asked` was answered by what tells nothing of its task: whether the account had
-    /// failed before, so that this is a change. One that has never been anything but refused is not remembered: there may be
+    /// failed in the [`TROUBLE`] before, so that this is a change. One that has never been anything but refused is not remembered: there may be
     /// any number of such keys.
     pub(super) fn refused(&mut self, account: AccountId, asked: Instant) -> bool {
         let Some(known) = self.0.iter_mut().find(|known| known.account == account) else {
             return false;
         };
-        let had_failed = known.unheard().is_some_and(|failed| failed < asked);
+        let lately = |failed| failed < asked && asked.saturating_duration_since(failed) < TROUBLE;
+        let had_failed = known.unheard().is_some_and(lately);
         known.hears(asked);
         had_failed
     }
 
-    /// Whether `account` has failed, and heard nothing since.
-    pub(super) fn hears_nothing(&self, account: AccountId) -> bool {
+    /// Whether the last that upstream said to `account` was no refusal: it has failed since, or was answered.
+    pub(super) fn may_be_answered(&self, account: AccountId) -> bool {
+        let was_answered = |known: &Known| known.answered.is_some() && known.answered == known.heard;
         self.0
             .iter()
-            .any(|known| known.account == account && known.unheard().is_some())
+            .any(|known| known.account == account && (known.unheard().is_some() || was_answered(known)))
     }
 
     /// Whether other accounts than `account` have failed [`TROUBLE`] before `asked`, or since, with at least two tasks, and heard
@@ -164,6 +172,14 @@ impl Accounts {
         self.0
             .iter()
             .any(|known| known.account != account && known.answered.is_some_and(lately))
+    }
+
+    /// The same within [`TROUBLE`], of those who have not failed since so often that it is their own failures that count.
+    fn others_do_well(&self, account: AccountId, asked: Instant) -> bool {
+        let lately = |answered| asked.saturating_duration_since(answered) < TROUBLE;
+        self.0.iter().any(|known| {
+            known.account != account && known.failures < MOST_FAILURES && known.answered.is_some_and(lately)
+        })
     }
 
     fn take(&mut self, account: AccountId) -> Known {
@@ -231,6 +247,46 @@ mod tests {
     }
 
     #[test]
+    fn it_takes_five_answers_since_the_trouble_began() {
+        let (mut accounts, [a, b]) = accounts();
+        let now = Instant::now();
+        // What it was answered before counts for nothing, though it is the same task that fails.
+        accounts.failed(a, &task("a"), now);
+        for _ in 0..5 {
+            accounts.answered(a, now);
+        }
+        for _ in 0..5 {
+            accounts.failed(a, &task("a"), now + MS);
+        }
+        accounts.answered(b, now + 2 * MS);
+        for answer in 0..5 {
+            assert!(!accounts.failed(a, &task("a"), now + 3 * MS), "{answer}");
+            accounts.answered(a, now + 4 * MS);
+        }
+        assert!(accounts.failed(a, &task("a"), now + 5 * MS));
+    }
+
+    #[test]
+    fn several_tasks_fail_where_each_was_asked_for_after_anything_was_heard() {
+        let now = Instant::now();
+        let fails = |heard_late: bool, asked: [Duration; 2]| {
+            let (mut accounts, [a, b]) = accounts();
+            accounts.answered(a, now + 5 * MS);
+            for (name, asked) in ["x", "y"].into_iter().zip(asked) {
+                accounts.failed(a, &task(name), now + asked);
+            }
+            if heard_late {
+                accounts.refused(a, now + 6 * MS);
+            }
+            accounts.others_hear_nothing(b, now + 20 * MS)
+        };
+        assert!(fails(false, [10 * MS, 11 * MS]));
+        assert!(fails(true, [10 * MS, 11 * MS]), "what was refused was asked for before");
+        assert!(!fails(false, [10 * MS, 3 * MS]), "and so was the second");
+        assert!(!fails(true, [3 * MS, 10 * MS]));
+    }
+
+    #[test]
     fn an_account_is_out_of_trouble_once_it_is_answered_five_times_in_a_row_but_for_a_task_that_always_fails() {
         for (tasks, gets_out) in [(&["a", "a"], true), (&["a", "b"], false)] {
             let (mut accounts, [a, b]) = accounts();
@@ -274,10 +330,10 @@ mod tests {
         accounts.still_fails(b, &task("a"), now + MS);
         assert!(accounts.others_hear_nothing(a, now + TROUBLE));
         assert!(!accounts.refused(b, now));
-        assert!(accounts.hears_nothing(b), "that was asked for before");
+        assert!(accounts.may_be_answered(b), "that was asked for before");
         assert!(accounts.refused(b, now + 2 * MS), "a change");
         assert!(!accounts.refused(b, now + 2 * MS));
-        assert!(!accounts.hears_nothing(b));
+        assert!(!accounts.may_be_answered(b));
         fails(&mut accounts, now);
         assert!(!accounts.others_hear_nothing(a, now), "old failures that come in late");
         fails(&mut accounts, now + 3 * MS);

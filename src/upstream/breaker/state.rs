@@ -96,7 +96,7 @@ pub(super) struct State {
     /// The tasks that were probed last, and whose they are, the last at the back: the next outage goes on where the last one
     /// ended, else whoever polls most would be probed first each time, though it may be what opens the breaker.
     probed: VecDeque<(AccountId, TaskId)>,
-    /// Whether the last that was heard while it is open was a refusal.
+    /// Whether the last that was heard since the last probe began was a refusal.
     was_refused: bool,
     /// Of those that were kept back and not probed since, the one that goes first.
     candidate: Option<Candidate>,
@@ -161,7 +161,6 @@ impl State {
         if self.is_open() {
             if let Some(account) = account {
                 self.accounts.still_fails(account, task, asked);
-                self.was_refused = false;
             }
             return None;
         }
@@ -297,7 +296,7 @@ impl State {
     pub(super) fn line_up(&mut self, account: AccountId, task: &TaskId) -> Option<oneshot::Receiver<Probe>> {
         // However many are refused, nobody whom upstream may answer again waits behind them all.
         let rank = |account, task: &TaskId| {
-            let is_later = self.was_refused && !self.accounts.hears_nothing(account);
+            let is_later = self.was_refused && !self.accounts.may_be_answered(account);
             (is_later, self.last_probed(account, task))
         };
         let goes_first = |other: &Candidate| {
@@ -364,6 +363,7 @@ impl State {
         }
         self.phase = Phase::HalfOpen;
         self.probes += 1;
+        self.was_refused = false;
         self.next_probe = Some(now + PROBE_INTERVAL);
         let probed = (account, task);
         self.probed.retain(|other| *other != probed);

@@ -173,6 +173,106 @@ fn of_many_that_are_refused_no_two_are_probed_in_a_row_while_another_waits() {
 }
 
 #[test]
+fn a_probe_that_ends_untold_keeps_nobody_from_being_probed() {
+    static IDS: LazyLock<AccountIds> = LazyLock::new(AccountIds::default);
+    let (mut state, mut at) = (State::new(), Instant::now());
+    assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    let stranger = IDS.listed("stranger");
+    let mut next = |state: &mut State, accounts: &[AccountId]| {
+        at += PROBE_INTERVAL;
+        for account in accounts {
+            std::mem::forget(state.line_up(*account, &task("x")));
+        }
+        state.probe(at).unwrap();
+        end_probe(state);
+        (state.probed.back().unwrap().0, at)
+    };
+    let (probed, at) = next(&mut state, &[stranger]);
+    assert_eq!((probed, state.refused(stranger, at, at)), (stranger, None));
+    assert_eq!(
+        next(&mut state, &[own(), another()]).0,
+        another(),
+        "no two that may be refused"
+    );
+    // Of what became of it nobody says anything.
+    assert_eq!(next(&mut state, &[another(), own()]).0, own());
+}
+
+#[test]
+fn new_keys_that_are_refused_keep_nobody_waiting_who_was_answered_before() {
+    static IDS: LazyLock<AccountIds> = LazyLock::new(AccountIds::default);
+    let (mut state, mut at) = (State::new(), Instant::now());
+    assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    at += PROBE_INTERVAL;
+    poll(&mut state, own(), &task("x"), at).unwrap();
+    assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
+    at += FORGOTTEN_AFTER;
+    assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
+    let mut probes = 0;
+    while state.is_open() {
+        probes += 1;
+        assert!(probes < 10, "{:?}", state.probed);
+        at += PROBE_INTERVAL;
+        let stranger = IDS.listed(&format!("stranger {probes}"));
+        for account in [another(), own(), stranger] {
+            std::mem::forget(state.line_up(account, &task("x")));
+        }
+        state.probe(at).unwrap();
+        let (account, task) = state.probed.back().unwrap().clone();
+        if account == own() {
+            state.answered(account, at, at);
+        } else if account == another() {
+            state.failed(Some(account), &task, at, at);
+        } else {
+            assert_eq!(state.refused(account, at, at), None);
+        }
+        end_probe(&mut state);
+    }
+}
+
+#[test]
+fn accounts_that_all_are_in_trouble_hide_no_outage() {
+    let (mut state, now) = (State::new(), Instant::now());
+    let fails = |state: &mut State, account, at| {
+        for name in ["a", "b", "c", "d", "e"] {
+            assert_eq!(state.failed(Some(account), &task(name), at, at), None);
+        }
+    };
+    state.answered(own(), now, now);
+    fails(&mut state, another(), now);
+    state.answered(own(), now + MS, now + MS);
+    state.answered(another(), now + 2 * MS, now + 2 * MS);
+    fails(&mut state, own(), now + 2 * MS);
+    for account in [another(), own()] {
+        state.answered(account, now + 3 * MS, now + 3 * MS);
+    }
+    let mut at = now + LATELY;
+    fails(&mut state, own(), at);
+    let mut failures = 0;
+    while !state.is_open() {
+        failures += 1;
+        assert!(failures <= 20, "nobody is answered any more");
+        at += MS;
+        let account = if failures % 2 == 0 { own() } else { another() };
+        state.failed(Some(account), &task(&failures.to_string()), at, at);
+    }
+}
+
+#[test]
+fn a_refusal_of_who_failed_long_ago_is_no_change() {
+    for (later, closes) in [(JUST_BEFORE_FORGOTTEN, true), (FORGOTTEN_AFTER, false)] {
+        let (mut state, now) = (State::new(), Instant::now());
+        assert_eq!(fail(&mut state, "a", now, now), None);
+        let at = now + later;
+        for name in ["w", "x", "y", "z"] {
+            state.failed(Some(another()), &task(name), at - MS, at - MS);
+        }
+        assert!(state.is_open());
+        assert_eq!(state.refused(own(), at, at).is_some(), closes, "{later:?}");
+    }
+}
+
+#[test]
 fn failures_are_in_a_row_since_the_last_refusal() {
     for before in 1..5 {
         let (mut state, now) = (State::new(), Instant::now());
@@ -716,8 +816,10 @@ impl Model {
 
     fn fails(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
         self.failing.push((whose, name));
-        if self.state.is_open() || self.back.is_none_or(|back| asked >= back) {
-            let whose = usize::from(whose);
+        let whose_index = usize::from(whose);
+        let is_news = self.heard[whose_index].is_none_or(|heard| asked >= heard);
+        if is_news && (self.state.is_open() || self.back.is_none_or(|back| asked >= back)) {
+            let whose = whose_index;
             let is_another = self.failed_task[whose].replace(name) != Some(name);
             self.several_fail[whose] |= is_another && self.failed[whose] > self.heard[whose];
             self.failed[whose] = self.failed[whose].max(Some(asked));
@@ -766,7 +868,7 @@ impl Model {
             let (failed, heard) = (self.failed[usize::from(whose)], self.heard[usize::from(whose)]);
             failed.filter(|_| failed > heard)
         };
-        let is_change = unheard(whose).is_some_and(|failed| failed < asked);
+        let is_change = unheard(whose).is_some_and(|failed| failed < asked && lately(failed));
         let several_fail = self.several_fail[usize::from(!whose)];
         let is_contradicted = !is_change && several_fail && unheard(!whose).is_some_and(lately);
         prop_assert_eq!(change.is_some(), was_open && is_news && !is_contradicted);
@@ -791,7 +893,7 @@ impl Model {
     fn hears(&mut self, whose: bool, asked: Instant) {
         let whose = usize::from(whose);
         self.heard[whose] = self.heard[whose].max(Some(asked));
-        self.several_fail[whose] = false;
+        self.several_fail[whose] &= self.failed[whose] > self.heard[whose];
     }
 
     fn account(whose: bool) -> AccountId {
