@@ -1,7 +1,7 @@
 //! The counters of an account's clients that configuration does not name.
 //!
 //! A client with a verified certificate has a label of its own, the certificate's name. The operator's root vouches for
-//! these names, yet a label must stay one of few: beyond [`MOST_NAMES`] they count as `other`, like everybody else.
+//! these names, yet a label must stay one of few: beyond [`MOST_LABELS`] they count as `other`, like everybody else.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use crate::account::Caller;
 use crate::metrics::{ClientRequests, Metrics, OTHER};
 
 /// Names of certificates that label series, per account. Each is 25 series.
-const MOST_NAMES: usize = 64;
+const MOST_LABELS: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct Others {
@@ -46,7 +46,7 @@ impl Others {
         let known = self.named.read().get(name).cloned();
         known.unwrap_or_else(|| {
             let mut named = self.named.write();
-            if named.len() >= MOST_NAMES && !named.contains_key(name) {
+            if named.len() >= MOST_LABELS && !named.contains_key(name) {
                 return Arc::clone(&self.rest);
             }
             let requests = named
@@ -69,7 +69,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new().unwrap());
         let (others, account) = (Others::new("music", Arc::clone(&metrics)), metrics.account("music"));
         for _ in 0..2 {
-            for number in 0..=MOST_NAMES {
+            for number in 0..=MOST_LABELS {
                 let caller = Caller::Certificate(format!("client-{number}").into());
                 account.answered(&others.requests(&caller), Served::Hit, 200, Duration::ZERO);
             }
@@ -84,8 +84,8 @@ mod tests {
                 .map(str::to_owned)
         };
         assert_eq!(counted("client-0").as_deref(), Some("2"));
-        assert_eq!(counted(&format!("client-{}", MOST_NAMES - 1)).as_deref(), Some("2"));
-        assert_eq!(counted(&format!("client-{MOST_NAMES}")), None);
+        assert_eq!(counted(&format!("client-{}", MOST_LABELS - 1)).as_deref(), Some("2"));
+        assert_eq!(counted(&format!("client-{MOST_LABELS}")), None);
         assert_eq!(counted(OTHER).as_deref(), Some("2"));
     }
 }

@@ -574,7 +574,7 @@ async fn whoever_has_a_snapshot_in_the_store_only_is_not_kept_waiting_by_a_slow_
 
 #[tokio::test]
 async fn who_waits_for_a_replica_that_upstream_keeps_waiting_is_not_told_that_the_budget_is_spent() {
-    let replicas = Replicas::start(2, &[], "budget: { max_wait: 2s }").await;
+    let replicas = Replicas::start(2, &[], "budget: { max_wait: 2s, margin: 200ms }").await;
     let asks = tokio::spawn(poll(replicas.gateways[0].address, "hang.a"));
     let flights = |whose| format!("crun_gateway_shared_flights_total{{whose=\"{whose}\"}}");
     replicas.shows(0, &flights("ours"), 1.0).await;
@@ -739,6 +739,28 @@ async fn a_store_that_comes_and_goes_costs_a_poll_that_may_not_fly_fifty_millise
         took[took.len() * 99 / 100]
     });
     assert!(p99 < other + Duration::from_millis(50), "{p99:?}, others {other:?}");
+}
+
+#[tokio::test]
+async fn a_store_whose_replies_are_late_for_a_second_is_away_until_they_are_not() {
+    let replicas = Replicas::quick(1).await;
+    let (gateway, up) = (&replicas.gateways[0], "crun_gateway_shared_cache_up");
+    // Nobody waits so long for an answer, and no call is given up for it.
+    replicas.carry(Carries {
+        down: Duration::from_millis(100),
+        ..Carries::default()
+    });
+    let begun = Instant::now();
+    let mut task = 0;
+    while gateway.metric(up).await > 0.5 {
+        assert!(begun.elapsed() < PATIENCE, "{}", gateway.log());
+        assert_eq!(replicas.poll(0, &format!("ended.{task}")).await.status, 200);
+        task += 1;
+    }
+    assert!(begun.elapsed() >= SECOND, "{:?}", begun.elapsed());
+    gateway.logged("no reply within 40ms for 1s", 1).await;
+    replicas.carry(Carries::default());
+    replicas.shows(0, up, 1.0).await;
 }
 
 /// How many calls a replica has had replies to.

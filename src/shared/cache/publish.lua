@@ -45,8 +45,10 @@ end
 local stands, new = get(KEYS[1]), read(ARGV[2])
 stands = stands and read(stands)
 local clock = redis.call('TIME')
--- But for one that was written before this clock was set back (look.lua): it would be the newer one for as long.
-local is_ahead = stands and not stands.has_ended and stands.received > clock[1] * 1000 + clock[2] / 1000 + 250
+-- But for one that was written before this clock was set back: it would be the newer one for as long. In ms, as in
+-- look.lua.
+local AHEAD = 250
+local is_ahead = stands and not stands.has_ended and stands.received > clock[1] * 1000 + clock[2] / 1000 + AHEAD
 if stands and not is_ahead then
   local is_newer = new.asked >= stands.asked
   if new.stage == 0 then
