@@ -29,13 +29,24 @@ const SILENCE_LOOKS: Duration = Duration::from_millis(250);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Attempt<'t> {
     number: u32,
+    is_last: bool,
     trace: &'t FlightTrace,
 }
 
 impl<'t> Attempt<'t> {
     /// The first is 1.
     pub(super) fn new(number: u32, trace: &'t FlightTrace) -> Self {
-        Self { number, trace }
+        let is_last = number >= MOST_ATTEMPTS;
+        Self { number, is_last, trace }
+    }
+
+    /// The first, after which there is no other.
+    pub(super) fn only(trace: &'t FlightTrace) -> Self {
+        Self {
+            number: 1,
+            is_last: true,
+            trace,
+        }
     }
 }
 
@@ -88,7 +99,7 @@ impl Gateway {
                 if outcome == Class::Unavailable {
                     breaker.answered_unavailable(account.id, task, sent, format_args!("code {}", answer.code()));
                 } else if outcome.is_stored() {
-                    breaker.answered(account.id, sent);
+                    breaker.answered(account.id, task, sent);
                 } else {
                     breaker.refused(account.id, sent);
                 }
@@ -107,7 +118,7 @@ impl Gateway {
                 log_attempt(account, task, &attempt, detail, None, took);
                 if outcome != Class::Unavailable {
                     breaker.refused(account.id, sent);
-                } else if failed.how != How::Unanswered || attempt.number >= MOST_ATTEMPTS {
+                } else if failed.how != How::Unanswered || attempt.is_last {
                     // Else it may only have been an idle connection that upstream had closed: the next attempt will tell.
                     breaker.failed(account.id, task, sent, detail);
                 }

@@ -28,9 +28,6 @@ const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
 /// How long a probe waits for its permit before another account's may go: its own may have been paused.
 const PROBE_PATIENCE: Duration = Duration::from_millis(1500);
 
-/// The first attempt, and a probe's only one.
-const FIRST: u32 = 1;
-
 impl Gateway {
     /// Why a poll is not let through while the breaker is open. A probe goes in its place once one is due, unless others go
     /// first.
@@ -82,7 +79,7 @@ impl Gateway {
         if let Some((probe, ready, permit)) = approached {
             // What comes of it, `ask` tells the breaker.
             let trace = FlightTrace::begin(self.exporter.as_ref(), "probe");
-            let attempt = Attempt::new(FIRST, &trace);
+            let attempt = Attempt::only(&trace);
             let _ = self.ask(account, &asker.key, &task, attempt, ready, permit).await;
             drop(probe);
         }

@@ -5,6 +5,7 @@
 
 mod accounts;
 mod state;
+mod tasks;
 
 use std::fmt;
 use std::sync::Arc;
@@ -115,10 +116,10 @@ impl Breaker {
         }
     }
 
-    /// An attempt of `account`, begun at `asked`, got an answer that tells of its task.
-    pub fn answered(&self, account: AccountId, asked: Instant) {
+    /// An attempt of `account` for `task`, begun at `asked`, got an answer that tells of it.
+    pub fn answered(&self, account: AccountId, task: &TaskId, asked: Instant) {
         let mut state = self.state.lock();
-        let change = state.answered(account, asked, Instant::now());
+        let change = state.answered(account, task, asked, Instant::now());
         self.note_closed(change, BACK);
     }
 

@@ -451,6 +451,35 @@ async fn an_account_that_mostly_fails_shuts_no_other_out_that_is_answered() {
     }
 }
 
+/// A model under maintenance: all that is generated with it fails, and nothing else. An outage is seen beside it.
+#[tokio::test(start_paused = true)]
+async fn tasks_that_always_fail_shut_out_no_other_of_their_account() {
+    let behaviour = Behaviour {
+        answer: |_, task| failing(task, false),
+        to_key: |_, at| (at >= seconds(120.0)).then(|| says(503)),
+        ..Behaviour::default()
+    };
+    let gateway = Paused::start(behaviour, |_| {});
+    let start = Instant::now();
+    let (mut late, mut away) = (0, 0);
+    for second in 0..150 {
+        sleep_until(start + seconds(f64::from(second))).await;
+        let tasks = (0..6).map(|number| format!("fails-{number}"));
+        let tasks: Vec<_> = tasks.chain((0..4).map(|number| format!("runs-{number}"))).collect();
+        let replies = join_all(tasks.iter().map(|task| gateway.poll(KEY, task))).await;
+        let is_shut_out = |reply: &&Reply| reply.header("cache-status").unwrap().contains("upstream_unavailable");
+        let shut_out = replies[6..].iter().filter(is_shut_out).count();
+        match second {
+            // They look like an outage once, until each was answered or has failed beside others that were.
+            20..120 => late += shut_out,
+            125.. => away += shut_out,
+            _ => {}
+        }
+    }
+    assert_eq!(late, 0);
+    assert_eq!(away, 4 * 25, "and nobody waits for an upstream that is away");
+}
+
 /// What stands before upstream goes on refusing it, while upstream itself does not answer or says that it is away.
 #[tokio::test(start_paused = true)]
 async fn a_key_that_is_refused_hides_no_outage() {

@@ -93,8 +93,8 @@ impl Known {
 impl Accounts {
     /// A query of `account` that was begun at `asked` failed: whether that may say anything of upstream. It may not once the
     /// account has failed so often that it would open the breaker, and then somebody else was answered, until it is answered
-    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`] who has not failed as
-    /// often since: else the two would open and close the breaker for ever.
+    /// as often itself, with no more than one task that fails between, or nobody else is for [`TROUBLE`] who does not fail by
+    /// now: else the two would open and close the breaker for ever.
     pub(super) fn failed(&mut self, account: AccountId, task: &TaskId, asked: Instant) -> bool {
         let mut known = self.take(account);
         known.fails(task, asked);
@@ -174,11 +174,14 @@ impl Accounts {
             .any(|known| known.account != account && known.answered.is_some_and(lately))
     }
 
-    /// The same within [`TROUBLE`], of those who have not failed since so often that it is their own failures that count.
+    /// The same within [`TROUBLE`], of those to whom nothing has failed [`LATELY`] after their last answer, or later: who fails
+    /// itself contradicts nobody.
     fn others_do_well(&self, account: AccountId, asked: Instant) -> bool {
         let lately = |answered| asked.saturating_duration_since(answered) < TROUBLE;
         self.0.iter().any(|known| {
-            known.account != account && known.failures < MOST_FAILURES && known.answered.is_some_and(lately)
+            let fails = known.unheard().zip(known.answered);
+            let does_well = fails.is_none_or(|(failed, answered)| failed.saturating_duration_since(answered) < LATELY);
+            known.account != account && does_well && known.answered.is_some_and(lately)
         })
     }
 

@@ -1,7 +1,7 @@
 //! The breaker's state machine: closed, open, half-open. Pure: `now` is passed in, nothing is logged or awaited.
 //!
-//! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream, as does
-//! an account that fails while others are answered (`breaker/accounts.rs`); or when no connection came about for 2 s while
+//! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream
+//! (`breaker/tasks.rs`), as does an account that fails while others are answered (`breaker/accounts.rs`); or when no connection came about for 2 s while
 //! somebody wanted one. The pause behind an attempt that failed is part of these; the one behind an attempt that was given up
 //! is not: nobody knows what would have become of it. Evidence is weighed by when it was *asked for*: a time-out that comes in
 //! after upstream has recovered tells of the outage, and an answer that was on its way when the breaker opened does not close
@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::Probe;
 use super::accounts::{Accounts, LATELY};
+use super::tasks::Tasks;
 use crate::account::AccountId;
 use crate::task::TaskId;
 
@@ -79,6 +80,7 @@ pub(super) struct State {
     /// Whether another account is.
     several_accounts_fail: bool,
     accounts: Accounts,
+    tasks: Tasks,
     /// When the latest attempt that got an answer was begun: of those begun before, nothing is news.
     answered: Option<Instant>,
     /// Connections that are being opened.
@@ -118,6 +120,7 @@ impl State {
             several_fail: false,
             several_accounts_fail: false,
             accounts: Accounts::default(),
+            tasks: Tasks::default(),
             answered: None,
             wanted: 0,
             last_wanted: None,
@@ -167,8 +170,13 @@ impl State {
         if self.answered.is_some_and(|answered| asked < answered) {
             return None;
         }
-        if account.is_some_and(|account| !self.accounts.failed(account, task, asked)) {
-            return None;
+        if let Some(account) = account {
+            // What says nothing of upstream says nothing of the account.
+            let may_count =
+                self.tasks.failed(account, task, asked, self.answered) && self.accounts.failed(account, task, asked);
+            if !may_count {
+                return None;
+            }
         }
         self.failures = self.failures.saturating_add(1);
         match &self.failing {
@@ -184,12 +192,19 @@ impl State {
         (is_enough && !is_its_own).then(|| self.open(now))
     }
 
-    /// An attempt of `account`, begun at `asked`, got an answer that tells of its task.
-    pub(super) fn answered(&mut self, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
+    /// An attempt of `account` for `task`, begun at `asked`, got an answer that tells of it.
+    pub(super) fn answered(
+        &mut self,
+        account: AccountId,
+        task: &TaskId,
+        asked: Instant,
+        now: Instant,
+    ) -> Option<Change> {
         let was_open = self.is_open();
         if self.is_old_news(asked) {
             return None;
         }
+        self.tasks.answered(account, task);
         self.accounts.answered(account, asked);
         self.is_back(asked);
         self.reached(now);

@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use proptest::prelude::*;
@@ -85,10 +86,10 @@ fn fail_for(state: &mut State, account: AccountId, at: Instant) -> Option<Change
 #[test]
 fn failures_of_one_account_open_it_unless_another_is_answered() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(another(), now, now);
+    state.answered(another(), &task("answered"), now, now);
     assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened), "nobody else was");
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(own(), now, now);
+    state.answered(own(), &task("answered"), now, now);
     assert_eq!(fail_elsewhere(&mut state, now), None);
     assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened), "both fail");
 }
@@ -99,16 +100,16 @@ fn an_account_that_fails_while_another_is_answered_opens_it_once_until_it_is_ans
     let mut at = now;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     at += PROBE_INTERVAL;
-    assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
+    assert_eq!(state.answered(own(), &task("answered"), at, at), Some(Change::Closed));
     for _ in 0..100 {
         at += JUST_BEFORE_FORGOTTEN;
         assert_eq!(fail_elsewhere(&mut state, at), None);
         // Nor does it with the one task of another's that always fails.
         assert_eq!(fail(&mut state, "a", at, at), None);
-        assert_eq!(state.answered(own(), at, at), None);
+        assert_eq!(state.answered(own(), &task("answered"), at, at), None);
     }
-    for _ in 0..MOST_FAILURES {
-        state.answered(another(), at, at);
+    for name in ["v", "w", "x", "y", "z"] {
+        state.answered(another(), &task(name), at, at);
     }
     at += LATELY;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
@@ -119,7 +120,7 @@ fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_mi
     let (mut state, now) = (State::new(), Instant::now());
     assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
     let mut at = now + PROBE_INTERVAL;
-    assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
+    assert_eq!(state.answered(own(), &task("answered"), at, at), Some(Change::Closed));
     at += JUST_BEFORE_FORGOTTEN;
     assert_eq!(fail_elsewhere(&mut state, at), None);
     at += MS;
@@ -205,7 +206,7 @@ fn new_keys_that_are_refused_keep_nobody_waiting_who_was_answered_before() {
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     at += PROBE_INTERVAL;
     poll(&mut state, own(), &task("x"), at).unwrap();
-    assert_eq!(state.answered(own(), at, at), Some(Change::Closed));
+    assert_eq!(state.answered(own(), &task("answered"), at, at), Some(Change::Closed));
     at += FORGOTTEN_AFTER;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     let mut probes = 0;
@@ -220,7 +221,7 @@ fn new_keys_that_are_refused_keep_nobody_waiting_who_was_answered_before() {
         state.probe(at).unwrap();
         let (account, task) = state.probed.back().unwrap().clone();
         if account == own() {
-            state.answered(account, at, at);
+            state.answered(account, &task, at, at);
         } else if account == another() {
             state.failed(Some(account), &task, at, at);
         } else {
@@ -238,13 +239,13 @@ fn accounts_that_all_are_in_trouble_hide_no_outage() {
             assert_eq!(state.failed(Some(account), &task(name), at, at), None);
         }
     };
-    state.answered(own(), now, now);
+    state.answered(own(), &task("answered"), now, now);
     fails(&mut state, another(), now);
-    state.answered(own(), now + MS, now + MS);
-    state.answered(another(), now + 2 * MS, now + 2 * MS);
+    state.answered(own(), &task("answered"), now + MS, now + MS);
+    state.answered(another(), &task("answered"), now + 2 * MS, now + 2 * MS);
     fails(&mut state, own(), now + 2 * MS);
     for account in [another(), own()] {
-        state.answered(account, now + 3 * MS, now + 3 * MS);
+        state.answered(account, &task("answered"), now + 3 * MS, now + 3 * MS);
     }
     let mut at = now + LATELY;
     fails(&mut state, own(), at);
@@ -256,6 +257,28 @@ fn accounts_that_all_are_in_trouble_hide_no_outage() {
         let account = if failures % 2 == 0 { own() } else { another() };
         state.failed(Some(account), &task(&failures.to_string()), at, at);
     }
+}
+
+#[test]
+fn tasks_that_always_fail_open_it_once_and_hide_no_outage() {
+    let (mut state, mut at) = (State::new(), Instant::now());
+    let fails = |state: &mut State, names: [&str; 6], at| {
+        let changes = names.map(|name| fail(state, name, at, at));
+        changes.contains(&Some(Change::Opened))
+    };
+    let mut opened = 0;
+    for _ in 0..100 {
+        opened += u32::from(fails(&mut state, ["a", "b", "c", "d", "e", "f"], at));
+        at += PROBE_INTERVAL;
+        state.answered(own(), &task("v"), at, at);
+        at += MS;
+    }
+    assert_eq!(opened, 1);
+    for name in ["v", "w", "x", "y"] {
+        assert_eq!(fail(&mut state, name, at, at), None);
+        assert!(!fails(&mut state, ["a", "b", "c", "d", "e", "f"], at));
+    }
+    assert_eq!(fail(&mut state, "z", at, at), Some(Change::Opened));
 }
 
 #[test]
@@ -302,7 +325,7 @@ fn a_refusal_closes_it_where_nobody_else_fails_or_the_account_has() {
 #[test]
 fn where_there_is_no_connection_the_account_says_nothing() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(own(), now, now);
+    state.answered(own(), &task("answered"), now, now);
     for name in ["a", "b", "c", "d"] {
         assert_eq!(state.failed(None, &task(name), now, now), None);
     }
@@ -316,14 +339,14 @@ fn an_answer_between_begins_the_count_anew() {
         for name in ["a", "b", "c", "d"] {
             assert_eq!(fail(&mut state, name, now, now), None);
         }
-        assert_eq!(state.answered(own(), now, now), None);
+        assert_eq!(state.answered(own(), &task("answered"), now, now), None);
     }
 }
 
 #[test]
 fn a_late_time_out_from_before_the_last_answer_is_no_news() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(own(), now + 10 * MS, now + 20 * MS);
+    state.answered(own(), &task("answered"), now + 10 * MS, now + 20 * MS);
     for name in ["a", "b", "c", "d", "e", "f"] {
         assert_eq!(fail(&mut state, name, now, now + 8000 * MS), None);
     }
@@ -488,7 +511,7 @@ fn who_has_gone_is_not_probed_for() {
 fn who_is_first_in_line_is_told_that_it_is_over() {
     let (mut state, now) = opened();
     let mut told = state.line_up(own(), &task("a")).unwrap();
-    state.answered(own(), now, now);
+    state.answered(own(), &task("answered"), now, now);
     assert!(
         told.try_recv()
             .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
@@ -501,7 +524,10 @@ fn a_probes_answer_closes_it_and_the_count_begins_anew() {
     let (mut state, now) = opened();
     let later = now + PROBE_INTERVAL;
     assert!(probe(&mut state, &task("a"), later).is_some());
-    assert_eq!(state.answered(own(), later, later + 200 * MS), Some(Change::Closed));
+    assert_eq!(
+        state.answered(own(), &task("answered"), later, later + 200 * MS),
+        Some(Change::Closed)
+    );
     end_probe(&mut state);
     assert!(!state.is_open());
     assert_eq!(state.until_probe(later), Duration::ZERO);
@@ -512,8 +538,8 @@ fn a_probes_answer_closes_it_and_the_count_begins_anew() {
 fn a_probe_that_was_overtaken_ends_nobody_elses() {
     let (mut state, now) = opened();
     let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
-    state.answered(own(), now + MS, now + 2 * PROBE_INTERVAL);
-    for name in ["a", "b", "c", "d", "e"] {
+    state.answered(own(), &task("answered"), now + MS, now + 2 * PROBE_INTERVAL);
+    for name in ["v", "w", "x", "y", "z"] {
         fail(&mut state, name, now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
     }
     assert!(probe(&mut state, &task("b"), now + 4 * PROBE_INTERVAL).is_some());
@@ -528,10 +554,13 @@ fn an_answer_that_was_asked_for_before_it_opened_does_not_close_it() {
         fail(&mut state, name, now, now + 10 * MS);
     }
     assert!(state.is_open());
-    assert_eq!(state.answered(own(), now + 9 * MS, now + 20 * MS), None);
+    assert_eq!(
+        state.answered(own(), &task("answered"), now + 9 * MS, now + 20 * MS),
+        None
+    );
     assert!(state.is_open());
     assert_eq!(
-        state.answered(own(), now + 10 * MS, now + 20 * MS),
+        state.answered(own(), &task("answered"), now + 10 * MS, now + 20 * MS),
         Some(Change::Closed)
     );
 }
@@ -556,7 +585,7 @@ fn a_connection_or_an_answer_begins_the_two_seconds_anew() {
     for reach in [
         (|state, now| state.reached(now)) as fn(&mut State, Instant),
         |state, now| {
-            state.answered(own(), now, now);
+            state.answered(own(), &task("answered"), now, now);
         },
     ] {
         state.connecting(now);
@@ -678,7 +707,7 @@ fn a_connection_that_comes_while_it_is_open_does_not_close_it() {
 enum Event {
     /// Of an account's task, asked so many ms ago.
     Failed(bool, u8, u32),
-    Answered(bool, u32),
+    Answered(bool, u8, u32),
     Refused(bool, u32),
     Probe(u8),
     Connected,
@@ -694,7 +723,7 @@ enum Event {
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         8 => (any::<bool>(), 0_u8..3, 0_u32..3000).prop_map(|(whose, task, ago)| Event::Failed(whose, task, ago)),
-        1 => (any::<bool>(), 0_u32..3000).prop_map(|(whose, ago)| Event::Answered(whose, ago)),
+        1 => (any::<bool>(), 0_u8..3, 0_u32..3000).prop_map(|(whose, task, ago)| Event::Answered(whose, task, ago)),
         1 => (any::<bool>(), 0_u32..3000).prop_map(|(whose, ago)| Event::Refused(whose, ago)),
         4 => (0_u8..3).prop_map(Event::Probe),
         1 => Just(Event::Connected),
@@ -722,6 +751,8 @@ struct Model {
     /// Its task that failed last, and whether another has since it heard anything.
     failed_task: [Option<u8>; 2],
     several_fail: [bool; 2],
+    /// Tasks that have failed since they were answered: when last, and how often though somebody was answered between.
+    own: HashMap<(bool, u8), (Instant, u32)>,
     /// When somebody asked last what showed that upstream is there.
     back: Option<Instant>,
     probing: bool,
@@ -745,6 +776,7 @@ impl Model {
             heard: [None; 2],
             failed_task: [None; 2],
             several_fail: [false; 2],
+            own: HashMap::new(),
             back: None,
             probing: false,
             last_probe: None,
@@ -763,7 +795,7 @@ impl Model {
         let mut change = None;
         match *event {
             Event::Failed(whose, name, ago) => change = self.fails(whose, name, now - ago * MS)?,
-            Event::Answered(whose, ago) => change = self.is_answered(whose, now - ago * MS)?,
+            Event::Answered(whose, name, ago) => change = self.is_answered(whose, name, now - ago * MS)?,
             Event::Refused(whose, ago) => change = self.is_refused(whose, now - ago * MS)?,
             Event::Probe(name) => {
                 if poll(&mut self.state, own(), &task(&name.to_string()), now).is_some() {
@@ -815,11 +847,14 @@ impl Model {
     }
 
     fn fails(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
-        self.failing.push((whose, name));
-        let whose_index = usize::from(whose);
-        let is_news = self.heard[whose_index].is_none_or(|heard| asked >= heard);
-        if is_news && (self.state.is_open() || self.back.is_none_or(|back| asked >= back)) {
-            let whose = whose_index;
+        let (is_open, is_new) = (self.state.is_open(), self.back.is_none_or(|back| asked >= back));
+        let is_its_own = !is_open && is_new && self.fails_by_itself(whose, name, asked);
+        if !is_its_own {
+            self.failing.push((whose, name));
+        }
+        let is_heard_since = self.heard[usize::from(whose)].is_some_and(|heard| asked < heard);
+        if (is_open || is_new) && !is_its_own && !is_heard_since {
+            let whose = usize::from(whose);
             let is_another = self.failed_task[whose].replace(name) != Some(name);
             self.several_fail[whose] |= is_another && self.failed[whose] > self.heard[whose];
             self.failed[whose] = self.failed[whose].max(Some(asked));
@@ -842,15 +877,28 @@ impl Model {
         Ok(change)
     }
 
-    fn is_answered(&mut self, whose: bool, asked: Instant) -> Result<Option<Change>, TestCaseError> {
+    /// Whether this task has failed three times though somebody was answered between.
+    fn fails_by_itself(&mut self, whose: bool, name: u8, asked: Instant) -> bool {
+        let (failed, often) = self.own.entry((whose, name)).or_insert((asked, 0));
+        *often += u32::from(self.back > Some(*failed));
+        *failed = asked.max(*failed);
+        let within = Duration::from_secs([0, 5, 5, 60][usize::try_from(*often).unwrap().min(3)]);
+        self.back
+            .is_some_and(|back| asked.saturating_duration_since(back) < within)
+    }
+
+    fn is_answered(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
         let was_open = self.state.is_open();
-        let change = self.state.answered(Self::account(whose), asked, self.now);
+        let change = self
+            .state
+            .answered(Self::account(whose), &task(&name.to_string()), asked, self.now);
         let is_news = self.opened.is_none_or(|opened| asked >= opened);
         prop_assert_eq!(change.is_some(), was_open && is_news);
         if is_news || !was_open {
             let last = &mut self.answered[usize::from(whose)];
             *last = (*last).max(Some(asked));
             self.hears(whose, asked);
+            self.own.remove(&(whose, name));
             self.failing.clear();
             self.back = self.back.max(Some(asked));
             prop_assert!(!self.state.is_open());
