@@ -9,9 +9,10 @@ use std::fmt;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::panic::PanicHookInfo;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::Level;
@@ -31,6 +32,9 @@ use crate::metrics::Metrics;
 /// accounts.
 const MOST_LINES: usize = 8192;
 
+/// How long the guard of the thread that writes waits for it at most (a second and a tenth), and a little.
+const LONGEST_FLUSH: Duration = Duration::from_millis(1500);
+
 /// So many bytes are written at once: as many as a pipe holds.
 const MOST_AT_ONCE: usize = 64 << 10;
 
@@ -40,7 +44,7 @@ pub struct Log {
     unwritten: Arc<AtomicU64>,
     /// Once it is started, whoever reads it may understand nothing else.
     is_json: AtomicBool,
-    _flush: WorkerGuard,
+    flush: Option<WorkerGuard>,
 }
 
 impl Log {
@@ -62,7 +66,7 @@ impl Log {
             lines,
             unwritten,
             is_json: AtomicBool::new(false),
-            _flush: flush,
+            flush: Some(flush),
         }
     }
 
@@ -109,6 +113,23 @@ impl Log {
     }
 }
 
+impl Drop for Log {
+    fn drop(&mut self) {
+        let flush = self.flush.take();
+        let (done, flushed) = mpsc::channel();
+        // The guard says on stdout where nobody reads the log, and waits for whoever reads that: maybe the same nobody.
+        let flushing = thread::Builder::new().name("log end".to_owned()).spawn(move || {
+            drop(flush);
+            // Nobody waits any more, where it took too long.
+            let _ = done.send(());
+        });
+        if flushing.is_ok() {
+            // As soon as it is done, or cannot be.
+            let _ = flushed.recv_timeout(LONGEST_FLUSH);
+        }
+    }
+}
+
 impl fmt::Debug for Log {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Log").finish_non_exhaustive()
@@ -137,7 +158,7 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     let backtrace = Backtrace::capture();
     let backtrace = (backtrace.status() == BacktraceStatus::Captured).then_some(backtrace);
     tracing::error!(
-        thread = std::thread::current().name(),
+        thread = thread::current().name(),
         location = info.location().map(tracing::field::display),
         // `message` is what the line has already.
         error = info.payload_as_str(),

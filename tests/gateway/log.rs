@@ -65,11 +65,15 @@ async fn a_log_that_nobody_reads_holds_up_no_request_and_what_it_loses_is_counte
 #[tokio::test]
 async fn a_log_that_nobody_reads_does_not_hold_up_a_stop() {
     let upstream = Simulator::start(&["--latency", "0ms"]).await;
-    let mut gateway = Gateway::start(&upstream.url, TALKATIVE).await;
-    gateway.reader(Reader::Pauses);
-    poll_until_lines_are_dropped(&gateway).await;
-    gateway.terminate();
-    assert!(gateway.exit().await.success());
+    let read = Gateway::start(&upstream.url, TALKATIVE).await;
+    // As where both go into one pipe.
+    let stuck = Gateway::start_with_full_stdout(&upstream.url, TALKATIVE).await;
+    for mut gateway in [read, stuck] {
+        gateway.reader(Reader::Pauses);
+        poll_until_lines_are_dropped(&gateway).await;
+        gateway.terminate();
+        assert!(gateway.exit().await.success());
+    }
 }
 
 #[tokio::test]

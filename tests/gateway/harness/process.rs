@@ -147,6 +147,19 @@ impl Gateway {
         Self::start_by(command, upstream, config).await
     }
 
+    /// The same, where whatever it prints has to wait, for ever.
+    pub async fn start_with_full_stdout(upstream: &str, config: &str) -> Self {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut fills = writer.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let _reader = reader;
+            while fills.write_all(b"x").is_ok() {}
+        });
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec \"$0\" \"$@\" 1>&0", BINARY]).stdin(writer);
+        Self::start_by(command, upstream, config).await
+    }
+
     /// The same, where it can have the log's thread, its two workers and the admin port's, and no more.
     pub async fn start_without_threads(upstream: &str, config: &str) -> Self {
         for _ in 0..100 {
