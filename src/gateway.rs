@@ -470,6 +470,10 @@ impl Gateway {
             Some(answer) if answer.is_fresh(poll.arrived, live) => return Ok(Answered::hit(answer)),
             stale => stale.map(|answer| answer.asked()),
         };
+        if self.upstream.breaker().is_open() {
+            // Nobody can ask whether they are still missing.
+            poll.asker.account.credits.lapse(poll.arrived);
+        }
         if let Some(answered) = Self::out_of_credits(&poll.asker, poll.arrived) {
             return Ok(answered);
         }

@@ -95,6 +95,9 @@ impl Gateway {
                     pause(account, &answer);
                 }
                 learn(account, key, &answer);
+                if outcome.yields_to_snapshot() {
+                    account.credits.lapse(sent);
+                }
                 // Closed only now: whoever asks from here on finds the answer kept and the account paused.
                 if outcome == Class::Unavailable {
                     breaker.answered_unavailable(account.id, task, sent, format_args!("code {}", answer.code()));
@@ -116,6 +119,7 @@ impl Gateway {
                 account.metrics.attempted(outcome, took);
                 query.failed(&failed.error, outcome);
                 log_attempt(account, task, &attempt, detail, None, took);
+                account.credits.lapse(sent);
                 if outcome != Class::Unavailable {
                     breaker.refused(account.id, sent);
                 } else if failed.how != How::Unanswered || attempt.is_last {

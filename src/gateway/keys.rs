@@ -133,6 +133,8 @@ struct Word {
 struct Remembered {
     answer: Answer,
     until: Instant,
+    /// Until when, by upstream's word alone.
+    lapses: Instant,
 }
 
 impl Refusal {
@@ -194,9 +196,11 @@ impl Refusal {
         if last.max(word.otherwise).is_some_and(|last| last > answer.asked()) {
             return false;
         }
+        let until = answer.received() + keep;
         let before = word.refused.replace(Remembered {
             answer: remembered(answer, keep),
-            until: answer.received() + keep,
+            until,
+            lapses: until,
         });
         self.stands.store(true, Ordering::Relaxed);
         if before.is_none() {
@@ -214,11 +218,27 @@ impl Refusal {
             .as_ref()
             .is_some_and(|refused| refused.answer.asked() <= asked);
         if is_over {
-            word.refused = None;
-            self.stands.store(false, Ordering::Relaxed);
-            word.shown.dec();
+            self.forget(&mut word);
         }
         is_over
+    }
+
+    /// At `asked` upstream was asked in vain, or could not be: a refusal that was to be remembered no longer is forgotten.
+    /// Those who ask one by one to hear whether it still stands would hear nothing, and all others of it.
+    pub(super) fn lapse(&self, asked: Instant) {
+        if !self.stands() {
+            return;
+        }
+        let mut word = self.word.lock();
+        if word.refused.as_ref().is_some_and(|refused| refused.lapses <= asked) {
+            self.forget(&mut word);
+        }
+    }
+
+    fn forget(&self, word: &mut Word) {
+        word.refused = None;
+        self.stands.store(false, Ordering::Relaxed);
+        word.shown.dec();
     }
 }
 

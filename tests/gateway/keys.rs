@@ -463,6 +463,55 @@ async fn without_credits_fresh_answers_go_on_and_the_rest_costs_one_query_in_fiv
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn missing_credits_are_forgotten_where_whoever_asks_again_hears_of_a_failure_only() {
+    for code in [500, 503] {
+        let start = Instant::now();
+        let gateway = Paused::start(
+            Behaviour {
+                answer: |_, task| running(task),
+                to_key: |key, after| match after.as_secs() {
+                    10..12 => Some(refusal(200, 402)),
+                    12.. if key.ends_with("500") => Some(refusal(500, 500)),
+                    12.. => Some(refusal(503, 503)),
+                    _ => None,
+                },
+                ..Behaviour::default()
+            },
+            |_| {},
+        );
+        let (key, other) = (format!("ak_{code}"), format!("ak_other_{code}"));
+        let tasks = ["a", "b", "c"];
+        for task in tasks {
+            assert_code(&gateway.poll(&key, task).await, 200);
+            assert_code(&gateway.poll(&other, task).await, 200);
+        }
+        sleep_until(start + seconds(11)).await;
+        for key in [&key, &other] {
+            assert_code(&gateway.poll(key, "a").await, 402);
+        }
+        sleep_until(start + seconds(14)).await;
+        for task in tasks {
+            assert_eq!(detail(&gateway.poll(&key, task).await), Some("no_credits"));
+        }
+        // Whoever asks now hears of no more than that upstream fails, and from then on everybody.
+        sleep_until(start + seconds(17)).await;
+        for _ in 0..10 {
+            for task in tasks {
+                assert_code(&gateway.poll(&key, task).await, 200);
+                sleep(Duration::from_millis(200)).await;
+            }
+        }
+        // While nobody may ask, the other account can hear of nothing else.
+        if code == 503 {
+            assert!((gateway.metric("crun_gateway_upstream_breaker_open") - 1.0).abs() < 0.1);
+            for task in tasks {
+                assert_code(&gateway.poll(&other, task).await, 200);
+            }
+        }
+    }
+}
+
 /// Polls an ended task every ten seconds from now until so many seconds after the start; says when it was answered 200.
 async fn poll_ended(gateway: &Paused, key: &str, start: Instant, until: u64) -> Vec<Duration> {
     let mut answered = Vec::new();
