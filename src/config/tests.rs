@@ -696,6 +696,11 @@ fn what_cannot_be_served_over_tls_is_refused_by_field_and_with_a_fix() {
     );
     refuses_fields("tls: {}", &["tls.cert_file", "tls.key_file"]);
     refuses_fields("tls: true", &["tls"]);
+    refuses_fields(
+        "tls: { cert_file: /nope, client_ca_file: /nope }",
+        &["tls.key_file", "tls.cert_file", "tls.client_ca_file"],
+    );
+    refuses_fields("tls: { key_file: /nope }", &["tls.cert_file", "tls.key_file"]);
     refuses_fields(&of(&cert, &key, ", certs: x"), &["tls.certs"]);
 }
 

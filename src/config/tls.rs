@@ -150,6 +150,23 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Tls> {
         let fix = "name the roots that vouch for clients in tls.client_ca_file, or remove this";
         r.problem(CLIENT_CERTIFICATES, "nobody vouches for clients", fix);
     }
+    if cert_file.is_none() || key_file.is_none() {
+        // What is named is looked at all the same.
+        let found = [
+            (
+                CERT_FILE,
+                cert_file.and_then(|file| chain(&file, SystemTime::now()).err()),
+            ),
+            (KEY_FILE, key_file.and_then(|file| private_key(&file).err())),
+            (CLIENT_CA_FILE, ca_file.and_then(|file| roots(&file).err())),
+        ];
+        for (field, wrong) in found {
+            if let Some(wrong) = wrong {
+                r.refuse(field, wrong);
+            }
+        }
+        return None;
+    }
     let tls = Tls {
         cert_file: cert_file?,
         key_file: key_file?,
