@@ -58,9 +58,10 @@ impl Backoff {
         f64::from(self.pace.limit.get())
     }
 
-    /// The lowest rate: less than the limit, or nothing would tell that it has not recovered.
+    /// The lowest rate, before the margin takes its part: less than the limit, or nothing would tell that it has not
+    /// recovered.
     fn slowest(&self) -> f64 {
-        SLOWEST.min(self.limit() / 2.0)
+        (SLOWEST * self.pace.full_second().as_secs_f64()).min(self.limit() / 2.0)
     }
 
     /// Notes a 429 to a query that was `asked` then, gives how long the pause is from `now` on.
@@ -248,13 +249,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pauses_of_our_own_choosing_double_up_to_thirty_seconds_and_the_rate_never_falls_below_one() {
         let (mut backoff, mut now) = backoff();
+        let margin = Duration::from_millis(30);
+        backoff.set_pace(Pace {
+            margin,
+            ..backoff.pace()
+        });
         for expected in [1, 2, 4, 8, 16, 30, 30] {
             let pause = backoff.rate_limited(None, now, now);
             assert_eq!(pause, expected * SECOND);
             now += pause;
-            assert!(backoff.rate(now) >= 1.0);
+            assert!(backoff.rate(now) >= 1.03);
         }
-        assert_rate(&backoff, now, 1.0);
+        // Of so many emission intervals in 1.03 s, one a second.
+        assert_rate(&backoff, now, 1.03);
         now += 60 * SECOND;
         assert_eq!(backoff.rate_limited(None, now, now), SECOND);
     }
