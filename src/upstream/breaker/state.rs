@@ -75,8 +75,10 @@ pub(super) struct State {
     enough: u32,
     /// The task of the first of them, and whose it is.
     failing: Option<(Option<AccountId>, TaskId)>,
-    /// Whether another task is among them.
+    /// Whether another task is among them, or has failed beside them.
     several_fail: bool,
+    /// One that has failed since, and does not count (`breaker/tasks.rs`).
+    beside: Option<TaskId>,
     /// Whether another account is.
     several_accounts_fail: bool,
     accounts: Accounts,
@@ -118,6 +120,7 @@ impl State {
             enough: MOST_FAILURES,
             failing: None,
             several_fail: false,
+            beside: None,
             several_accounts_fail: false,
             accounts: Accounts::default(),
             tasks: Tasks::default(),
@@ -171,13 +174,18 @@ impl State {
             return None;
         }
         if let Some(account) = account {
-            // What says nothing of upstream says nothing of the account.
-            let may_count =
-                self.tasks.failed(account, task, asked, self.answered) && self.accounts.failed(account, task, asked);
-            if !may_count {
+            if !self.tasks.failed(account, task, asked) {
+                self.accounts.still_fails(account, task, asked);
+                // It is another task than whichever fails next to it.
+                self.several_fail |= self.failing.as_ref().is_some_and(|(_, failing)| failing != task);
+                self.beside.get_or_insert_with(|| task.clone());
+                return None;
+            }
+            if !self.accounts.failed(account, task, asked) {
                 return None;
             }
         }
+        self.several_fail |= self.beside.as_ref().is_some_and(|beside| beside != task);
         self.failures = self.failures.saturating_add(1);
         match &self.failing {
             None => self.failing = Some((account, task.clone())),
@@ -204,7 +212,7 @@ impl State {
         if self.is_old_news(asked) {
             return None;
         }
-        self.tasks.answered(account, task);
+        self.tasks.answered(account, task, asked);
         self.accounts.answered(account, asked);
         self.is_back(asked);
         self.reached(now);
@@ -428,6 +436,7 @@ impl State {
         self.enough = MOST_FAILURES;
         self.failing = None;
         self.several_fail = false;
+        self.beside = None;
         self.several_accounts_fail = false;
     }
 }

@@ -282,6 +282,42 @@ fn tasks_that_always_fail_open_it_once_and_hide_no_outage() {
 }
 
 #[test]
+fn a_task_that_always_fails_is_another_beside_one_that_fails_in_an_outage() {
+    let (mut state, mut at) = (State::new(), Instant::now());
+    for _ in 0..10 {
+        assert_eq!(fail(&mut state, "always", at, at), None);
+        at += MS;
+        state.answered(own(), &task("live"), at, at);
+    }
+    // In either order.
+    for first in ["always", "live"] {
+        fail(&mut state, first, at, at);
+        for _ in 0..4 {
+            assert!(!state.is_open());
+            fail(&mut state, "live", at, at);
+            fail(&mut state, "always", at, at);
+        }
+        fail(&mut state, "live", at, at);
+        assert!(state.is_open());
+        at += MS;
+        assert_eq!(state.answered(own(), &task("live"), at, at), Some(Change::Closed));
+    }
+}
+
+#[test]
+fn what_is_refused_in_an_outage_hides_no_task_that_fails() {
+    let (mut state, mut at) = (State::new(), Instant::now());
+    state.answered(own(), &task("a"), at, at);
+    for _ in 0..10 {
+        at += LATELY;
+        let changes = ["a", "b", "c", "d", "e", "f"].map(|name| fail(&mut state, name, at, at));
+        assert!(changes.contains(&Some(Change::Opened)));
+        at += PROBE_INTERVAL;
+        assert_eq!(state.refused(own(), at, at), Some(Change::Closed));
+    }
+}
+
+#[test]
 fn a_refusal_of_who_failed_long_ago_is_no_change() {
     for (later, closes) in [(JUST_BEFORE_FORGOTTEN, true), (FORGOTTEN_AFTER, false)] {
         let (mut state, now) = (State::new(), Instant::now());
@@ -743,6 +779,8 @@ struct Model {
     opened: Option<Instant>,
     /// Whose failures, and of which task, since the last answer that was news.
     failing: Vec<(bool, u8)>,
+    /// Tasks that have failed beside them, each by itself.
+    beside: Vec<u8>,
     /// When an account asked last what was answered.
     answered: [Option<Instant>; 2],
     /// When it asked last what failed, and what anything else was said to.
@@ -771,6 +809,7 @@ impl Model {
             now: Instant::now() + Duration::from_hours(1),
             opened: None,
             failing: Vec::new(),
+            beside: Vec::new(),
             answered: [None; 2],
             failed: [None; 2],
             heard: [None; 2],
@@ -849,11 +888,13 @@ impl Model {
     fn fails(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
         let (is_open, is_new) = (self.state.is_open(), self.back.is_none_or(|back| asked >= back));
         let is_its_own = !is_open && is_new && self.fails_by_itself(whose, name, asked);
-        if !is_its_own {
+        if is_its_own {
+            self.beside.push(name);
+        } else {
             self.failing.push((whose, name));
         }
         let is_heard_since = self.heard[usize::from(whose)].is_some_and(|heard| asked < heard);
-        if (is_open || is_new) && !is_its_own && !is_heard_since {
+        if (is_open || is_new) && !is_heard_since {
             let whose = usize::from(whose);
             let is_another = self.failed_task[whose].replace(name) != Some(name);
             self.several_fail[whose] |= is_another && self.failed[whose] > self.heard[whose];
@@ -866,7 +907,11 @@ impl Model {
         if change.is_some() {
             let failing = &self.failing;
             prop_assert!(failing.len() >= 5, "{failing:?}");
-            prop_assert!(failing.iter().any(|other| other.1 != name), "{failing:?}");
+            let mut others = failing
+                .iter()
+                .map(|failing| failing.1)
+                .chain(self.beside.iter().copied());
+            prop_assert!(others.any(|other| other != name), "{failing:?}");
             let others = self.answered[usize::from(!whose)];
             let is_contradicted = others.is_some_and(|answered| asked < answered + LATELY);
             prop_assert!(
@@ -877,14 +922,19 @@ impl Model {
         Ok(change)
     }
 
+    fn forget(&mut self) {
+        self.failing.clear();
+        self.beside.clear();
+    }
+
     /// Whether this task has failed three times though somebody was answered between.
     fn fails_by_itself(&mut self, whose: bool, name: u8, asked: Instant) -> bool {
         let (failed, often) = self.own.entry((whose, name)).or_insert((asked, 0));
-        *often += u32::from(self.back > Some(*failed));
+        let told = self.answered[0].max(self.answered[1]);
+        *often += u32::from(told > Some(*failed));
         *failed = asked.max(*failed);
-        let within = Duration::from_secs([0, 5, 5, 60][usize::try_from(*often).unwrap().min(3)]);
-        self.back
-            .is_some_and(|back| asked.saturating_duration_since(back) < within)
+        let within = Duration::from_secs([0, 5, 5, 20][usize::try_from(*often).unwrap().min(3)]);
+        told.is_some_and(|told| asked.saturating_duration_since(told) < within)
     }
 
     fn is_answered(&mut self, whose: bool, name: u8, asked: Instant) -> Result<Option<Change>, TestCaseError> {
@@ -899,7 +949,7 @@ impl Model {
             *last = (*last).max(Some(asked));
             self.hears(whose, asked);
             self.own.remove(&(whose, name));
-            self.failing.clear();
+            self.forget();
             self.back = self.back.max(Some(asked));
             prop_assert!(!self.state.is_open());
         }
@@ -930,7 +980,7 @@ impl Model {
             self.is_reached();
         }
         if is_news && !is_contradicted {
-            self.failing.clear();
+            self.forget();
         }
         if change.is_some() {
             self.back = self.back.max(Some(asked));
@@ -971,7 +1021,7 @@ impl Model {
             Some(Change::Opened) => {
                 prop_assert!(!was_open && is_open);
                 self.opened = Some(self.now);
-                self.failing.clear();
+                self.forget();
                 self.probing = false;
             }
             Some(Change::Closed) => {
