@@ -132,9 +132,9 @@ impl Accounts {
         self.put(known);
     }
 
-    /// A query of `account` that was begun at `asked` was answered by what tells nothing of its task: whether the account had
-    /// failed in the [`TROUBLE`] before, so that this is a change. One that has never been anything but refused is not remembered: there may be
-    /// any number of such keys.
+    /// A query of `account` that was begun at `asked` was answered by what tells nothing of its task: whether the
+    /// account had failed in the [`TROUBLE`] before, so that this is a change. One that has never been anything but
+    /// refused is not remembered: there may be any number of such keys.
     pub(super) fn refused(&mut self, account: AccountId, asked: Instant) -> bool {
         let Some(known) = self.0.iter_mut().find(|known| known.account == account) else {
             return false;

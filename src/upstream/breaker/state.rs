@@ -1,12 +1,13 @@
 //! The breaker's state machine: closed, open, half-open. Pure: `now` is passed in, nothing is logged or awaited.
 //!
 //! It opens on 5 failures in a row over at least 2 tasks, since a task that always fails says little about upstream
-//! (`breaker/tasks.rs`), as does an account that fails while others are answered (`breaker/accounts.rs`); or when no connection came about for 2 s while
-//! somebody wanted one. The pause behind an attempt that failed is part of these; the one behind an attempt that was given up
-//! is not: nobody knows what would have become of it. Evidence is weighed by when it was *asked for*: a time-out that comes in
-//! after upstream has recovered tells of the outage, and an answer that was on its way when the breaker opened does not close
-//! it. Nothing but an answer does, and of answers that refuse only one that contradicts somebody's failures; unless nobody has
-//! asked for a minute: then there is nobody to be kept from upstream, and nobody is told of an outage that may be over.
+//! (`breaker/tasks.rs`), as does an account that fails while others are answered (`breaker/accounts.rs`); or when no
+//! connection came about for 2 s while somebody wanted one. The pause behind an attempt that failed is part of these;
+//! the one behind an attempt that was given up is not: nobody knows what would have become of it. Evidence is weighed
+//! by when it was *asked for*: a time-out that comes in after upstream has recovered tells of the outage, and an answer
+//! that was on its way when the breaker opened does not close it. Nothing but an answer does, and of answers that
+//! refuse only one that contradicts somebody's failures; unless nobody has asked for a minute: then there is nobody to
+//! be kept from upstream, and nobody is told of an outage that may be over.
 
 use std::collections::VecDeque;
 use std::time::Duration;
