@@ -125,19 +125,18 @@ impl Tls {
                 client_roots,
                 expires,
             }),
-            (chain, key, roots) => {
-                let found = [
-                    (CERT_FILE, chain.err()),
-                    (KEY_FILE, key.err()),
-                    (CLIENT_CA_FILE, roots.err()),
-                ];
-                Err(found
-                    .into_iter()
-                    .filter_map(|(field, wrong)| Some((field, wrong?)))
-                    .collect())
-            }
+            (chain, key, roots) => Err(faults(chain.err(), key.err(), roots.err())),
         }
     }
+}
+
+/// What is wrong with the files, each with its field.
+fn faults(chain: Option<Wrong>, key: Option<Wrong>, roots: Option<Wrong>) -> Vec<(&'static str, Wrong)> {
+    let found = [(CERT_FILE, chain), (KEY_FILE, key), (CLIENT_CA_FILE, roots)];
+    found
+        .into_iter()
+        .filter_map(|(field, wrong)| Some((field, wrong?)))
+        .collect()
 }
 
 /// Reads the section `tls`, and checks the files that it names.
@@ -150,26 +149,22 @@ pub(super) fn section(r: &mut Reader<'_>) -> Option<Tls> {
         let fix = "name the roots that vouch for clients in tls.client_ca_file, or remove this";
         r.problem(CLIENT_CERTIFICATES, "nobody vouches for clients", fix);
     }
-    if cert_file.is_none() || key_file.is_none() {
-        // What is named is looked at all the same.
-        let found = [
-            (
-                CERT_FILE,
-                cert_file.and_then(|file| chain(&file, SystemTime::now()).err()),
-            ),
-            (KEY_FILE, key_file.and_then(|file| private_key(&file).err())),
-            (CLIENT_CA_FILE, ca_file.and_then(|file| roots(&file).err())),
-        ];
-        for (field, wrong) in found {
-            if let Some(wrong) = wrong {
+    let (cert_file, key_file) = match (cert_file, key_file) {
+        (Some(cert_file), Some(key_file)) => (cert_file, key_file),
+        (cert_file, key_file) => {
+            // What is named is looked at all the same.
+            let chain = cert_file.and_then(|file| chain(&file, SystemTime::now()).err());
+            let key = key_file.and_then(|file| private_key(&file).err());
+            let roots = ca_file.and_then(|file| roots(&file).err());
+            for (field, wrong) in faults(chain, key, roots) {
                 r.refuse(field, wrong);
             }
+            return None;
         }
-        return None;
-    }
+    };
     let tls = Tls {
-        cert_file: cert_file?,
-        key_file: key_file?,
+        cert_file,
+        key_file,
         clients: ca_file.map(|ca_file| ClientCertificates {
             ca_file,
             demand: demand.unwrap_or(Demand::Required),
