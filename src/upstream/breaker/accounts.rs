@@ -166,9 +166,9 @@ impl Accounts {
             .is_some_and(|first| first.several_fail || others.next().is_some())
     }
 
-    /// Whether another account than `account` was answered what it asked `within` so long before `asked`, or since.
-    pub(super) fn others_were_answered(&self, account: AccountId, asked: Instant, within: Duration) -> bool {
-        let lately = |answered| asked.saturating_duration_since(answered) < within;
+    /// Whether another account than `account` was answered what it asked [`LATELY`] before `asked`, or since.
+    pub(super) fn others_were_answered(&self, account: AccountId, asked: Instant) -> bool {
+        let lately = |answered| asked.saturating_duration_since(answered) < LATELY;
         self.0
             .iter()
             .any(|known| known.account != account && known.answered.is_some_and(lately))
@@ -220,15 +220,15 @@ mod tests {
         let (mut accounts, [a, b]) = accounts();
         let now = Instant::now();
         accounts.answered(a, now);
-        assert!(accounts.others_were_answered(b, now + LATELY - MS, LATELY));
-        assert!(!accounts.others_were_answered(b, now + LATELY, LATELY));
+        assert!(accounts.others_were_answered(b, now + LATELY - MS));
+        assert!(!accounts.others_were_answered(b, now + LATELY));
         assert!(
-            !accounts.others_were_answered(a, now, LATELY),
+            !accounts.others_were_answered(a, now),
             "only another's says that it is the account"
         );
         // An answer that comes after one to a later query.
         accounts.answered(a, now - LATELY);
-        assert!(accounts.others_were_answered(b, now, LATELY));
+        assert!(accounts.others_were_answered(b, now));
     }
 
     #[test]
@@ -314,7 +314,7 @@ mod tests {
         for refused in refused {
             accounts.refused(refused, now);
         }
-        assert!(accounts.others_were_answered(a, now, LATELY));
+        assert!(accounts.others_were_answered(a, now));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Probe;
-use super::accounts::{Accounts, LATELY};
+use super::accounts::Accounts;
 use super::tasks::Tasks;
 use crate::account::AccountId;
 use crate::task::TaskId;
@@ -196,7 +196,7 @@ impl State {
             }
         }
         let is_enough = self.failures >= self.enough && self.several_fail;
-        let is_contradicted = |account| self.accounts.others_were_answered(account, asked, LATELY);
+        let is_contradicted = |account| self.accounts.others_were_answered(account, asked);
         let is_its_own = !self.several_accounts_fail && account.is_some_and(is_contradicted);
         (is_enough && !is_its_own).then(|| self.open(now))
     }
