@@ -1,3 +1,5 @@
+//! What the breaker does, case by case; `model` is what it may do, whatever happens.
+
 mod model;
 
 use std::sync::LazyLock;
@@ -19,6 +21,11 @@ fn own() -> AccountId {
 
 fn fail(state: &mut State, name: &str, asked: Instant, now: Instant) -> Option<Change> {
     state.failed(Some(own()), &task(name), asked, now)
+}
+
+/// An answer about a task that never fails.
+fn answer(state: &mut State, account: AccountId, asked: Instant, now: Instant) -> Option<Change> {
+    state.answered(account, &task("answered"), asked, now)
 }
 
 /// Polls for `task`, and says for which task a probe began thereby.
@@ -86,10 +93,10 @@ fn fail_for(state: &mut State, account: AccountId, at: Instant) -> Option<Change
 #[test]
 fn failures_of_one_account_open_it_unless_another_is_answered() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(another(), &task("answered"), now, now);
+    answer(&mut state, another(), now, now);
     assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened), "nobody else was");
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(own(), &task("answered"), now, now);
+    answer(&mut state, own(), now, now);
     assert_eq!(fail_elsewhere(&mut state, now), None);
     assert_eq!(fail(&mut state, "a", now, now), Some(Change::Opened), "both fail");
 }
@@ -100,13 +107,13 @@ fn an_account_that_fails_while_another_is_answered_opens_it_once_until_it_is_ans
     let mut at = now;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     at += PROBE_INTERVAL;
-    assert_eq!(state.answered(own(), &task("answered"), at, at), Some(Change::Closed));
+    assert_eq!(answer(&mut state, own(), at, at), Some(Change::Closed));
     for _ in 0..100 {
         at += JUST_BEFORE_FORGOTTEN;
         assert_eq!(fail_elsewhere(&mut state, at), None);
         // Nor does it with the one task of another's that always fails.
         assert_eq!(fail(&mut state, "a", at, at), None);
-        assert_eq!(state.answered(own(), &task("answered"), at, at), None);
+        assert_eq!(answer(&mut state, own(), at, at), None);
     }
     for name in ["v", "w", "x", "y", "z"] {
         state.answered(another(), &task(name), at, at);
@@ -120,7 +127,7 @@ fn an_account_that_has_failed_is_believed_once_nobody_else_was_answered_for_a_mi
     let (mut state, now) = (State::new(), Instant::now());
     assert_eq!(fail_elsewhere(&mut state, now), Some(Change::Opened));
     let mut at = now + PROBE_INTERVAL;
-    assert_eq!(state.answered(own(), &task("answered"), at, at), Some(Change::Closed));
+    assert_eq!(answer(&mut state, own(), at, at), Some(Change::Closed));
     at += JUST_BEFORE_FORGOTTEN;
     assert_eq!(fail_elsewhere(&mut state, at), None);
     at += MS;
@@ -206,7 +213,7 @@ fn new_keys_that_are_refused_keep_nobody_waiting_who_was_answered_before() {
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     at += PROBE_INTERVAL;
     poll(&mut state, own(), &task("x"), at).unwrap();
-    assert_eq!(state.answered(own(), &task("answered"), at, at), Some(Change::Closed));
+    assert_eq!(answer(&mut state, own(), at, at), Some(Change::Closed));
     at += FORGOTTEN_AFTER;
     assert_eq!(fail_elsewhere(&mut state, at), Some(Change::Opened));
     let mut probes = 0;
@@ -239,13 +246,13 @@ fn accounts_that_all_are_in_trouble_hide_no_outage() {
             assert_eq!(state.failed(Some(account), &task(name), at, at), None);
         }
     };
-    state.answered(own(), &task("answered"), now, now);
+    answer(&mut state, own(), now, now);
     fails(&mut state, another(), now);
-    state.answered(own(), &task("answered"), now + MS, now + MS);
-    state.answered(another(), &task("answered"), now + 2 * MS, now + 2 * MS);
+    answer(&mut state, own(), now + MS, now + MS);
+    answer(&mut state, another(), now + 2 * MS, now + 2 * MS);
     fails(&mut state, own(), now + 2 * MS);
     for account in [another(), own()] {
-        state.answered(account, &task("answered"), now + 3 * MS, now + 3 * MS);
+        answer(&mut state, account, now + 3 * MS, now + 3 * MS);
     }
     let mut at = now + LATELY;
     fails(&mut state, own(), at);
@@ -361,7 +368,7 @@ fn a_refusal_closes_it_where_nobody_else_fails_or_the_account_has() {
 #[test]
 fn where_there_is_no_connection_the_account_says_nothing() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(own(), &task("answered"), now, now);
+    answer(&mut state, own(), now, now);
     for name in ["a", "b", "c", "d"] {
         assert_eq!(state.failed(None, &task(name), now, now), None);
     }
@@ -375,14 +382,14 @@ fn an_answer_between_begins_the_count_anew() {
         for name in ["a", "b", "c", "d"] {
             assert_eq!(fail(&mut state, name, now, now), None);
         }
-        assert_eq!(state.answered(own(), &task("answered"), now, now), None);
+        assert_eq!(answer(&mut state, own(), now, now), None);
     }
 }
 
 #[test]
 fn a_late_time_out_from_before_the_last_answer_is_no_news() {
     let (mut state, now) = (State::new(), Instant::now());
-    state.answered(own(), &task("answered"), now + 10 * MS, now + 20 * MS);
+    answer(&mut state, own(), now + 10 * MS, now + 20 * MS);
     for name in ["a", "b", "c", "d", "e", "f"] {
         assert_eq!(fail(&mut state, name, now, now + 8000 * MS), None);
     }
@@ -547,7 +554,7 @@ fn who_has_gone_is_not_probed_for() {
 fn who_is_first_in_line_is_told_that_it_is_over() {
     let (mut state, now) = opened();
     let mut told = state.line_up(own(), &task("a")).unwrap();
-    state.answered(own(), &task("answered"), now, now);
+    answer(&mut state, own(), now, now);
     assert!(
         told.try_recv()
             .is_err_and(|error| error == oneshot::error::TryRecvError::Closed)
@@ -560,10 +567,7 @@ fn a_probes_answer_closes_it_and_the_count_begins_anew() {
     let (mut state, now) = opened();
     let later = now + PROBE_INTERVAL;
     assert!(probe(&mut state, &task("a"), later).is_some());
-    assert_eq!(
-        state.answered(own(), &task("answered"), later, later + 200 * MS),
-        Some(Change::Closed)
-    );
+    assert_eq!(answer(&mut state, own(), later, later + 200 * MS), Some(Change::Closed));
     end_probe(&mut state);
     assert!(!state.is_open());
     assert_eq!(state.until_probe(later), Duration::ZERO);
@@ -574,7 +578,7 @@ fn a_probes_answer_closes_it_and_the_count_begins_anew() {
 fn a_probe_that_was_overtaken_ends_nobody_elses() {
     let (mut state, now) = opened();
     let first = probe(&mut state, &task("a"), now + PROBE_INTERVAL).unwrap();
-    state.answered(own(), &task("answered"), now + MS, now + 2 * PROBE_INTERVAL);
+    answer(&mut state, own(), now + MS, now + 2 * PROBE_INTERVAL);
     for name in ["v", "w", "x", "y", "z"] {
         fail(&mut state, name, now + 2 * PROBE_INTERVAL, now + 2 * PROBE_INTERVAL);
     }
@@ -590,13 +594,10 @@ fn an_answer_that_was_asked_for_before_it_opened_does_not_close_it() {
         fail(&mut state, name, now, now + 10 * MS);
     }
     assert!(state.is_open());
-    assert_eq!(
-        state.answered(own(), &task("answered"), now + 9 * MS, now + 20 * MS),
-        None
-    );
+    assert_eq!(answer(&mut state, own(), now + 9 * MS, now + 20 * MS), None);
     assert!(state.is_open());
     assert_eq!(
-        state.answered(own(), &task("answered"), now + 10 * MS, now + 20 * MS),
+        answer(&mut state, own(), now + 10 * MS, now + 20 * MS),
         Some(Change::Closed)
     );
 }
@@ -621,7 +622,7 @@ fn a_connection_or_an_answer_begins_the_two_seconds_anew() {
     for reach in [
         (|state, now| state.reached(now)) as fn(&mut State, Instant),
         |state, now| {
-            state.answered(own(), &task("answered"), now, now);
+            answer(state, own(), now, now);
         },
     ] {
         state.connecting(now);
