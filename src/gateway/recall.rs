@@ -53,8 +53,9 @@ impl Gateway {
     /// Cancel safe: reading goes on, for whoever else waits.
     pub(super) async fn recall(self: &Arc<Self>, poll: &Poll<'_>) -> Result<Option<Answer>, Error> {
         let account = &poll.asker.account;
+        let Some(disk) = &self.disk else { return Ok(None) };
         let place = account.owner.place(&poll.terms.task);
-        if self.disk.as_ref().is_none_or(|disk| !disk.may_hold(place)) {
+        if !disk.may_hold(place) {
             return Ok(None);
         }
         let _reading = poll.trace.part("disk");
