@@ -13,7 +13,7 @@ const ANSWERS: usize = 100;
 /// For how long they count: what made upstream slow may be over long before a hundred others have come.
 const COUNT: Duration = Duration::from_mins(1);
 
-/// Once there are as many, their ranks are reckoned anew at one new answer in so many: each time all of them are looked at.
+/// Once there are as many, their ranks are reckoned anew only after so many new ones: each time all of them are looked at.
 const SELDOM: usize = 10;
 
 /// Where some have become too old, the mean is of so many of them, and mostly of the last ones.
@@ -37,8 +37,8 @@ struct Times {
     answers: VecDeque<(Instant, Duration)>,
     /// For how long the last few, in the mean, had a place in which no connection was open yet.
     opening: Duration,
-    /// How many were noted so far.
-    noted: usize,
+    /// How many came since their ranks were reckoned.
+    unreckoned: usize,
     mean: Duration,
     median: Duration,
     p90: Duration,
@@ -122,6 +122,10 @@ impl Recent {
     fn as_of(&self, now: Instant) -> MutexGuard<'_, Times> {
         let mut times = self.0.lock();
         times.forget_old(now);
+        // Here, since nobody may ever ask.
+        if times.unreckoned >= if times.answers.len() < ANSWERS { 1 } else { SELDOM } {
+            times.reckon();
+        }
         times
     }
 }
@@ -172,10 +176,7 @@ impl Times {
             moving_mean(self.mean, took)
         };
         self.answers.push_back((received, took));
-        self.noted += 1;
-        if self.answers.len() < ANSWERS || self.noted.is_multiple_of(SELDOM) {
-            self.reckon();
-        }
+        self.unreckoned += 1;
     }
 
     fn mean_of_few(&self) -> Duration {
@@ -185,6 +186,7 @@ impl Times {
     }
 
     fn reckon(&mut self) {
+        self.unreckoned = 0;
         let mut taken = [Duration::ZERO; ANSWERS];
         let taken = &mut taken[..self.answers.len()];
         // The slowest is one in a hundred, or of fewer: it is left out.
