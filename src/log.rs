@@ -38,6 +38,10 @@ const LONGEST_FLUSH: Duration = Duration::from_millis(1500);
 /// So many bytes are written at once: as many as a pipe holds.
 const MOST_AT_ONCE: usize = 64 << 10;
 
+/// For how long the thread rests when it has written all there was: a line that comes meanwhile waits for it, so that a
+/// thousand lines a second are two hundred writes, and as many changes of threads.
+const REST: Duration = Duration::from_millis(5);
+
 /// The way to stderr. Dropped, it writes what is left, for at most a second.
 pub struct Log {
     lines: NonBlocking,
@@ -53,6 +57,7 @@ impl Log {
         let unwritten = Arc::new(AtomicU64::new(0));
         let stderr = Piled {
             to: Patient(io::stderr()),
+            rest: REST,
             lines: Vec::new(),
             is_begun: false,
             unwritten: Arc::clone(&unwritten),
@@ -167,9 +172,11 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     );
 }
 
-/// What the thread writes to: lines that came faster than they could be written go out together.
+/// What the thread writes to: lines that came faster than they could be written, or than they are, go out together.
 struct Piled<W> {
     to: W,
+    /// For how long nothing more is written.
+    rest: Duration,
     lines: Vec<u8>,
     /// Whether they begin within a line, of which the beginning is written.
     is_begun: bool,
@@ -179,14 +186,25 @@ struct Piled<W> {
 impl<W: Write> Write for Piled<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lines.len() + line.len() > MOST_AT_ONCE {
-            self.flush()?;
+            self.write_out();
         }
         self.lines.extend_from_slice(line);
         Ok(line.len())
     }
 
     /// The thread does it as soon as no further line waits.
+    #[expect(clippy::disallowed_methods, reason = "the thread has nothing else to do")]
     fn flush(&mut self) -> io::Result<()> {
+        if !self.lines.is_empty() {
+            self.write_out();
+            thread::sleep(self.rest);
+        }
+        Ok(())
+    }
+}
+
+impl<W: Write> Piled<W> {
+    fn write_out(&mut self) {
         let written = written(&mut self.to, &self.lines);
         if let Some(last) = written.checked_sub(1) {
             self.is_begun = self.lines[last] != b'\n';
@@ -198,7 +216,6 @@ impl<W: Write> Write for Piled<W> {
         let lost = memchr::memchr_iter(b'\n', &self.lines[kept..]).count();
         self.lines.truncate(kept);
         self.unwritten.fetch_add(lost as u64, Ordering::Relaxed);
-        Ok(())
     }
 }
 
@@ -279,6 +296,7 @@ mod tests {
     fn piled(to: &mut Reader) -> Piled<&mut Reader> {
         Piled {
             to,
+            rest: Duration::ZERO,
             lines: Vec::new(),
             is_begun: false,
             unwritten: Arc::default(),
@@ -308,6 +326,7 @@ mod tests {
         stderr.set_nonblocking(true).unwrap();
         let mut log = Piled {
             to: Patient(stderr),
+            rest: Duration::ZERO,
             lines: Vec::new(),
             is_begun: false,
             unwritten: Arc::default(),
