@@ -494,11 +494,10 @@ impl Gateway {
         let mut asker = poll.asker.clone();
         let name = poll.terms.name.as_ref().filter(|name| !self.accounts.is_secret(name));
         let client = asker.client(poll.caller, name);
-        let takes = self.upstream_takes(account);
+        let takes = self.reckon(account);
         // Half of what upstream leaves is for newcomers, though none of those who were told to come back ever does.
         let kept = account.budget.kept(&client, &poll.terms.task, poll.arrived);
         let kept = kept.min(max_wait.saturating_sub(takes) / 2);
-        self.reckon(account);
         // Another replica's may come into memory as the flight goes on.
         let may_stand_in = snapshot.is_some() || self.shared_cache.is_some();
         loop {

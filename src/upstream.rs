@@ -46,6 +46,7 @@ pub use breaker::{Breaker, Probe};
 use line::Line;
 pub use pool::{Answered, Place, Pool, Ready};
 use pool::{Connections, Slot};
+pub use recent::Outlook;
 use recent::Recent;
 use streamed::Interest;
 pub use streamed::{Streamed, connection_options};

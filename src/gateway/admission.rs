@@ -27,25 +27,22 @@ const UNKNOWN: Duration = Duration::from_millis(300);
 const SLOW_ATTEMPT: Duration = Duration::from_secs(1);
 
 impl Gateway {
-    /// What upstream is thought to take of the time that a poll of `account` may wait which comes now, with few exceptions. All
-    /// of it at most: whoever has nobody before them is asked for even then, since the answer is kept, and trying is the only
-    /// way to learn that upstream is no longer so slow.
-    pub(super) fn upstream_takes(&self, account: &Account) -> Duration {
+    /// Lets those who wait know what upstream takes by now, and how soon its connections come free. Gives what it is thought
+    /// to take of the time that a poll of `account` may wait which comes now, with few exceptions. All of it at most: whoever
+    /// has nobody before them is asked for even then, since the answer is kept, and trying is the only way to learn that
+    /// upstream is no longer so slow.
+    pub(super) fn reckon(&self, account: &Account) -> Duration {
         let max_wait = self.config.load().budget.max_wait;
-        let takes = account.pool.nearly_all(max_wait, Instant::now());
-        takes.map_or(UNKNOWN.min(max_wait / 10), |takes| takes.min(max_wait))
-    }
-
-    /// Lets those who wait know what upstream takes by now, and how soon its connections come free.
-    pub(super) fn reckon(&self, account: &Account) {
-        let (max_wait, now, pool) = (self.config.load().budget.max_wait, Instant::now(), &account.pool);
+        let outlook = account.pool.outlook(max_wait, Instant::now());
+        let takes = outlook.nearly_all.unwrap_or(UNKNOWN.min(max_wait / 10)).min(max_wait);
         account.budget.expect(Expected {
-            at_least: pool.at_least(now).min(max_wait),
-            opening: pool.opening(now),
-            mean: pool.mean(now),
-            connections: pool.connections(),
-            leaves: max_wait.saturating_sub(self.upstream_takes(account)),
+            at_least: outlook.at_least.min(max_wait),
+            opening: outlook.opening,
+            mean: outlook.mean,
+            connections: account.pool.connections(),
+            leaves: max_wait.saturating_sub(takes),
         });
+        takes
     }
 
     /// Answers a poll whose flight has not landed: at its deadline or, where its turn would come `late_by` too late, before.

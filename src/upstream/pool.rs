@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Inner;
 use super::line::Line;
-use super::recent::Recent;
+use super::recent::{Outlook, Recent};
 use crate::budget::Connected;
 use crate::error::Error;
 use crate::task::TaskId;
@@ -87,25 +87,11 @@ impl Pool {
         }))
     }
 
-    /// What all but about one of the account's answers in a hundred take less than; nearer to what nine in ten take, where
-    /// that leaves little of `within`. `None` if nothing is known of the last minute.
-    pub fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
-        self.0.recent.nearly_all(within, now)
-    }
-
-    /// What the account's next answer is more likely than not to take at least.
-    pub fn at_least(&self, now: Instant) -> Duration {
-        self.0.recent.at_least(now)
-    }
-
-    /// For how long a query has a place, in the mean, in which no connection is open yet: nothing while there are more places.
-    pub fn opening(&self, now: Instant) -> Duration {
-        self.0.recent.opening(now)
-    }
-
-    /// What its answers take in the mean: for so long a query keeps its connection.
-    pub fn mean(&self, now: Instant) -> Duration {
-        self.0.recent.mean(now).min(self.0.upstream.settings.timeout)
+    /// How long the account's next answer is thought to take, for whoever waits `within` so long at most.
+    pub fn outlook(&self, within: Duration, now: Instant) -> Outlook {
+        let outlook = self.0.recent.outlook(within, now);
+        let mean = outlook.mean.min(self.0.upstream.settings.timeout);
+        Outlook { mean, ..outlook }
     }
 
     /// How many connections the account may have, if no other has any.

@@ -37,7 +37,7 @@ struct Times {
     answers: VecDeque<(Instant, Duration)>,
     /// For how long the last few, in the mean, had a place in which no connection was open yet.
     opening: Duration,
-    /// How many came since their ranks were reckoned.
+    /// How many came since their ranks were reckoned; enough to do so again, where some have gone.
     unreckoned: usize,
     mean: Duration,
     median: Duration,
@@ -48,6 +48,23 @@ struct Times {
     out: usize,
     /// Since when there have been as many as are no chance, without an answer to any.
     silent_since: Option<Instant>,
+}
+
+/// How long the next answer is thought to take. Where upstream has been silent for longer than is usual, that is half as
+/// long again, by the first two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outlook {
+    /// At least, more likely than not.
+    pub at_least: Duration,
+    /// In the mean: for so long a query keeps its connection.
+    pub mean: Duration,
+    /// For how long a query has a place before, in the mean, in which no connection is open yet: nothing while there are
+    /// more places.
+    pub opening: Duration,
+    /// What all but about one answer in a hundred take less than. The less of the time that nine in ten leave would be left
+    /// by that, the nearer to what these take: answers that take longer than anybody waits are lost whenever they are asked
+    /// for. `None` if nothing is known of the last minute.
+    pub nearly_all: Option<Duration>,
 }
 
 /// A query under way.
@@ -83,47 +100,25 @@ impl Recent {
         self.as_of(now).p90
     }
 
-    /// What all but about one answer in a hundred take less than. The less of the time that nine in ten leave of `within`
-    /// would be left by that, the nearer to what these take: answers that take longer than `within` are lost whenever they
-    /// are asked for. `None` where there are none.
-    pub(super) fn nearly_all(&self, within: Duration, now: Instant) -> Option<Duration> {
+    /// What is to be expected of a query that goes out at `now`, for whoever waits `within` so long at most.
+    pub(super) fn outlook(&self, within: Duration, now: Instant) -> Outlook {
         let times = self.as_of(now);
-        let (p90, nearly_all) = (times.p90, times.nearly_all?);
-        let (half, left) = (within.saturating_sub(p90) / 2, within.saturating_sub(nearly_all));
-        let beyond_p90 = nearly_all.saturating_sub(p90);
-        Some(if beyond_p90 <= half {
-            nearly_all
-        } else if left.is_zero() {
-            p90
-        } else {
-            p90 + beyond_p90.mul_f64(left.div_duration_f64(half))
-        })
-    }
-
-    /// What the next answer is more likely than not to take at least: where upstream has been silent for longer than is
-    /// usual, half as long again.
-    pub(super) fn at_least(&self, now: Instant) -> Duration {
-        let times = self.as_of(now);
-        times.silence(now).unwrap_or(times.median)
-    }
-
-    /// What an answer takes in the mean, lately: where upstream has been silent for longer than is usual, half as long again.
-    pub(super) fn mean(&self, now: Instant) -> Duration {
-        let times = self.as_of(now);
-        times.silence(now).unwrap_or(times.mean)
-    }
-
-    /// For how long a query has a place, in the mean, lately, in which no connection is open yet.
-    pub(super) fn opening(&self, now: Instant) -> Duration {
-        self.as_of(now).opening
+        let silence = times.silence(now);
+        Outlook {
+            at_least: silence.unwrap_or(times.median),
+            mean: silence.unwrap_or(times.mean),
+            opening: times.opening,
+            nearly_all: times.nearly_all_within(within),
+        }
     }
 
     /// What is known at `now`.
     fn as_of(&self, now: Instant) -> MutexGuard<'_, Times> {
         let mut times = self.0.lock();
         times.forget_old(now);
-        // Here, since nobody may ever ask.
-        if times.unreckoned >= if times.answers.len() < ANSWERS { 1 } else { SELDOM } {
+        // Only now: of all accounts together the ranks are mostly asked for by nobody.
+        let is_full = times.answers.len() == ANSWERS;
+        if times.unreckoned >= if is_full { SELDOM } else { 1 } {
             times.reckon();
         }
         times
@@ -154,13 +149,27 @@ impl Times {
         (silent > self.nearly_all.unwrap_or_default()).then(|| silent * 3 / 2)
     }
 
+    /// [`Outlook::nearly_all`], for whoever waits `within` so long.
+    fn nearly_all_within(&self, within: Duration) -> Option<Duration> {
+        let (p90, nearly_all) = (self.p90, self.nearly_all?);
+        let (half, left) = (within.saturating_sub(p90) / 2, within.saturating_sub(nearly_all));
+        let beyond_p90 = nearly_all.saturating_sub(p90);
+        Some(if beyond_p90 <= half {
+            nearly_all
+        } else if left.is_zero() {
+            p90
+        } else {
+            p90 + beyond_p90.mul_f64(left.div_duration_f64(half))
+        })
+    }
+
     fn forget_old(&mut self, now: Instant) {
         let before = self.answers.len();
         while self.answers.front().is_some_and(|answer| is_old(answer, now)) {
             self.answers.pop_front();
         }
         if self.answers.len() < before {
-            self.reckon();
+            self.unreckoned = SELDOM;
             self.mean = self.mean_of_few();
         }
     }
@@ -242,6 +251,10 @@ mod tests {
         recent.ask(now, Duration::ZERO).answered(now + took);
     }
 
+    fn outlook(recent: &Recent) -> Outlook {
+        recent.outlook(10 * SECOND, Instant::now())
+    }
+
     #[test]
     fn the_p90_follows_the_last_hundred_answers() {
         let recent = Recent::default();
@@ -262,7 +275,7 @@ mod tests {
     #[test]
     fn the_mean_is_of_the_last_few_answers() {
         let recent = Recent::default();
-        let mean = || recent.mean(Instant::now());
+        let mean = || outlook(&recent).mean;
         assert_eq!(mean(), Duration::ZERO);
         note(&recent, ms(100));
         assert_eq!(mean(), ms(100));
@@ -275,24 +288,24 @@ mod tests {
     #[test]
     fn nearly_all_leaves_out_a_single_slow_answer_and_those_that_nobody_can_wait_for() {
         let recent = Recent::default();
-        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), None);
+        assert_eq!(outlook(&recent).nearly_all, None);
         for _ in 0..99 {
             note(&recent, ms(100));
         }
         note(&recent, 20 * SECOND);
-        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), Some(ms(150)));
+        assert_eq!(outlook(&recent).nearly_all, Some(ms(150)));
         for took in 0..100 {
             note(&recent, ms(took));
         }
         // The slowest but one, and half of what it takes more than the median.
-        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), Some(ms(98 + 24 + 50)));
+        assert_eq!(outlook(&recent).nearly_all, Some(ms(98 + 24 + 50)));
         for _ in 0..5 {
             note(&recent, 20 * SECOND);
         }
         for _ in 0..95 {
             note(&recent, ms(100));
         }
-        assert_eq!(recent.nearly_all(10 * SECOND, Instant::now()), Some(ms(100)));
+        assert_eq!(outlook(&recent).nearly_all, Some(ms(100)));
     }
 
     /// Of the last hundred answers two took `slow`, and the others 100 ms.
@@ -306,7 +319,7 @@ mod tests {
     fn a_few_slow_answers_are_no_distribution() {
         let recent = Recent::default();
         note_two_slow(&recent, 3 * SECOND);
-        let nearly_all = recent.nearly_all(10 * SECOND, Instant::now()).unwrap();
+        let nearly_all = outlook(&recent).nearly_all.unwrap();
         assert!(nearly_all <= ms(3200), "{nearly_all:?}");
     }
 
@@ -317,7 +330,7 @@ mod tests {
         for slow in (1000..12_000).step_by(100) {
             let recent = Recent::default();
             note_two_slow(&recent, ms(slow));
-            let nearly_all = recent.nearly_all(within, Instant::now()).unwrap();
+            let nearly_all = recent.outlook(within, Instant::now()).nearly_all.unwrap();
             assert!(nearly_all <= within / 2 + ms(200), "{slow} ms: {nearly_all:?}");
             if let Some(before) = before {
                 assert!(
@@ -336,14 +349,14 @@ mod tests {
         for number in 0..100 {
             note(&recent, ms(8000 + number));
         }
-        let nearly_all = recent.nearly_all(10 * SECOND, Instant::now()).unwrap();
+        let nearly_all = outlook(&recent).nearly_all.unwrap();
         assert!(nearly_all >= ms(8098), "{nearly_all:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn answers_count_for_a_minute() {
         let recent = Recent::default();
-        let nearly_all = || recent.nearly_all(10 * SECOND, Instant::now());
+        let nearly_all = || outlook(&recent).nearly_all;
         note(&recent, 3 * SECOND);
         note(&recent, 3 * SECOND);
         advance(30 * SECOND).await;
@@ -359,32 +372,35 @@ mod tests {
         note(&recent, 3 * SECOND);
         assert_eq!(nearly_all(), Some(ms(300)));
         advance(70 * SECOND).await;
-        let now = Instant::now();
         assert_eq!(nearly_all(), None, "as at the start");
-        let known = [recent.p90(now), recent.at_least(now), recent.mean(now)];
-        assert_eq!(known, [Duration::ZERO; 3]);
+        let (p90, Outlook { at_least, mean, .. }) = (recent.p90(Instant::now()), outlook(&recent));
+        assert_eq!([p90, at_least, mean], [Duration::ZERO; 3]);
     }
 
     #[test]
     fn a_longer_silence_than_usual_says_that_answers_take_longer() {
         let (recent, start) = (Recent::default(), Instant::now());
-        assert_eq!(recent.at_least(start), Duration::ZERO);
+        assert_eq!(recent.outlook(10 * SECOND, start).at_least, Duration::ZERO);
         let first = recent.ask(start, Duration::ZERO);
-        assert_eq!(recent.at_least(start + 2 * SECOND), Duration::ZERO, "one says nothing");
+        assert_eq!(
+            recent.outlook(10 * SECOND, start + 2 * SECOND).at_least,
+            Duration::ZERO,
+            "one says nothing"
+        );
         let second = recent.ask(start + 2 * SECOND, Duration::ZERO);
-        assert_eq!(recent.at_least(start + 4 * SECOND), 3 * SECOND);
+        assert_eq!(recent.outlook(10 * SECOND, start + 4 * SECOND).at_least, 3 * SECOND);
         let third = recent.ask(start + 3 * SECOND, Duration::ZERO);
         first.answered(start + 4 * SECOND);
         assert_eq!(
-            recent.at_least(start + 8 * SECOND),
+            recent.outlook(10 * SECOND, start + 8 * SECOND).at_least,
             4 * SECOND,
             "no longer than the first took"
         );
-        assert_eq!(recent.at_least(start + 10 * SECOND), 9 * SECOND);
-        assert_eq!(recent.mean(start + 10 * SECOND), 9 * SECOND);
+        assert_eq!(recent.outlook(10 * SECOND, start + 10 * SECOND).at_least, 9 * SECOND);
+        assert_eq!(recent.outlook(10 * SECOND, start + 10 * SECOND).mean, 9 * SECOND);
         drop((second, third));
         assert_eq!(
-            recent.at_least(start + 20 * SECOND),
+            recent.outlook(10 * SECOND, start + 20 * SECOND).at_least,
             4 * SECOND,
             "nobody waits for an answer"
         );
