@@ -204,6 +204,8 @@ pub struct Fetched {
     pub asked: Instant,
     /// When the last byte was there.
     pub received: Instant,
+    /// Whether more came behind it: then nobody knows what upstream means, and it is for nobody but who has asked for it.
+    pub has_surplus: bool,
     /// What of `limits.body_bytes` it was read with, until it is known who has it now ([`Upstream::hold`]).
     pub room: Option<OwnedSemaphorePermit>,
     /// What it came on.
@@ -322,6 +324,7 @@ impl Ready {
             body,
             asked,
             received,
+            has_surplus: connection.line.has_surplus(),
             room,
             connection: Answered(is_whole.then_some(connection)),
         })

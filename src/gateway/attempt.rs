@@ -149,6 +149,7 @@ impl Gateway {
             body,
             asked,
             received,
+            has_surplus,
             connection,
             ..
         } = fetched;
@@ -162,6 +163,7 @@ impl Gateway {
             had_ended = before.is_some_and(Answer::has_ended);
             let unix_now = unix_now().as_secs();
             let keeping = Keeping::of(&reading, before, received, unix_now, &self.config.load().cache);
+            let keeping = keeping.filter(|_| !has_surplus);
             let draft = Draft {
                 content_type,
                 retry_after,

@@ -4,6 +4,7 @@
 //! answer to read it, and once more for its body; each time somebody else would have to be woken in turn. So nobody looks at
 //! a connection that is idle: that it has closed is noted, and seen when it is taken or swept.
 
+use std::error::Error as _;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -60,6 +61,12 @@ impl Line {
         self.driver.http.is_none() || self.sender.is_closed()
     }
 
+    /// Whether more has come than what was asked for.
+    pub(super) fn has_surplus(&mut self) -> bool {
+        self.driver.look();
+        self.driver.has_surplus
+    }
+
     /// Whether the next request may go.
     pub(super) fn is_ready(&mut self) -> bool {
         !self.is_closed() && self.sender.is_ready()
@@ -78,6 +85,7 @@ impl Line {
 pub(super) struct Driver {
     /// Until it is over. Then it is dropped, or whoever waits for the next request to go would never be told.
     http: Option<Http>,
+    has_surplus: bool,
     nudge: Arc<Nudge>,
     /// That nudge, as the driver is polled with it.
     waker: Waker,
@@ -88,6 +96,7 @@ impl Driver {
         let nudge = Arc::new(Nudge::new());
         Self {
             http: Some(http),
+            has_surplus: false,
             waker: Waker::from(Arc::clone(&nudge)),
             nudge,
         }
@@ -114,9 +123,11 @@ impl Driver {
     fn poll(&mut self) {
         let mut cx = Context::from_waker(&self.waker);
         if let Some(http) = &mut self.http
-            && Pin::new(http).poll(&mut cx).is_ready()
+            && let Poll::Ready(ended) = Pin::new(http).poll(&mut cx)
         {
-            // How it ends, whoever uses it learns from the exchange.
+            // How it ends, whoever uses it learns from the exchange; but not of what came behind an answer. hyper calls that
+            // unexpected and has no name for it: whatever else ends a connection on which all was answered has a cause.
+            self.has_surplus = ended.is_err_and(|error| error.source().is_none());
             self.http = None;
         }
     }

@@ -560,9 +560,11 @@ async fn an_answer_that_means_nothing_goes_through_and_no_further() {
 }
 
 #[tokio::test]
-async fn bytes_after_a_body_are_nobodys_answer() {
+async fn bytes_after_a_body_are_nobodys_answer_and_nothing_is_kept_of_it() {
     let forged = response("200 OK", "", br#"{"code":404,"message":"forged","data":null}"#);
     let with_more = |task: &str, more: &[u8]| [response("200 OK", "", &ended(task)), more.to_vec()].concat();
+    let body = String::from_utf8(ended("more-than-its-chunks")).unwrap();
+    let chunked = ok(CHUNKED, &format!("{:x}\r\n{body}\r\n0\r\n\r\nmore", body.len()));
     let upstream = Upstream::start(vec![
         (
             "another-answer",
@@ -572,6 +574,7 @@ async fn bytes_after_a_body_are_nobodys_answer() {
             "more-text",
             sends(with_more("more-text", b"\r\n\r\nmore"), Then::Listens),
         ),
+        ("more-than-its-chunks", sends(chunked, Then::Listens)),
         (
             "later",
             sends(
@@ -582,12 +585,17 @@ async fn bytes_after_a_body_are_nobodys_answer() {
     ])
     .await;
     let gateway = gateway(&upstream).await;
-    for task in ["another-answer", "more-text", "later"] {
+    for task in ["another-answer", "more-text", "more-than-its-chunks", "later"] {
         // The body itself is whole, and says which task it is about.
-        poll_ended(gateway.address, task.to_owned()).await;
-        if task == "later" {
+        let reply = poll_ended(gateway.address, task.to_owned()).await;
+        // Nobody knows what is still to come.
+        let is_kept = task == "later";
+        assert_eq!(reply.header("cache-status").unwrap().contains("stored"), is_kept);
+        if is_kept {
             gateway.shows("crun_gateway_upstream_connections", 0.0).await;
         }
+        poll_ended(gateway.address, task.to_owned()).await;
+        assert_eq!(upstream.queries(task), if is_kept { 1 } else { 2 }, "{task}");
         poll_ended(gateway.address, format!("after-{task}")).await;
         assert_not_used_again(&upstream.seen(), task);
     }
