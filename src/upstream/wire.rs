@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 use tokio_util::io::InspectWriter;
 
@@ -101,11 +101,19 @@ impl Wire {
         state.before_body = state.before_body.saturating_add(bytes);
     }
 
+    /// How many bytes may come yet: one read may bring a body with its head.
+    fn room(&self) -> usize {
+        let state = self.0.lock();
+        if state.is_answered {
+            usize::MAX
+        } else {
+            MOST_BEFORE_BODY.saturating_sub(state.before_body)
+        }
+    }
+
     /// Whether what has come before the body is not too much.
     pub(super) fn may_go_on(&self) -> bool {
-        let state = self.0.lock();
-        // Looked at before each read, since one read may bring a body with its head.
-        state.is_answered || state.before_body <= MOST_BEFORE_BODY
+        self.room() > 0
     }
 }
 
@@ -118,11 +126,13 @@ pub(super) struct Heard {
 impl AsyncRead for Heard {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if !this.wire.may_go_on() {
+        let room = this.wire.room();
+        if room == 0 {
             return Poll::Ready(Err(io::Error::other("too much before the body")));
         }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        let mut read = (&mut this.stream).take(room as u64);
+        ready!(Pin::new(&mut read).poll_read(cx, buf))?;
         this.wire.hear(buf.filled().len() - before);
         Poll::Ready(Ok(()))
     }
@@ -162,7 +172,7 @@ impl AsyncWrite for Heard {
 mod tests {
     use std::time::Duration;
 
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+    use tokio::io::{AsyncWriteExt as _, duplex};
     use tokio::time::{advance, timeout};
 
     use super::*;

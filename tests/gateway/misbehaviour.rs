@@ -387,16 +387,24 @@ async fn a_success_without_its_body_is_none() {
 async fn a_head_that_is_too_large_is_told_as_that_and_is_no_outage() {
     let fields = "x-filler: a\r\n".repeat(101);
     let bytes = format!("x-filler: {}\r\n", "a".repeat(256 << 10));
+    let ok_of = |headers: &str| ok(&format!("{headers}Content-Length: 0\r\n"), "");
+    // What it has of its 64 KiB beside this field.
+    let rest = ok_of("x-filler: \r\n").len();
+    let filled = |more: usize| format!("x-filler: {}\r\n", "a".repeat((64 << 10) - rest + more));
+    let just_too_many = filled(1);
     let ways = [
         ("fields", &fields),
         ("bytes", &bytes),
+        ("a-byte", &just_too_many),
         ("more-fields", &fields),
         ("more-bytes", &bytes),
         ("fields-again", &fields),
     ]
-    .map(|(task, head)| (task, stays(ok(&format!("{head}Content-Length: 0\r\n"), ""))));
-    let upstream = Upstream::start(ways.to_vec()).await;
+    .map(|(task, head)| (task, stays(ok_of(head))));
+    let as_large_as_may_be = ("as-large-as-may-be", stays(ok_of(&filled(0))));
+    let upstream = Upstream::start([&ways[..], &[as_large_as_may_be]].concat()).await;
     let gateway = gateway(&upstream).await;
+    assert_eq!(poll(gateway.address, "as-large-as-may-be").await.status, 200);
     for (task, _) in &ways {
         let reply = poll(gateway.address, task).await;
         reply.assert_is_our_error(502);
