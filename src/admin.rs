@@ -110,7 +110,6 @@ pub fn spawn(
     listener: TcpListener,
     health: Arc<Health>,
     gateway: Arc<Gateway>,
-    metrics: Arc<Metrics>,
     stop: CancellationToken,
 ) -> anyhow::Result<thread::JoinHandle<()>> {
     listener.set_nonblocking(true).context("admin")?;
@@ -121,7 +120,6 @@ pub fn spawn(
     let admin = Arc::new(Admin {
         health,
         gateway,
-        metrics,
         page: Page::new()?,
     });
     let (built, is_built) = mpsc::channel();
@@ -153,7 +151,6 @@ pub fn spawn(
 struct Admin {
     health: Arc<Health>,
     gateway: Arc<Gateway>,
-    metrics: Arc<Metrics>,
     page: Page,
 }
 
@@ -264,7 +261,7 @@ impl Admin {
 
     fn metrics(&self) -> Response<Full<Bytes>> {
         self.gateway.refresh_metrics();
-        match self.metrics.render() {
+        match self.gateway.metrics().render() {
             Ok(rendered) => {
                 let mut response = Response::new(Full::new(Bytes::from(rendered)));
                 response

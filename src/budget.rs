@@ -44,7 +44,6 @@ use backoff::Backoff;
 use called::Grant;
 use dispatcher::{Desk, Dispatcher};
 use fair_queue::Flight;
-pub use history::SECONDS as HISTORY_SECONDS;
 use promised::Promised;
 use ring::{Ring, Stamp};
 pub use spending::Spent;
@@ -59,8 +58,8 @@ pub struct Pace {
     pub limit: NonZeroU32,
     /// `limit` emission intervals last 1 s plus this.
     pub margin: Duration,
-    /// Nothing is granted before: 1 s plus `margin` after the process started, so that a restart cannot spend a second
-    /// twice.
+    /// Nothing is granted before: for 1 s plus `margin` at least after the process started, so that a restart cannot spend a
+    /// second twice, and after a reload brought keys that spent another budget.
     pub not_before: Instant,
 }
 
@@ -293,7 +292,7 @@ impl Budget {
         self.parts().waiting.load(Ordering::Relaxed)
     }
 
-    /// Queries written in each of the [`HISTORY_SECONDS`] whole seconds before `now`, the oldest first.
+    /// Queries written in each of the whole seconds of the three minutes before `now`, the oldest first.
     pub fn history(&self, now: Instant) -> Vec<u32> {
         self.parts().ring.history(now)
     }

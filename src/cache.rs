@@ -7,7 +7,7 @@
 //!
 //! What an answer of 2,050 bytes takes at a million of them, id and body included, is 2,440 bytes of resident memory
 //! (`an_entry_weighs_what_it_takes`). Beside the body: moka's nodes 256 (bucket, value, entry, deque), its table 17 to
-//! 34, the key 32, a [`Shares`] place 20, and 62 of the answer's own, in one piece with its body. It was 2,760 with the
+//! 34, the key 32, a `Shares` place 20, and 62 of the answer's own, in one piece with its body. It was 2,760 with the
 //! key spelt out, an answer and its body apart, a tree of places, and moka's `Expiry`, whose node takes 48.
 //!
 //! Once an eighth of its room is taken the cache keeps bodies packed (`stored/packed.rs`), so that it holds half as

@@ -89,7 +89,7 @@ fn in_turn(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 }
 
 /// What `attempt` gives for the first of `candidates` with which it succeeds. The next one is tried as soon as all before
-/// it have failed, and beside those that take longer than [`ATTEMPT_DELAY`]: one that never answers costs no more than that.
+/// it have failed, and beside those that take longer than `ATTEMPT_DELAY`: one that never answers costs no more than that.
 /// When all fail, what the first one to do so said; `None` without candidates.
 ///
 /// Cancel safe, as far as `attempt` is.

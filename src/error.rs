@@ -53,7 +53,7 @@ pub enum Error {
     /// A path that is neither `TaskInfo` nor passed through.
     #[error("no such path here: the gateway serves GET /api/v1/client/job/TaskInfo and its passthrough paths")]
     NotFound,
-    /// What came is no HTTP/1.1 request, or one that two servers could read differently.
+    /// What came is no request of HTTP/1.1 or 1.0, or one that two servers could read differently.
     #[error("bad request: {0}")]
     Malformed(&'static str),
     /// A head that is larger than `limits.header_bytes` or has more fields than `limits.headers`.
@@ -226,7 +226,7 @@ impl From<&'static str> for Detail {
     }
 }
 
-/// What an [`Error`] means, to a client and to the log.
+/// What an [`enum@Error`] means, to a client and to the log.
 struct Meaning {
     status: StatusCode,
     detail: Detail,

@@ -8,7 +8,7 @@
 //!           fly     the leader, which outlives whoever opened the flight:
 //!                   cache again ─▶ shared: another replica's? ─▶ budget: a turn ─▶ shared: a claim
 //!                   ─▶ upstream: a connection ─▶ budget: a permit ─▶ upstream: send ─▶ task: read
-//!                   ─▶ stored, cache, shared: keep ─▶ land
+//!                   ─▶ stored, cache, shared, disk: keep ─▶ land
 //! ```
 //! How the leader flies: `gateway::leader`; what follows from the attempt that it makes: `gateway::attempt`. While the
 //! breaker is open nobody flies: `gateway::outage`. Who cannot be served in time hears so at once: `gateway::admission`.
@@ -351,9 +351,9 @@ impl Gateway {
             let may_be_kept_elsewhere = self.disk.is_some() || self.shared_cache.is_some();
             let may_hold = |account| may_be_kept_elsewhere || self.cache.holds_any(account);
             self.accounts.sweep(now, may_hold);
-            self.accounts.show(now);
             self.upstream.sweep(now);
-            self.cache.maintain();
+            // It is what has accounts that nobody polls forget their tasks, too.
+            self.refresh_metrics();
         }
     }
 
@@ -450,10 +450,12 @@ impl Gateway {
         account.watch.asked(poll.terms.task.as_str(), poll.arrived);
         let live = self.lifetime_for(poll);
         let on_trial = poll.asker.is_refused();
-        let look = || self.cache.get(account.id, &poll.terms.task, poll.arrived, live);
         let kept = match mem::take(&mut poll.seen) {
             Seen::Kept(kept) => kept,
-            Seen::Nothing => poll.trace.look_up(look),
+            Seen::Nothing => {
+                let _looking = poll.trace.part("cache");
+                self.cache.get(account.id, &poll.terms.task, poll.arrived, live)
+            }
         };
         let kept = match kept {
             None if !on_trial => match self.recall(poll).await? {

@@ -122,7 +122,7 @@ pub async fn run(
     let dial = dial::tcp(config.upstream.url.clone());
     metrics.config_reload_success.set(1);
     metrics.config_reload_timestamp.set(moment::unix_now().as_secs_f64());
-    let gateway = Gateway::new(config.clone(), dial, Arc::clone(&metrics))?;
+    let gateway = Gateway::new(config.clone(), dial, metrics)?;
     let health = Health::new(shutdown.drain.clone());
     let stop_admin = CancellationToken::new();
     let (listen_address, admin_address) = (listeners.clients.local_addr()?, listeners.admin.local_addr()?);
@@ -130,7 +130,6 @@ pub async fn run(
         listeners.admin,
         Arc::clone(&health),
         Arc::clone(&gateway),
-        Arc::clone(&metrics),
         stop_admin.clone(),
     )?;
     // Before it is said: whoever waits for the line may ask `/readyz` at once.
@@ -160,8 +159,8 @@ pub async fn run(
         supervise("sweep", async move || gateway.sweep().await)
     });
     if let Some(mut source) = source {
-        let (gateway, metrics) = (Arc::clone(&gateway), Arc::clone(&metrics));
-        let watch = async move || reload::watch(&mut source, &gateway, &metrics).await;
+        let gateway = Arc::clone(&gateway);
+        let watch = async move || reload::watch(&mut source, &gateway).await;
         lasting.spawn(supervise("reload", watch));
     }
     if let Some(tls) = tls.clone() {
@@ -173,7 +172,6 @@ pub async fn run(
         tls,
         Arc::clone(&gateway),
         most_turned_away,
-        metrics,
         shutdown.drain,
         shutdown.now,
     )

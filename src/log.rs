@@ -42,7 +42,7 @@ const MOST_AT_ONCE: usize = 64 << 10;
 /// thousand lines a second are two hundred writes, and as many changes of threads.
 const REST: Duration = Duration::from_millis(5);
 
-/// The way to stderr. Dropped, it writes what is left, for at most a second.
+/// The way to stderr. Dropped, it writes what is left, for at most `LONGEST_FLUSH`.
 pub struct Log {
     lines: NonBlocking,
     unwritten: Arc<AtomicU64>,
@@ -172,7 +172,7 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     );
 }
 
-/// What the thread writes to: lines that came faster than they could be written, or than they are, go out together.
+/// What the thread writes to: lines that come while it writes or rests go out together.
 struct Piled<W> {
     to: W,
     /// For how long nothing more is written.

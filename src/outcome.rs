@@ -66,7 +66,7 @@ impl Shed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, AsRefStr, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum EdgeRefusal {
-    /// No HTTP/1.1 request, or one that two servers could read differently.
+    /// No request of HTTP/1.1 or 1.0, or one that two servers could read differently.
     Malformed,
     /// More than `limits.header_bytes` or `limits.headers`.
     HeadTooLarge,

@@ -16,7 +16,6 @@ use tokio::time::timeout;
 
 use crate::config::{Config, Limits, Problems, may_be_read_anew};
 use crate::gateway::Gateway;
-use crate::metrics::Metrics;
 use crate::moment::unix_now;
 use crate::panics;
 
@@ -54,8 +53,8 @@ struct Said {
 }
 
 /// Takes over what changes in `source`, for as long as it is polled.
-pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
-    let mut said = Said::default();
+pub async fn watch(source: &mut Source, gateway: &Gateway) {
+    let (metrics, mut said) = (gateway.metrics(), Said::default());
     let mut last = Ok(source.written.clone());
     loop {
         let is_asked = timeout(INTERVAL, source.now.notified()).await.is_ok();
@@ -85,7 +84,7 @@ pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
         }
         match loaded {
             Ok(config) => {
-                take_over(config, source, gateway, metrics, &mut said, is_asked);
+                take_over(config, source, gateway, &mut said, is_asked);
                 metrics.config_reload_success.set(1);
             }
             Err(problems) if said.problems.as_ref() == Some(&problems) => {}
@@ -100,14 +99,7 @@ pub async fn watch(source: &mut Source, gateway: &Gateway, metrics: &Metrics) {
     }
 }
 
-fn take_over(
-    config: Config,
-    source: &mut Source,
-    gateway: &Gateway,
-    metrics: &Metrics,
-    said: &mut Said,
-    is_asked: bool,
-) {
+fn take_over(config: Config, source: &mut Source, gateway: &Gateway, said: &mut Said, is_asked: bool) {
     let (mut config, needs_restart) = config.taken_over(&source.written);
     let is_changed = config != source.written;
     if is_changed {
@@ -118,7 +110,7 @@ fn take_over(
         gateway.configure(config);
         // Not before: what a panic has kept from being taken over is taken over the next time.
         source.written = written;
-        metrics.config_reload_timestamp.set(unix_now().as_secs_f64());
+        gateway.metrics().config_reload_timestamp.set(unix_now().as_secs_f64());
         tracing::info!(limit, accounts, "the changed configuration is taken over");
     } else if said.problems.is_some() {
         tracing::info!("the configuration says again what is in force");

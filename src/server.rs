@@ -1,6 +1,6 @@
 //! The clients' edge: accept, bound, TLS, serve, drain.
 //!
-//! HTTP/1.1 only; HTTP/2 is off. A stop goes in steps: every answer carries `Connection: close`; the listener stays open
+//! HTTP/1.1 and 1.0; HTTP/2 is off. A stop goes in steps: every answer carries `Connection: close`; the listener stays open
 //! for [`GRACE`], as long as load balancers may still send somebody; idle connections get as long for a last request, then
 //! a FIN; what is in flight or queued finishes. hyper's `graceful_shutdown` closes idle connections at once, so it is
 //! called only when their grace is over. What a request means is `gateway`'s business.
@@ -33,11 +33,10 @@ use tokio_util::task::TaskTracker;
 use crate::error::Error;
 use crate::gateway::{Gateway, refusal};
 use crate::listen::{Failing, is_of_one_connection};
-use crate::metrics::Metrics;
 use crate::outcome::EdgeRefusal;
 use crate::panics;
 pub use connection::serve_connection;
-pub use tls::{LOOK_INTERVAL, Tls, serve_tls_connection};
+pub use tls::{Tls, serve_tls_connection};
 
 /// How long a client may take to close, after our FIN, or to go on with what it is sending: a lost packet is sent again by
 /// then (RFC 6298, section 2: after 1 s). Chosen, not measured.
@@ -55,7 +54,6 @@ pub async fn serve(
     tls: Option<Arc<Tls>>,
     gateway: Arc<Gateway>,
     most_turned_away: usize,
-    metrics: Arc<Metrics>,
     draining: CancellationToken,
     now: CancellationToken,
 ) {
@@ -64,7 +62,6 @@ pub async fn serve(
         gateway: Arc::clone(&gateway),
         admitted: Arc::default(),
         turning_away: Arc::new(Semaphore::new(most_turned_away)),
-        metrics,
         draining: draining.clone(),
         tracker: TaskTracker::new(),
     };
@@ -93,7 +90,6 @@ struct Server {
     gateway: Arc<Gateway>,
     admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
     turning_away: Arc<Semaphore>,
-    metrics: Arc<Metrics>,
     draining: CancellationToken,
     tracker: TaskTracker,
 }
@@ -106,7 +102,7 @@ impl Server {
                 Ok((stream, peer)) => self.admit(stream, peer.ip()),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    self.metrics.refused(EdgeRefusal::Accept);
+                    self.gateway.metrics().refused(EdgeRefusal::Accept);
                     let say = || {
                         tracing::warn!(%error, "cannot accept: raise the limit of open files, or lower limits.connections");
                     };
@@ -136,7 +132,7 @@ impl Server {
         let place = match self.place(peer) {
             Ok(place) => place,
             Err(limit) => {
-                self.metrics.refused(EdgeRefusal::Connections);
+                self.gateway.metrics().refused(EdgeRefusal::Connections);
                 if let Ok(turning_away) = Arc::clone(&self.turning_away).try_acquire_owned() {
                     let (tls, draining, places) =
                         (self.tls.clone(), self.draining.clone(), Arc::clone(&self.turning_away));
@@ -170,7 +166,7 @@ impl Server {
     fn place(&self, peer: IpAddr) -> Result<Place, &'static str> {
         let mut admitted = self.admitted.lock();
         let of_peer = admitted.get(&peer).copied().unwrap_or(0);
-        let in_all = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
+        let in_all = usize::try_from(self.gateway.metrics().connections.get()).unwrap_or(0);
         let limits = &self.gateway.config().limits;
         if in_all >= limits.connections {
             return Err("limits.connections");
@@ -179,10 +175,10 @@ impl Server {
             return Err("limits.connections_per_address");
         }
         admitted.insert(peer, of_peer + 1);
-        self.metrics.connections.inc();
+        self.gateway.metrics().connections.inc();
         Ok(Place {
             admitted: Arc::clone(&self.admitted),
-            metrics: Arc::clone(&self.metrics),
+            gateway: Arc::clone(&self.gateway),
             peer,
         })
     }
@@ -191,7 +187,7 @@ impl Server {
 /// A connection's place among `limits.connections` and those of its address.
 struct Place {
     admitted: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    metrics: Arc<Metrics>,
+    gateway: Arc<Gateway>,
     peer: IpAddr,
 }
 
@@ -204,7 +200,7 @@ impl Drop for Place {
                 admitted.remove(&self.peer);
             }
         }
-        self.metrics.connections.dec();
+        self.gateway.metrics().connections.dec();
     }
 }
 

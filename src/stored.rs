@@ -256,8 +256,6 @@ impl Answer {
     #[must_use]
     pub fn left_out(self) -> Self {
         let beside = Beside {
-            retry_after: self.retry_after().cloned(),
-            location: self.location().cloned(),
             is_left_out: true,
             ..Beside::default()
         };

@@ -59,7 +59,7 @@ impl Class {
         }
     }
 
-    /// Whether the answer is kept for later polls.
+    /// Whether such an answer may be kept for later polls.
     pub fn is_stored(self) -> bool {
         match self {
             Self::Live | Self::Settling | Self::Terminal | Self::NotFound => true,

@@ -129,7 +129,8 @@ impl Upstream {
     ///
     /// # Errors
     /// When upstream cannot be reached, no place for a connection is free within `upstream.connect_timeout`, or upstream
-    /// breaks off before it answers.
+    /// breaks off before it answers, takes nothing more of the request, or answers with a head that is too large or can be
+    /// read in two ways.
     ///
     /// Cancel safe: the connection closes.
     pub async fn stream<B>(&self, request: Request<B>) -> Result<Response<Streamed>, Error>

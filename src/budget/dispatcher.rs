@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures_util::future::OptionFuture;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
@@ -133,9 +134,9 @@ impl Desk {
             tokio::select! {
                 biased;
                 () = self.roused.notified() => {}
-                () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
+                Some(()) = OptionFuture::from(at.map(sleep_until)) => {}
                 () = self.parts.ring.changed.notified(), if when_changed => {}
-                () = told(self.parts.shared.as_ref()), if self.parts.shared.is_some() => {}
+                Some(()) = OptionFuture::from(self.parts.shared.as_ref().map(SharedBudget::told)) => {}
             }
         }
     }
@@ -543,12 +544,5 @@ impl Dispatcher {
             };
             stamp = back.stamp;
         }
-    }
-}
-
-/// Waits for news of the shared budget.
-async fn told(shared: Option<&SharedBudget>) {
-    if let Some(shared) = shared {
-        shared.told().await;
     }
 }

@@ -73,12 +73,11 @@ impl Shares {
     /// Counts an answer that is about to be put, and gives it its place. It is kept until the second `until`.
     pub(super) fn add(&self, key: Key, answer: &Block, weight: u32, until: u32) {
         let mut holdings = self.holdings.lock();
-        holdings.bytes += u64::from(weight);
         let Some(place) = holdings.occupy(key, until) else {
             // Four billion answers, and none of them in order.
-            holdings.bytes -= u64::from(weight);
             return;
         };
+        holdings.bytes += u64::from(weight);
         answer.set_place(place);
         holdings.append(answer.account(), place);
         let half = self.max_bytes / 2;

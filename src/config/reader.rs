@@ -203,7 +203,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Notes that what stands at `path` is wrong.
-    pub(super) fn problem_at(&mut self, path: impl Into<String>, wrong: Wrong) {
+    fn problem_at(&mut self, path: impl Into<String>, wrong: Wrong) {
         self.problems.push(Problem::new(path, wrong));
     }
 

@@ -133,7 +133,7 @@ impl Gateway {
 
 /// Leaves a flight of which a poll has been answered with a snapshot: somebody waits for it in the background, on nobody's
 /// behalf.
-pub(super) fn leave_behind(mut progress: watch::Receiver<Progress>) {
+fn leave_behind(mut progress: watch::Receiver<Progress>) {
     // Sent or not: an attempt that stays unanswered is made once more, and only the second tells the breaker.
     let is_first = progress.borrow().queued.keep();
     if is_first {

@@ -25,7 +25,7 @@ impl Gateway {
     }
 
     /// The client tokens among a request's Bearers.
-    pub(super) fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
+    fn tokens(&self, headers: &HeaderMap) -> impl Iterator<Item = ApiKey> {
         bearers(headers).filter(|key| self.accounts.is_token(key.expose()))
     }
 

@@ -21,7 +21,7 @@ use crate::stored::{Answer, Keeping, Seal};
 /// How long a refusal is remembered. Clients poll every 2 to 5 s, so a key that is accepted again, or an account that has
 /// credits again, is without answers for hardly longer than one interval, and what is refused costs a query in 5 s, 1.4 %
 /// of the budget.
-pub(super) const REMEMBERED: Duration = Duration::from_secs(5);
+const REMEMBERED: Duration = Duration::from_secs(5);
 
 /// The longest that upstream's `Retry-After` makes a refusal remembered. It knows when credits or a key come back no better
 /// than we do: an operator who has just mended it shall not wait for more than a minute.
@@ -29,7 +29,7 @@ const LONGEST_REMEMBERED: Duration = Duration::from_mins(1);
 
 /// How long a key is good after an answer that accepted it, and how long a client token's earlier key, once refused, is
 /// left alone.
-pub(super) const CONFIRMED: Duration = Duration::from_mins(10);
+const CONFIRMED: Duration = Duration::from_mins(10);
 
 /// The largest body that is remembered for each key: refusals are some hundred bytes. Whoever makes keys up has as many of
 /// them remembered as there may be unlisted accounts.

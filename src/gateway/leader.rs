@@ -104,7 +104,7 @@ impl Gateway {
         // The claim on this flight: until it lands, other replicas wait for it.
         let mut claim = None;
         let (Ok(landed) | Err(landed)) = self.obtain(&leader, &errand, &mut trace, &mut claim).await;
-        leader.land(landed.into_update());
+        leader.land(|progress| progress.landed = Some(landed));
     }
 
     /// The leader's way to an answer that is kept; `Err` where it ends without one. Until its query is sent it gives up when

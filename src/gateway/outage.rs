@@ -78,7 +78,7 @@ impl Gateway {
         };
         if let Some((probe, ready, permit)) = approached {
             // What comes of it, `ask` tells the breaker.
-            let trace = FlightTrace::begin(self.exporter.as_ref(), "probe");
+            let trace = FlightTrace::probe(self.exporter.as_ref());
             let attempt = Attempt::only(&trace);
             let _ = self.ask(account, &asker.key, &task, attempt, ready, permit).await;
             drop(probe);

@@ -81,11 +81,6 @@ impl Landed {
             Self::Fetched(..) | Self::Failed(_) | Self::Shed => false,
         }
     }
-
-    /// The change that shows it to the followers.
-    pub(super) fn into_update(self) -> impl FnOnce(&mut Progress) {
-        move |progress| progress.landed = Some(self)
-    }
 }
 
 /// How a flight ends, for whoever waits.

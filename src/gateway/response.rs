@@ -17,7 +17,7 @@ use crate::stored::{Answer, Freshness};
 use crate::upstream::{Streamed, connection_options};
 
 /// RFC 9211.
-pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 /// RFC 9209.
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 /// draft-ietf-httpapi-ratelimit-headers-11: what an account may ask, and when it may again.
@@ -174,7 +174,7 @@ impl Reply {
     }
 
     /// The reply as hyper sends it.
-    pub fn into_response(self) -> Response<Body> {
+    pub(super) fn into_response(self) -> Response<Body> {
         let answered = match self.0 {
             Kind::FromUpstream(answered) => answered,
             Kind::Made(response) => return *response,

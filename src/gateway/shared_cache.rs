@@ -3,7 +3,7 @@
 //! A flight looks in the shared store before it queues, and again when its turn has come: then it flies for all replicas,
 //! or, where another does, gives its turn back and waits for what that one keeps. As long as this process may spend nothing it
 //! claims nothing, and gives back what it has claimed: another may be able to fly. While nobody may fly here, a poll for
-//! which memory has nothing fresh looks there, too. Whatever upstream says is published to all.
+//! which memory has nothing fresh looks there, too. Whatever may be kept is published to all.
 //!
 //! Answers are sealed as on disk, bound to what the names of the store's keys begin with and to what stands beside them in
 //! the clear. So one that opens is this account's, this task's and as upstream gave it, and tells which key upstream

@@ -5,6 +5,7 @@
 //! GET …/TaskInfo        a poll
 //! ├ cache               what was kept
 //! ├ disk                the same, where the cache has nothing and the disk may
+//! ├ shared store        the same, while nobody may ask upstream
 //! └ flight              of the poll that opened it; who joined is linked to it
 //!   ├ shared store      what other replicas have
 //!   ├ wait for turn     in the account's queue
@@ -124,12 +125,6 @@ impl Trace {
         self.context().trace
     }
 
-    /// Looks up what was kept for a poll.
-    pub(super) fn look_up<T>(&self, look: impl FnOnce() -> T) -> T {
-        let _looking = self.part("cache");
-        look()
-    }
-
     /// Something that a poll waits for.
     pub(super) fn part(&self, name: &str) -> Span {
         self.span.child(name, Kind::Internal)
@@ -239,10 +234,10 @@ pub(super) struct FlightTrace {
 }
 
 impl FlightTrace {
-    /// On nobody's behalf.
-    pub(super) fn begin(exporter: Option<&Exporter>, name: &str) -> Self {
+    /// A probe's, on nobody's behalf.
+    pub(super) fn probe(exporter: Option<&Exporter>) -> Self {
         let none = || (TraceContext::random(false), Span::none());
-        let (context, span) = exporter.map_or_else(none, |exporter| exporter.begin(None, name, Kind::Internal));
+        let (context, span) = exporter.map_or_else(none, |exporter| exporter.begin(None, "probe", Kind::Internal));
         Self {
             context,
             span,

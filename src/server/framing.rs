@@ -64,10 +64,10 @@ impl Framing {
     /// The poll that `bytes` begin with, and the length of its head, if it may be answered here and now: they are what came
     /// since the last request, which is answered.
     pub(super) fn plain<'b>(&mut self, bytes: &'b [u8]) -> Option<(usize, PlainPoll<'b>)> {
-        match self.state {
-            State::Head(_) if !bytes.is_empty() => self.plain.read(bytes, &self.most),
-            State::Head(_) | State::Length(_) | State::Chunked(_) => None,
+        if !self.is_between_requests() {
+            return None;
         }
+        self.plain.read(bytes, &self.most)
     }
 
     /// Whether all of every request is there.

@@ -241,7 +241,7 @@ const fn of_these(others: &[u8]) -> [bool; 256] {
 }
 
 /// Whether hyper will take it, and nobody drops part of it: a fragment has no place in a request.
-pub(super) fn is_target(method: &str, target: &str) -> bool {
+fn is_target(method: &str, target: &str) -> bool {
     let is_plain = |byte: &u8| PLAIN[usize::from(*byte)];
     match target.as_bytes() {
         b"*" => method == "OPTIONS",

@@ -155,7 +155,7 @@ impl Phases {
         self.set(Phase::Idle { until });
     }
 
-    /// The beginning of a head is there, or it is whole now.
+    /// Whether the next request's head has begun.
     pub(super) fn next_begun(&self, is_begun: bool) {
         self.0.is_next_begun.store(is_begun, Ordering::Relaxed);
     }

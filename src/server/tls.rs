@@ -37,7 +37,7 @@ use crate::metrics::{HandshakeFailure, Metrics};
 use crate::panics;
 
 /// How often the files are looked at: three small files, and a certificate in use soon after it was put in place.
-pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A name in a certificate that is longer, or holds what a metric label had better not, is none.
 const LONGEST_NAME: usize = 128;

@@ -97,7 +97,7 @@ impl Dialer {
         let url = &self.store.url;
         let Some(service) = &url.service else {
             let address = url.addresses.first().context("shared.url names no host")?;
-            return self.log_in(address, self.store.password.as_ref()).await;
+            return self.log_in(address).await;
         };
         let ask = async |sentinel: &(String, u16)| {
             let primary = self.primary(sentinel, service).await;
@@ -109,12 +109,13 @@ impl Dialer {
 
     /// The primary of `service`, as this sentinel knows it and as it knows itself.
     async fn primary(&self, sentinel: &(String, u16), service: &str) -> anyhow::Result<Connection> {
-        let mut asked = self.open(sentinel, self.sentinel_login()).await?;
+        let login = login(None, self.store.sentinel_password.as_ref());
+        let mut asked = self.open(sentinel, login).await?;
         let mut query = redis::cmd("SENTINEL");
         query.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
         let address: Option<(String, u16)> = query.query_async(&mut asked.calls).await?;
         let address = address.context("knows no such service")?;
-        let mut primary = self.log_in(&address, self.store.password.as_ref()).await?;
+        let mut primary = self.log_in(&address).await?;
         let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut primary.calls).await?;
         match role.into_iter().next().map(redis::from_redis_value::<String>) {
             Some(Ok(role)) if role == "master" => Ok(primary),
@@ -122,13 +123,9 @@ impl Dialer {
         }
     }
 
-    fn sentinel_login(&self) -> RedisConnectionInfo {
-        login(None, self.store.sentinel_password.as_ref())
-    }
-
-    async fn log_in(&self, address: &(String, u16), password: Option<&Key>) -> anyhow::Result<Connection> {
-        let login = login(self.store.username.as_deref(), password).set_db(self.store.url.db);
-        self.open(address, login).await
+    async fn log_in(&self, address: &(String, u16)) -> anyhow::Result<Connection> {
+        let login = login(self.store.username.as_deref(), self.store.password.as_ref());
+        self.open(address, login.set_db(self.store.url.db)).await
     }
 
     async fn open(&self, (host, port): &(String, u16), login: RedisConnectionInfo) -> anyhow::Result<Connection> {

@@ -44,7 +44,7 @@ impl Link {
     pub(super) fn new(store: &Store, constants: Constants) -> anyhow::Result<Self> {
         Ok(Self {
             dialer: Dialer::new(store)?,
-            script: script::script(),
+            script: Script::new(script::LEND),
             key: format!("{}budget", store.prefix),
             constants,
             connection: None,

@@ -84,11 +84,6 @@ pub(super) struct Dealt {
     pub(super) backed: Option<BackedUs>,
 }
 
-/// The script, with its digest.
-pub(super) fn script() -> Script {
-    Script::new(LEND)
-}
-
 impl Call {
     /// The script's invocation on `key`.
     pub(super) fn invoke<'a>(&self, script: &'a Script, key: &str, constants: &Constants) -> ScriptInvocation<'a> {

@@ -12,7 +12,7 @@ use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, 
 const SHORTEST: usize = 128;
 
 /// What is longer stays as it is, so that no answer keeps a thread busy for longer than some sixty microseconds (packing
-/// takes one for each half KiB); and its length fits 16 bits.
+/// takes one for each KiB at most); and its length fits 16 bits.
 const LONGEST: usize = u16::MAX as usize - 1;
 
 /// What a thread packs with.

@@ -121,10 +121,10 @@ impl Pool {
             let freed = upstream.freed.notified();
             let offer = upstream.connections.lock().offer(upstream, self.0.id, fresh);
             match offer {
-                Offer::Idle(Idle { mut line, since }) => {
-                    let is_young = since + IDLE_LIFETIME > Instant::now();
-                    if is_young && upstream.breaker.trusts(since) && line.is_ready() {
-                        return Place(Taken::Idle(self.ready(line)));
+                Offer::Idle(mut idle) => {
+                    let is_trusted = !idle.is_old(Instant::now()) && upstream.breaker.trusts(idle.since);
+                    if is_trusted && idle.line.is_ready() {
+                        return Place(Taken::Idle(self.ready(idle.line)));
                     }
                 }
                 Offer::Open(slot, is_last) => return Place(Taken::New(self.clone(), slot, is_last)),

@@ -17,7 +17,7 @@ pub(super) const LATELY: Duration = Duration::from_secs(2);
 
 /// So long after nobody else was answered, an account that failed while others were answered may say something of upstream
 /// again: as long as the breaker waits for somebody who asks.
-pub(super) const TROUBLE: Duration = FORGOTTEN_AFTER;
+const TROUBLE: Duration = FORGOTTEN_AFTER;
 
 /// So many accounts are remembered.
 const MOST_KNOWN: usize = 64;

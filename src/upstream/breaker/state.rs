@@ -78,10 +78,10 @@ pub(super) struct State {
     failing: Option<(Option<AccountId>, TaskId)>,
     /// Whether another task is among them, or has failed beside them.
     several_fail: bool,
-    /// One that has failed since, and does not count (`breaker/tasks.rs`).
-    beside: Option<TaskId>,
-    /// Whether another account is.
+    /// Whether another account is among them.
     several_accounts_fail: bool,
+    /// A task that has failed since, and does not count (`breaker/tasks.rs`).
+    beside: Option<TaskId>,
     accounts: Accounts,
     tasks: Tasks,
     /// When the latest attempt that got an answer was begun: of those begun before, nothing is news.

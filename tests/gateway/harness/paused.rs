@@ -234,8 +234,8 @@ impl Paused {
             fit: Box::new(|_| {}),
             set_level: Box::new(|_| {}),
         };
-        let (gateway, metrics) = (Arc::clone(&self.gateway), Arc::clone(&self.metrics));
-        tokio::spawn(async move { reload::watch(&mut source, &gateway, &metrics).await });
+        let gateway = Arc::clone(&self.gateway);
+        tokio::spawn(async move { reload::watch(&mut source, &gateway).await });
     }
 
     /// When each connection to upstream began to be opened, in order.
