@@ -158,6 +158,14 @@ impl Gateway {
         if !matches!(reading.class, Class::Unrecognised | Class::Unreadable) {
             connection.reuse();
         }
+        if has_surplus {
+            let (account, task) = (&*account.label, task.as_str());
+            tracing::warn!(
+                account,
+                task,
+                "upstream sent more than an answer: it is passed on and not kept"
+            );
+        }
         let mut had_ended = false;
         let answer = self.cache.put_after(account.id, task, received, |before| {
             had_ended = before.is_some_and(Answer::has_ended);

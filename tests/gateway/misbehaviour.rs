@@ -607,6 +607,7 @@ async fn bytes_after_a_body_are_nobodys_answer_and_nothing_is_kept_of_it() {
         poll_ended(gateway.address, format!("after-{task}")).await;
         assert_not_used_again(&upstream.seen(), task);
     }
+    gateway.logged("upstream sent more than an answer", 6).await;
 }
 
 #[tokio::test]
