@@ -9,7 +9,8 @@ use tokio::time::Instant;
 /// How far back it goes: three minutes.
 const SECONDS: usize = 180;
 
-/// Only seconds in which something was written are kept, so that an account that asked for nothing takes no room; at most 4 KiB.
+/// Only seconds in which something was written are kept, so that an account that asked for nothing takes no room; at most
+/// 4 KiB.
 #[derive(Debug, Default)]
 pub(super) struct History {
     /// The first query's instant: seconds are counted from it.

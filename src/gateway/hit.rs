@@ -5,8 +5,8 @@
 //! the request. What is no hit goes on from there, with what has been found out by then, and without the rest of the
 //! request: no other field has a say in the answer. Whatever is not so plain is left to the longer way: a key or an id that
 //! has to be decoded, two keys or a Bearer, a wish for a fresher answer. No hit are a key that upstream refuses or is to be
-//! asked about, an answer that is not fresh, and every poll while hits are logged, or spans have a collector, even those that it is not sent. All ways give the
-//! same answer, byte for byte (`tests/gateway/hits.rs`).
+//! asked about, an answer that is not fresh, and every poll while hits are logged, or spans have a collector, whether this
+//! one's are sent there or not. All ways give the same answer, byte for byte (`tests/gateway/hits.rs`).
 
 use std::time::Duration;
 

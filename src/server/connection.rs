@@ -23,6 +23,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -83,12 +84,10 @@ pub async fn serve_connection<S>(
     let serve = |guard| Box::new(builder.serve_connection(TokioIo::new(guard), &service));
     let mut mode = Mode::Resting(guard);
     let mut alarm = pin!(phase.alarm());
-    let mut drained = pin!(async {
-        draining.cancelled().await;
-        sleep(GRACE).await;
-    });
+    let mut drained = pin!(grace_is_over(&draining));
     let mut is_closing = false;
     let mut give_up = None;
+    let mut idle_ended = None;
     loop {
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
@@ -124,14 +123,14 @@ pub async fn serve_connection<S>(
                 Mode::Resting(guard)
             }
             (Event::Over(Phase::Head { .. }), mode) => {
-                phase.ran_out_of_time();
-                let (error, in_body) = (Error::HeaderTimeout, false);
-                if refusal.set(Refused { error, in_body }).is_err() {
-                    // That is said already, or something else, and whoever it is said to does not read.
+                if !served.refuses_slow_head() {
                     return;
                 }
-                let until = Instant::now() + LINGER;
-                phase.set(Phase::Head { until });
+                mode
+            }
+            (Event::Over(Phase::Idle { until }), mode) if idle_ended != Some(until) => {
+                idle_ended = Some(until);
+                look_once_more().await;
                 mode
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
@@ -157,6 +156,19 @@ pub async fn serve_connection<S>(
             (_, mode) => mode,
         };
     }
+}
+
+/// Waits until a stop's grace for connections on which nothing is asked is over.
+async fn grace_is_over(draining: &CancellationToken) {
+    draining.cancelled().await;
+    sleep(GRACE).await;
+    look_once_more().await;
+}
+
+/// Waits until the thread has been told of all that has come on its sockets. It is told between two turns of its tasks: in a
+/// long one a connection's time may run out over a request that lies there.
+async fn look_once_more() {
+    yield_now().await;
 }
 
 /// A connection between its requests and in them. hyper's side of one weighs 18 KiB, and most connections ask nothing most
@@ -265,6 +277,19 @@ struct ConnectionContext {
 }
 
 impl ConnectionContext {
+    /// Refuses a head that takes too long; not where that is said already, or something else, and whoever it is said to does
+    /// not read.
+    fn refuses_slow_head(&self) -> bool {
+        self.phase.ran_out_of_time();
+        let (error, in_body) = (Error::HeaderTimeout, false);
+        let is_said = self.refusal.set(Refused { error, in_body }).is_ok();
+        if is_said {
+            let until = Instant::now() + LINGER;
+            self.phase.set(Phase::Head { until });
+        }
+        is_said
+    }
+
     /// Tells of an answer that is cut.
     fn cut(&self) {
         self.phase.set(Phase::Closing);

@@ -1,11 +1,15 @@
 //! A connection on which nothing is asked gives hyper's side of it up, and nobody notices. That it does give it up is
 //! `tests/idle_connections.rs`'s.
 
+use std::io::Write as _;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use crun_gateway::server::GRACE;
 use tokio::io::AsyncReadExt as _;
-use tokio::time::{Instant, sleep};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::yield_now;
+use tokio::time::{Instant, advance, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::paused::{Behaviour, Paused};
@@ -81,6 +85,36 @@ async fn the_idle_timeout_counts_from_the_last_answer_though_the_connection_rest
         let idle_since = if asks { Instant::now() } else { started };
         assert_eq!(client.stream.read(&mut [0; 64]).await.unwrap(), 0);
         assert_eq!(idle_since.elapsed(), Duration::from_secs(75));
+    }
+}
+
+/// A thread learns between two turns of its tasks what has come on its sockets, and in a long turn a connection's time may
+/// run out with a request there that nobody has been told of: over a socket, since in memory nothing comes untold.
+#[tokio::test(start_paused = true)]
+async fn what_came_in_time_is_answered_though_nobody_knows_of_it_yet() {
+    let gateway = start();
+    assert_eq!(gateway.poll(KEY, "a").await.status, 200);
+    for (time, drains) in [(Duration::from_secs(75), false), (GRACE, true)] {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let draining = CancellationToken::new();
+        gateway.serve(listener.accept().await.unwrap().0, draining.clone());
+        yield_now().await;
+        if drains {
+            draining.cancel();
+        }
+        let (ends, mut sender) = (Instant::now() + time, client.try_clone().unwrap());
+        let sent = tokio::spawn(async move {
+            sleep_until(ends - Duration::from_millis(1)).await;
+            sender.write_all(raw::poll("a").as_bytes()).unwrap();
+        });
+        yield_now().await;
+        advance(time).await;
+        sent.await.unwrap();
+        client.set_nonblocking(true).unwrap();
+        let mut client = raw::Raw::over(TcpStream::from_std(client).unwrap());
+        let reply = client.try_reply().await.unwrap().expect("an answer");
+        assert!(reply.is(200), "{reply:?}");
     }
 }
 

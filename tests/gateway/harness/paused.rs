@@ -27,7 +27,7 @@ use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::io::{DuplexStream, duplex};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, duplex};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -178,10 +178,18 @@ impl Paused {
     /// The client's end of a connection that holds `room` bytes each way.
     pub fn connect(&self, room: usize, draining: CancellationToken) -> Raw<DuplexStream> {
         let (near, far) = duplex(room);
+        self.serve(far, draining);
+        Raw::over(near)
+    }
+
+    /// Serves a connection that a test has made.
+    pub fn serve<S>(&self, stream: S, draining: CancellationToken)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let (gateway, limits) = (Arc::clone(&self.gateway), self.config.limits.clone());
         let peer = IpAddr::from(Ipv4Addr::LOCALHOST);
-        tokio::spawn(async move { serve_connection(far, peer, gateway, &limits, draining).await });
-        Raw::over(near)
+        tokio::spawn(async move { serve_connection(stream, peer, gateway, &limits, draining).await });
     }
 
     /// The client's end of a connection that begins with a TLS handshake.
