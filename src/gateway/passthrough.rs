@@ -15,7 +15,7 @@ use super::Gateway;
 use super::body::Body;
 use super::credential::bearers;
 use super::request_body::RequestBody;
-use super::response;
+use super::response::{self, REQUEST_ID};
 use super::traced::{self, Trace};
 use crate::account::{API_KEY, ApiKey};
 use crate::error::Error;
@@ -85,25 +85,26 @@ impl Gateway {
         broken: impl Fn() -> Option<Error>,
     ) -> Result<Response<Streamed>, Error> {
         let method = traced::method_name(request.method()).attribute;
-        let log = |code: Option<StatusCode>, detail: Option<&str>| {
+        let log = |code: Option<StatusCode>, detail: Option<&str>, upstream_request_id: Option<&str>| {
             tracing::info!(
                 request_id = request_id.to_str().unwrap_or_default(),
                 trace_id = %trace.id(),
                 method,
                 code = code.map(|code| code.as_u16()),
                 detail,
+                upstream_request_id,
                 "request passed through"
             );
         };
-        let left = guard((), |()| log(None, Some("unanswered")));
+        let left = guard((), |()| log(None, Some("unanswered"), None));
         let call = trace.call(request.method());
         let result = self.upstream.stream(self.rewritten(request, admitted, call)).await;
         ScopeGuard::into_inner(left);
         // Upstream's end of it, or ours, is but what came of that.
         let result = broken().map_or(result, Err);
         match &result {
-            Ok(response) => log(Some(response.status()), None),
-            Err(error) => log(Some(error.status()), Some(error.detail())),
+            Ok(response) => log(Some(response.status()), None, upstreams_request_id(response)),
+            Err(error) => log(Some(error.status()), Some(error.detail()), None),
         }
         result
     }
@@ -163,6 +164,12 @@ impl Gateway {
         head.extensions = http::Extensions::new();
         Request::from_parts(head, body)
     }
+}
+
+/// What upstream calls the request: who asks its support has to say so, and its client is told our own.
+fn upstreams_request_id(answer: &Response<Streamed>) -> Option<&str> {
+    let id = answer.headers().get(REQUEST_ID)?.to_str().ok()?;
+    response::is_request_id(id.as_bytes()).then_some(id)
 }
 
 /// Whether a header may make a server read another path or method.

@@ -399,14 +399,16 @@ pub(super) fn request_id_of(sent: Option<&[u8]>) -> HeaderValue {
     })
 }
 
+/// Whether an `x-request-id` is well-formed: no more of what others call a request is taken over.
+pub(super) fn is_request_id(id: &[u8]) -> bool {
+    (1..=128).contains(&id.len())
+        && id
+            .iter()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
 fn with_request_id<T>(sent: Option<&[u8]>, unix: Duration, show: impl FnOnce(&[u8]) -> T) -> T {
-    let is_token = |bytes: &&[u8]| {
-        (1..=128).contains(&bytes.len())
-            && bytes
-                .iter()
-                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-    };
-    match sent.filter(is_token) {
+    match sent.filter(|sent| is_request_id(sent)) {
         Some(sent) => show(sent),
         None => show(
             new_id(unix)

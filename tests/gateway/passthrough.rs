@@ -417,7 +417,7 @@ async fn what_becomes_of_a_request_that_was_sent_on_is_logged_at_info() {
         let mut connection = next(&mut connections).await;
         connection.head().await;
         connection
-            .send("HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+            .send("HTTP/1.1 201 Created\r\nX-Request-Id: up-1\r\nContent-Length: 0\r\n\r\n")
             .await
             .unwrap();
         connection
@@ -446,7 +446,7 @@ async fn what_becomes_of_a_request_that_was_sent_on_is_logged_at_info() {
     let told = log.lines().filter(|line| line.contains("request passed through"));
     let told: Vec<_> = told.collect();
     for (line, words) in told.iter().zip([
-        [r#"method="POST""#, "code=201"],
+        [r#"code=201 upstream_request_id="up-1""#, r#"method="POST""#],
         [r#"method="POST""#, "code=502"],
         [r#"method="POST""#, r#"detail="unanswered""#],
         [r#"method="_OTHER""#, "code=400"],
