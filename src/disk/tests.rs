@@ -1,4 +1,8 @@
 use std::path::Path;
+use std::sync::LazyLock;
+
+use tracing::Dispatch;
+use tracing::subscriber::NoSubscriber;
 
 use super::*;
 use crate::metrics::Metrics;
@@ -222,11 +226,17 @@ async fn what_comes_within_a_moment_is_written_at_once() {
     drop(disk);
 }
 
+/// Keeps the process from having a single listener: tracing would ask the thread that comes upon a line first whether anybody
+/// listens, for all threads and for good, and another test's says no.
+static OTHER_LISTENERS: LazyLock<[Dispatch; 2]> =
+    LazyLock::new(|| [(); 2].map(|()| Dispatch::new(NoSubscriber::new())));
+
 #[tokio::test(start_paused = true)]
 async fn that_answers_are_kept_again_is_said_when_one_is() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("log");
     let lines = tracing_subscriber::fmt().with_writer(Arc::new(std::fs::File::create(&log).unwrap()));
+    LazyLock::force(&OTHER_LISTENERS);
     let _logging = tracing::subscriber::set_default(lines.finish());
     let said = |text| std::fs::read_to_string(&log).unwrap().matches(text).count();
     let (_, metrics) = metrics();

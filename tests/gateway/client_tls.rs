@@ -27,8 +27,10 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::{ClientConfig, HandshakeKind, RootCertStore, crypto::ring};
 use tokio_util::sync::CancellationToken;
+use tracing::Level;
 
 use crate::harness::client::{over, poll_request};
+use crate::harness::listener::listen;
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::process::{config_file, run};
 use crate::harness::raw::{self, Raw};
@@ -346,37 +348,34 @@ fn what_is_refused_is_said_once_with_field_and_fix_however_often_it_is_looked_at
     let tls = Tls::load(authority.settings(), Arc::new(Metrics::new().unwrap())).unwrap();
     let served = authority.server();
     let log = authority.file("log");
-    let writer = Arc::new(fs::File::create(&log).unwrap());
-    let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(writer);
-    tracing::subscriber::with_default(lines.finish(), || {
-        for round in 0..2 {
-            authority.mount(&Pair {
-                key: authority.server().key,
-                ..served.clone()
-            });
-            for _ in 0..3 {
-                tls.reload();
-            }
-            let log = fs::read_to_string(&log).unwrap();
-            let refused: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
-            assert_eq!(refused.len(), round + 1, "{log}");
-            assert!(refused.iter().all(|line| {
-                line.contains("field=\"tls.key_file\"") && line.contains("fix=\"name the two that belong together")
-            }));
-            // Good again: the next refusal is news.
-            authority.mount(&served);
-            for _ in 0..3 {
-                tls.reload();
-            }
+    let _listening = listen(fs::File::create(&log).unwrap(), Level::INFO);
+    for round in 0..2 {
+        authority.mount(&Pair {
+            key: authority.server().key,
+            ..served.clone()
+        });
+        for _ in 0..3 {
+            tls.reload();
         }
         let log = fs::read_to_string(&log).unwrap();
-        let said = |text: &str| log.lines().filter(|line| line.contains(text)).count();
-        assert_eq!(
-            (said("new certificate"), said("hold again what is served")),
-            (1, 1),
-            "{log}"
-        );
-    });
+        let refused: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
+        assert_eq!(refused.len(), round + 1, "{log}");
+        assert!(refused.iter().all(|line| {
+            line.contains("field=\"tls.key_file\"") && line.contains("fix=\"name the two that belong together")
+        }));
+        // Good again: the next refusal is news.
+        authority.mount(&served);
+        for _ in 0..3 {
+            tls.reload();
+        }
+    }
+    let log = fs::read_to_string(&log).unwrap();
+    let said = |text: &str| log.lines().filter(|line| line.contains(text)).count();
+    assert_eq!(
+        (said("new certificate"), said("hold again what is served")),
+        (1, 1),
+        "{log}"
+    );
 }
 
 #[tokio::test]

@@ -9,8 +9,10 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::Level;
 
 use crate::harness::client::bare;
+use crate::harness::listener::listen;
 use crate::harness::paused::{Behaviour, Paused};
 use crate::harness::raw::{self, Raw, RawReply};
 use crate::harness::scripted::response;
@@ -661,11 +663,7 @@ async fn an_answer_that_has_begun_is_cut_when_the_requests_time_is_over() {
 #[tokio::test(start_paused = true)]
 async fn a_panic_is_a_500_for_that_request_and_nothing_else_counted_and_logged() {
     let log = tempfile::NamedTempFile::new().unwrap();
-    let lines = tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::DEBUG)
-        .with_ansi(false)
-        .with_writer(Arc::new(log.reopen().unwrap()));
-    let _logging = tracing::subscriber::set_default(lines.finish());
+    let _listening = listen(log.reopen().unwrap(), Level::DEBUG);
     let paused = Paused::start(
         Behaviour {
             opening: |number| {

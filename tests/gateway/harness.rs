@@ -3,6 +3,7 @@
 pub mod browser;
 pub mod client;
 pub mod collector;
+pub mod listener;
 pub mod paused;
 pub mod process;
 pub mod raw;

@@ -17,7 +17,10 @@ use tokio::net::TcpListener;
 use tokio::process::Command;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout};
+use tracing::Level;
+use tracing::subscriber::DefaultGuard;
 
+use crate::harness::listener::listen;
 use crate::harness::paused::{Away, Behaviour, Paused, json, most_in_a_second, running, success};
 use crate::harness::process::BINARY;
 use crate::harness::raw::Raw;
@@ -188,17 +191,16 @@ struct Watching {
     gateway: Paused,
     folder: tempfile::TempDir,
     /// While it is there, what is logged goes to a file.
-    _logging: tracing::subscriber::DefaultGuard,
+    _listening: DefaultGuard,
 }
 
 impl Watching {
     fn start(configuration: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let log = Arc::new(fs::File::create(folder.path().join("log")).unwrap());
-        let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(log);
+        let log = fs::File::create(folder.path().join("log")).unwrap();
         let watching = Self {
             gateway: Paused::start(Behaviour::default(), |_| {}),
-            _logging: tracing::subscriber::set_default(lines.finish()),
+            _listening: listen(log, Level::INFO),
             folder,
         };
         watching.write(configuration);
