@@ -10,6 +10,7 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::mem;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -87,8 +88,12 @@ pub async fn serve_connection<S>(
     let mut drained = pin!(grace_is_over(&draining));
     let mut is_closing = false;
     let mut give_up = None;
-    let mut idle_ended = None;
+    let (mut idle_ended, mut looks_again) = (None, false);
     loop {
+        // Here, where the future keeps no second place for `mode` meanwhile.
+        if mem::take(&mut looks_again) {
+            look_once_more().await;
+        }
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
@@ -130,7 +135,7 @@ pub async fn serve_connection<S>(
             }
             (Event::Over(Phase::Idle { until }), mode) if idle_ended != Some(until) => {
                 idle_ended = Some(until);
-                look_once_more().await;
+                looks_again = true;
                 mode
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
