@@ -10,7 +10,6 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
-use std::mem;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -88,12 +87,8 @@ pub async fn serve_connection<S>(
     let mut drained = pin!(grace_is_over(&draining));
     let mut is_closing = false;
     let mut give_up = None;
-    let (mut idle_ended, mut looks_again) = (None, false);
+    let mut idle_ended = None;
     loop {
-        // Here, where the future keeps no second place for `mode` meanwhile.
-        if mem::take(&mut looks_again) {
-            look_once_more().await;
-        }
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
             poll_fn(|cx| {
@@ -113,6 +108,13 @@ pub async fn serve_connection<S>(
             })
             .await
         };
+        // Before `mode` is taken out: the future would keep a second place for it meanwhile.
+        if let Event::Over(Phase::Idle { until }) = event
+            && idle_ended.replace(until) != Some(until)
+        {
+            look_once_more().await;
+            continue;
+        }
         mode = match (event, mode) {
             (Event::Asked(None), Mode::Resting(guard)) => Mode::Serving(serve(guard)),
             (Event::Asked(Some(miss)), Mode::Resting(guard)) => {
@@ -131,11 +133,6 @@ pub async fn serve_connection<S>(
                 if !served.refuses_slow_head() {
                     return;
                 }
-                mode
-            }
-            (Event::Over(Phase::Idle { until }), mode) if idle_ended != Some(until) => {
-                idle_ended = Some(until);
-                looks_again = true;
                 mode
             }
             // What was to be answered in words has been: this answer has begun, and there is but one way to end it.
