@@ -87,7 +87,7 @@ pub async fn serve_connection<S>(
     let mut drained = pin!(grace_is_over(&draining));
     let mut is_closing = false;
     let mut give_up = None;
-    let mut idle_ended = None;
+    let mut time_ended = None;
     loop {
         let event = {
             let mut patience_ends = pin!(sleep_until_some(give_up));
@@ -109,8 +109,8 @@ pub async fn serve_connection<S>(
             .await
         };
         // Before `mode` is taken out: the future would keep a second place for it meanwhile.
-        if let Event::Over(Phase::Idle { until }) = event
-            && idle_ended.replace(until) != Some(until)
+        if let Event::Over(Phase::Idle { until } | Phase::Head { until }) = event
+            && time_ended.replace(until) != Some(until)
         {
             look_once_more().await;
             continue;

@@ -94,19 +94,26 @@ async fn the_idle_timeout_counts_from_the_last_answer_though_the_connection_rest
 async fn what_came_in_time_is_answered_though_nobody_knows_of_it_yet() {
     let gateway = start();
     assert_eq!(gateway.poll(KEY, "a").await.status, 200);
-    for (time, drains) in [(Duration::from_secs(75), false), (GRACE, true)] {
+    let poll = raw::poll("a");
+    let (idle, head) = (Duration::from_secs(75), Duration::from_secs(10));
+    for (time, drains, begun) in [(idle, false, 0), (GRACE, true, 0), (head, false, 9)] {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (first, rest) = poll.split_at(begun);
+        client.write_all(first.as_bytes()).unwrap();
         let draining = CancellationToken::new();
         gateway.serve(listener.accept().await.unwrap().0, draining.clone());
-        yield_now().await;
+        // Once to begin, once to be told of what has come, and once to read it.
+        for _ in 0..3 {
+            yield_now().await;
+        }
         if drains {
             draining.cancel();
         }
-        let (ends, mut sender) = (Instant::now() + time, client.try_clone().unwrap());
+        let (ends, mut sender, rest) = (Instant::now() + time, client.try_clone().unwrap(), rest.to_owned());
         let sent = tokio::spawn(async move {
             sleep_until(ends - Duration::from_millis(1)).await;
-            sender.write_all(raw::poll("a").as_bytes()).unwrap();
+            sender.write_all(rest.as_bytes()).unwrap();
         });
         yield_now().await;
         advance(time).await;
